@@ -1,0 +1,190 @@
+"""The transformer, for both generations of MiniMind: flat tokens in, logits out.
+
+What comes in is a micro-batch of whole documents laid end to end (`batching.Batch`): ids, positions that restart at
+every document, and the boundaries. What goes out is one row per token: hidden states (`hidden`), or logits (`logits` of
+the rows that a loss needs: at 256 x 4 the output layer is a third of all arithmetic, and 60 % of rows carry no label).
+
+Names of parameters are the checkpoint's, so a state dict goes to and from a MiniMind file unchanged. Nothing but
+parameters is stored: rotary angles are computed from the positions once per forward and shared by the layers.
+The arithmetic is the original's, under autocast too: norms and rotations in fp32, results back in the input's type.
+Decoding with a cache lives in `generate.py`, on the parts that `Attention` exposes (`qkv`, `out`).
+
+Shapes: N tokens, D documents, C hidden size, H query heads, K key/value heads, E head dimension, V vocabulary.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimind_sft.attention import Attend, attention_backend, attention_over_documents
+from minimind_sft.model_config import ModelConfig as ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in fp32, back in the input's type."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine for each position, fp32, (..., 1, E / 2): one angle per pair, broadcast over heads."""
+    exponent = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    angles = positions.float()[..., None, None] * (1.0 / theta**exponent)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (..., H, E), where dimension i is paired with i + E / 2 (the half-split form)."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., C) -> rotated queries (..., H, E), rotated keys (..., K, E), values (..., K, E)."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def out(self, y: Tensor) -> Tensor:
+        """(..., H, E) -> (..., C)."""
+        return self.o_proj(y.flatten(-2))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        return self.out(attend(*self.qkv(x, cos, sin)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    """Everything under the checkpoint's ``model.``"""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model over flat batches. A tied head *is* the embedding: one parameter, two names."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_head()
+
+    def tie_head(self) -> None:
+        """Make the output layer the embedding, where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def hidden(self, input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: (N,) int64.
+            positions: (N,) int64, from 0 in every document.
+            cu_seqlens: (D + 1,) int32, on the device or the CPU as `attention.needs_device_cu_seqlens` says.
+            max_length: tokens of the longest document.
+
+        Returns:
+            (N, C), in the type of the weights.
+        """
+        backend = attention_backend(input_ids.device, self.compute_dtype(), self.config.head_dim)
+        attend = attention_over_documents(backend, cu_seqlens, max_length, len(input_ids))
+        cos, sin = self.rotary_angles(positions)
+        x = self.model.embed_tokens(input_ids)  # (N, C)
+        for layer in self.model.layers:
+            x = layer(x, cos, sin, attend)
+        return self.model.norm(x)
+
+    def rotary_angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, (..., 1, E / 2), shared by all layers."""
+        return rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V), in the output layer's type; whoever takes a softmax wants ``.float()`` first."""
+        return self.lm_head(hidden)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
+        """Logits of every row, (N, V). Arguments as in `hidden`."""
+        return self.logits(self.hidden(input_ids, positions, cu_seqlens, max_length))
+
+    def compute_dtype(self) -> torch.dtype:
+        """The type in which matrices are multiplied: autocast's where it is on, else the weights'."""
+        weight = self.model.embed_tokens.weight
+        if torch.is_autocast_enabled(weight.device.type):
+            return torch.get_autocast_dtype(weight.device.type)
+        return weight.dtype
+
+    def num_parameters(self) -> int:
+        """Parameters, a tied head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def initialise(self, seed: int) -> None:
+        """Start from scratch, alike on every device: matrices normal with deviation 0.02, norms 1, as the original."""
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            if parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            else:
+                _fill_normal(parameter, 0.02, generator)
+
+    def reset_head(self, seed: int) -> None:
+        """Replace the output layer by a fresh one, untied from the embedding, which keeps what it knows."""
+        weight = nn.Parameter(torch.empty_like(self.model.embed_tokens.weight))
+        _fill_normal(weight, 0.02, torch.Generator().manual_seed(seed))
+        self.lm_head.weight = weight
+        self.config = replace(self.config, tie_word_embeddings=False)
+
+
+@torch.no_grad()
+def _fill_normal(parameter: Tensor, std: float, generator: torch.Generator) -> None:
+    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))

@@ -1,0 +1,355 @@
+"""Weights in, weights out: strict loading of any supported file, and export to MiniMind's own.
+
+A checkpoint is read without running any code in it (`weights_only`), its sizes are inferred from its tensors, and it
+must then hold exactly the tensors of that model: anything missing, extra or misshapen is one error that lists it all.
+(The original loads with ``strict=False``, so a wrong file trains from noise without a word.) What tensors cannot say
+(how a width is divided into heads, eps, theta) is the family's default, and `Loaded.describe` says which was taken.
+
+Read are the original's ``.pth`` and half-run ``*_resume.pth``, ``.safetensors``, and our own Lightning checkpoints;
+with or without ``module.`` / ``_orig_mod.`` prefixes and ``lm_head.weight``. Weights are fp32 from here on.
+"""
+
+import hashlib
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from minimind_sft.model import Transformer
+from minimind_sft.model_config import ModelConfig
+
+SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LISTED = 20  # problems spelled out in one error; the rest are counted
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint, checked and ready to build.
+
+    Attributes:
+        config: the sizes found.
+        state_dict: fp32 tensors under the model's own names; a tied head is absent.
+        path: the file read.
+        sha256: of that file.
+        dtype: the type its tensors had, ``float16`` or ``float16+float32``.
+        defaults: what the tensors left open, with the value taken and the key that changes it.
+    """
+
+    config: ModelConfig
+    state_dict: dict[str, Tensor]
+    path: Path
+    sha256: str
+    dtype: str
+    defaults: tuple[str, ...]
+
+    def describe(self) -> str:
+        """One line: family, parameters, layers, heads, type, file, hash, and the defaults taken."""
+        config = self.config
+        parameters = sum(tensor.numel() for tensor in self.state_dict.values())
+        line = (
+            f"{config.family}, {parameters / 1e6:.2f} M parameters, {config.num_hidden_layers} layers of "
+            f"{config.hidden_size}, {config.num_attention_heads} heads ({config.num_key_value_heads} kv), "
+            f"vocabulary {config.vocab_size}, head {'tied' if config.tie_word_embeddings else 'untied'}, "
+            f"{self.dtype}, {self.path}, sha256 {self.sha256[:12]}"
+        )
+        return line + (f"; taken as default: {', '.join(self.defaults)}" if self.defaults else "")
+
+
+def load(
+    source: str | Path,
+    *,
+    family: str | None = None,
+    num_attention_heads: int | None = None,
+    num_key_value_heads: int | None = None,
+) -> Loaded:
+    """Read a checkpoint, or the only one in a folder.
+
+    Args:
+        source: a file, or a folder that holds exactly one.
+        family: ``minimind3`` or ``minimind2``; by default told by the presence of `q_norm`.
+        num_attention_heads: where there is no `q_norm`, tensors do not say; MiniMind's is 8.
+        num_key_value_heads: checked against the tensors, which do say once the heads are known.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it: missing, empty, truncated, not a checkpoint, holding
+            code, or tensors that are not a model's (all of them listed).
+    """
+    path = _find_file(Path(source))
+    tensors, config = _read(path)
+    tensors = _canonical_names(tensors, path)
+    defaults: tuple[str, ...] = ()
+    if config is None:
+        config, defaults = _infer_config(tensors, path, family, num_attention_heads, num_key_value_heads)
+    _check(tensors, config, path)
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    if config.tie_word_embeddings:
+        tensors.pop(HEAD, None)
+    return Loaded(
+        config=config,
+        state_dict={name: tensor.float() for name, tensor in tensors.items()},
+        path=path,
+        sha256=sha256_file(path),
+        dtype="+".join(dtypes),
+        defaults=defaults,
+    )
+
+
+def build(loaded: Loaded) -> Transformer:
+    """A model that holds a copy of the loaded weights, on the CPU, in fp32."""
+    with torch.device("meta"):
+        model = Transformer(loaded.config)
+    model.to_empty(device="cpu")
+    model.tie_head()  # to_empty gave the two names two tensors
+    problems = model.load_state_dict(loaded.state_dict, strict=False)
+    assert not problems.unexpected_keys and set(problems.missing_keys) <= {HEAD}, problems
+    return model
+
+
+def load_model(
+    source: str | Path,
+    *,
+    family: str | None = None,
+    num_attention_heads: int | None = None,
+    num_key_value_heads: int | None = None,
+) -> tuple[Transformer, Loaded]:
+    """`load`, then `build`."""
+    loaded = load(
+        source, family=family, num_attention_heads=num_attention_heads, num_key_value_heads=num_key_value_heads
+    )
+    return build(loaded), loaded
+
+
+def check_vocab(tokenizer_vocab_size: int, config: ModelConfig) -> None:
+    """Refuse a tokenizer that has ids which the model has no embedding for.
+
+    Raises:
+        ValueError: naming both sizes and the remedy.
+    """
+    if tokenizer_vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer_vocab_size} tokens but the model's vocabulary is {config.vocab_size}; "
+            "point data.tokenizer at the tokenizer that the weights were pretrained with"
+        )
+
+
+def export_minimind(model: Transformer, path: str | Path) -> None:
+    """Write the original's file: fp16, every name it expects, the tied head present and sharing its storage.
+
+    The file appears under its name only when complete.
+
+    Args:
+        model: any device, any type.
+        path: where to; an existing file is replaced.
+
+    Raises:
+        ValueError: if the head is untied (the original ties it on loading, so one of the two matrices would be lost),
+            or a weight does not fit fp16.
+    """
+    path = Path(path)
+    if not model.config.tie_word_embeddings:
+        raise ValueError(
+            f"cannot export to {path}: the output layer is untied (model.reset_head), and MiniMind's file format has "
+            "one matrix for both output layer and embedding"
+        )
+    state = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in model.state_dict().items()}
+    overflown = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if overflown:
+        raise ValueError(f"cannot export to {path}: not finite in fp16: {_listing(overflown)}")
+    state[HEAD] = state[EMBEDDING]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _find_file(source: Path) -> Path:
+    if not source.exists():
+        raise ValueError(f"weights {source} do not exist; model.weights takes a file, a folder, or scratch")
+    if not source.is_dir():
+        return source
+    found = sorted(path for path in source.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    if not found:
+        raise ValueError(f"the folder {source} holds no weights (a file ending in {', '.join(SUFFIXES)})")
+    if len(found) > 1:
+        raise ValueError(f"the folder {source} holds several weights, name one: {_listing([p.name for p in found])}")
+    return found[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], ModelConfig | None]:
+    """The tensors of a file as they are, and its config where it is a checkpoint of ours."""
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    config = None
+    if isinstance(content, Mapping) and "pytorch-lightning_version" in content:
+        config = _lightning_config(content, path)
+        content = {n.removeprefix("model."): t for n, t in content["state_dict"].items() if n.startswith("model.")}
+    elif isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        content = content["model"]  # the original's half-run state
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not tensors by name")
+    strangers = [f"{name} ({type(value).__name__})" for name, value in content.items() if not isinstance(value, Tensor)]
+    if strangers:
+        raise ValueError(f"{path} is not a checkpoint: these entries are not tensors: {_listing(strangers)}")
+    return dict(content), config
+
+
+def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _read_pickle(path: Path) -> object:
+    with open(path, "rb") as file:
+        is_archive = file.read(4) == b"PK\x03\x04"
+    if is_archive and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is truncated: its end is missing; copy or download it again")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            raise ValueError(
+                f"{path} holds Python code ({code.group(1)}) and not only tensors; it was refused without running it. "
+                "Ask for a file that torch.load reads with weights_only=True, or for safetensors"
+            ) from error
+        raise ValueError(f"{path} is not a checkpoint, or is damaged") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is not a checkpoint, or is damaged: {str(error).splitlines()[0]}") from error
+
+
+def _lightning_config(content: Mapping[str, object], path: Path) -> ModelConfig | None:
+    hyper_parameters = content.get("hyper_parameters")
+    stored = hyper_parameters.get("model_config") if isinstance(hyper_parameters, Mapping) else None
+    if stored is None:
+        return None
+    try:
+        return ModelConfig(**stored)
+    except TypeError as error:
+        names = ", ".join(field.name for field in fields(ModelConfig))
+        raise ValueError(f"{path}: its model_config does not fit this version ({error}); expected {names}") from error
+
+
+def _canonical_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Names without what DistributedDataParallel and torch.compile put before them."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = name.replace("_orig_mod.", "")
+        while plain.startswith("module."):
+            plain = plain.removeprefix("module.")
+        if plain in renamed:
+            raise ValueError(f"{path} holds {plain} twice, with and without a prefix")
+        renamed[plain] = tensor
+    return renamed
+
+
+def _infer_config(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    family: str | None,
+    num_attention_heads: int | None,
+    num_key_value_heads: int | None,
+) -> tuple[ModelConfig, tuple[str, ...]]:
+    """Sizes from tensors; where they leave a choice, the argument, else MiniMind's default and a word about it."""
+    first = "model.layers.0."
+    needed = [EMBEDDING, *(first + name for name in ("self_attn.q_proj.weight", "self_attn.k_proj.weight"))]
+    needed.append(f"{first}mlp.gate_proj.weight")
+    absent = [name for name in needed if name not in tensors or tensors[name].ndim != 2]
+    if absent:
+        raise ValueError(
+            f"{path} does not hold a MiniMind model: no matrix {_listing(absent)}; it has {_listing(sorted(tensors))}"
+        )
+    vocab_size, hidden_size = tensors[EMBEDDING].shape
+    q_size, k_size, intermediate_size = (len(tensors[name]) for name in needed[1:])
+    q_norm = tensors.get(f"{first}self_attn.q_norm.weight")
+    found_family = "minimind2" if q_norm is None else "minimind3"
+    if family not in (None, found_family):
+        raise ValueError(f"{path} is {found_family} by its tensors, but model.family says {family}")
+    defaults = []
+    if q_norm is not None:
+        heads = q_size // len(q_norm)
+        if num_attention_heads not in (None, heads):
+            raise ValueError(
+                f"{path} has {heads} attention heads, but model.num_attention_heads is {num_attention_heads}"
+            )
+    else:
+        heads = num_attention_heads or 8
+        if num_attention_heads is None:
+            defaults.append("8 attention heads (model.num_attention_heads)")
+    head_dim = len(q_norm) if q_norm is not None else q_size // heads
+    if head_dim < 1 or q_size % heads or k_size % head_dim or q_size != heads * head_dim:
+        raise ValueError(
+            f"{path}: q_proj of {q_size} and k_proj of {k_size} rows cannot be divided into {heads} attention heads; "
+            "set model.num_attention_heads"
+        )
+    if num_key_value_heads not in (None, k_size // head_dim):
+        raise ValueError(
+            f"{path} has {k_size // head_dim} key/value heads, but model.num_key_value_heads is {num_key_value_heads}"
+        )
+    numbers = [int(match.group(1)) for name in tensors if (match := re.match(r"model\.layers\.(\d+)\.", name))]
+    make = ModelConfig.minimind2 if q_norm is None else ModelConfig.minimind3
+    config = make(
+        hidden_size=hidden_size,
+        num_hidden_layers=max(numbers) + 1,
+        vocab_size=vocab_size,
+        num_attention_heads=heads,
+        num_key_value_heads=k_size // head_dim,
+        head_dim=head_dim,
+        intermediate_size=intermediate_size,
+        tie_word_embeddings=HEAD not in tensors or torch.equal(tensors[HEAD], tensors[EMBEDDING]),
+    )
+    return config, (*defaults, f"eps {config.rms_norm_eps:g}", f"theta {config.rope_theta:g}")
+
+
+def _check(tensors: Mapping[str, Tensor], config: ModelConfig, path: Path) -> None:
+    """Exactly the tensors of the model, all of them numbers; else one error that lists what is wrong."""
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        expected.pop(HEAD)
+    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in expected:
+            if not (name == HEAD and config.tie_word_embeddings):
+                problems.append(f"unexpected {name} {list(tensor.shape)}")
+        elif tuple(tensor.shape) != expected[name]:
+            problems.append(f"{name} is {list(tensor.shape)}, not {list(expected[name])}")
+        elif not tensor.is_floating_point():
+            problems.append(f"{name} holds {tensor.dtype}, not floating-point numbers")
+        elif not tensor.isfinite().all():
+            problems.append(f"{name} holds NaN or infinity")
+    if problems:
+        raise ValueError(
+            f"{path} does not fit {config.family} of hidden size {config.hidden_size}: {_listing(problems)}"
+        )
+
+
+def _listing(items: list[str]) -> str:
+    more = f", and {len(items) - LISTED} more" if len(items) > LISTED else ""
+    return ", ".join(items[:LISTED]) + more
