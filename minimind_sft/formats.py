@@ -1,0 +1,321 @@
+"""One line of any chat format in; a `Conversation`, a `PlainText`, or `Rejected` with a reason out.
+
+Every format ends in one shape: messages with `role` (system, user, assistant, tool), `content` (a string), `train` (a
+bool) and, where an assistant message has them, `reasoning_content` (a string) and `tool_calls` (parsed). What the rest
+of the program must never meet is refused here, under a short stable reason to count by and with a sentence for people:
+JSON that says two things (duplicate keys), numbers that JSON does not have (NaN), text that UTF-8 cannot hold (lone
+surrogates), content that is not text. The format is told by the keys of each line, so a file may mix them.
+
+    minimind    {"conversations": [{"role": "user", "content": "..."}, ...]}; `tools`, `tool_calls` as JSON strings
+    openai      {"messages": [...], "tools": [...]}; content may be a list of text parts, `weight` 0 or 1
+    sharegpt    {"conversations": [{"from": "human", "value": "..."}, ...], "system": "...", "tools": "..."}
+    alpaca      {"instruction": "...", "input": "...", "output": "...", "history": [["q", "a"], ...], "system": "..."}
+    completion  {"prompt": "...", "completion" or "response": "..."}; both may be lists of messages
+    text        {"text": "...", "source": "...", "parent": "..."}; every token is supervised
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+FORMATS = ("minimind", "openai", "sharegpt", "alpaca", "completion", "text")
+ROLES = ("system", "user", "assistant", "tool")
+_ROLE_NAMES = {role: role for role in ROLES} | {
+    "developer": "system", "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "bot": "assistant", "function_call": "assistant", "observation": "tool", "function": "tool",
+    "function_response": "tool", "ipython": "tool",
+}  # fmt: skip
+_REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class Rejected(Exception):
+    """A line that cannot be used.
+
+    Attributes:
+        reason: A short stable name to count by, such as `not_json` or `no_assistant_turn`.
+        detail: The value that was met and what to do about it, for people.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(slots=True)
+class Conversation:
+    """A chat.
+
+    Attributes:
+        messages: Each with `role`, `content`, `train`, and where present `reasoning_content` and `tool_calls`.
+        tools: Tool schemas, parsed; None where the chat has none.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(slots=True)
+class PlainText:
+    """A document of raw text, with the row's `source` and `parent` where it names them."""
+
+    text: str
+    source: str | None = field(default=None)
+    parent: str | None = field(default=None)
+
+
+def parse(text: str, *, format: str = "auto") -> Conversation | PlainText:
+    """Read one line.
+
+    Args:
+        text: The line, decoded; white space around it is ignored.
+        format: One of `FORMATS`, or `auto` to tell it by the line's keys.
+
+    Raises:
+        Rejected: The line cannot be used.
+        ValueError: `format` is not a format.
+    """
+    if format != "auto" and format not in FORMATS:
+        raise ValueError(f"format {format!r} is not known; choose one of auto, {', '.join(FORMATS)}")
+    row = _load(text)
+    if not isinstance(row, dict):
+        raise Rejected("not_an_object", f"the line is {_name(row)}; each line must be one JSON object")
+    return _READERS[_detect(row) if format == "auto" else format](row)
+
+
+def _load(text: str) -> Any:
+    if not text or text.isspace():
+        raise Rejected("empty", "the line is blank")
+    if not text.isascii() and (found := _SURROGATE.search(text)):
+        raise Rejected("lone_surrogate", f"the line holds {found[0]!r}, which UTF-8 cannot hold; re-encode the file")
+    try:
+        row = _DECODER.decode(text)
+    except RecursionError:
+        raise Rejected("too_deep", "the JSON is nested too deeply to be a chat; flatten it") from None
+    except ValueError as error:
+        raise Rejected("not_json", f"{error}; the line begins {text[:40]!r}") from None
+    if "\\u" in text and _SURROGATE_ESCAPE.search(text):
+        _refuse_surrogates(row)
+    return row
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise Rejected("duplicate_key", f"key {twice!r} stands twice in one object; keep one of them")
+    return mapping
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise Rejected("not_a_number", f"{name} is not JSON; write null or a string")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+
+
+def _refuse_surrogates(value: Any) -> None:
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            if found := _SURROGATE.search(value):
+                raise Rejected("lone_surrogate", f"half a character, {found[0]!r}; write both halves or remove it")
+        elif isinstance(value, dict):
+            pending += [*value.keys(), *value.values()]
+        elif isinstance(value, list):
+            pending += value
+
+
+def _detect(row: dict[str, Any]) -> str:
+    if "conversations" in row:
+        turns = row["conversations"]
+        first = turns[0] if isinstance(turns, list) and turns else None
+        return "sharegpt" if isinstance(first, dict) and "from" in first and "role" not in first else "minimind"
+    if "messages" in row:
+        return "openai"
+    if "instruction" in row and "output" in row:
+        return "alpaca"
+    if "prompt" in row and ("completion" in row or "response" in row):
+        return "completion"
+    if "text" in row:
+        return "text"
+    keys = ", ".join(sorted(map(str, row))[:8]) or "none"
+    raise Rejected("unknown_format", f"keys are {keys}; expected conversations, messages, instruction + output, "
+                                     "prompt + completion, or text")  # fmt: skip
+
+
+# ---- one reader per format
+
+
+def _read_minimind(row: dict[str, Any]) -> Conversation:
+    key = "messages" if "conversations" not in row else "conversations"
+    return _conversation(row.get(key), where=key, tools=row.get("tools"))
+
+
+def _read_openai(row: dict[str, Any]) -> Conversation:
+    key = "conversations" if "messages" not in row else "messages"
+    return _conversation(row.get(key), where=key, tools=row.get("tools") or row.get("functions"))
+
+
+def _read_sharegpt(row: dict[str, Any]) -> Conversation:
+    turns = row.get("conversations")
+    if not isinstance(turns, list):
+        raise Rejected("not_a_list", f"conversations is {_name(turns)}; it must be a list of messages")
+    messages: list[Any] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            raise Rejected("not_an_object", f"message {number} is {_name(turn)}; it must be an object")
+        message = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        message |= {"role": turn.get("from"), "content": turn.get("value")}
+        if turn.get("from") == "function_call":
+            message |= {"content": "", "tool_calls": turn.get("value")}
+        messages.append(message)
+    return _conversation(messages, where="conversations", tools=row.get("tools"))
+
+
+def _read_alpaca(row: dict[str, Any]) -> Conversation:
+    messages: list[Any] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise Rejected("bad_history", "history must be a list of [question, answer] pairs")
+    for question, answer in history:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    question, extra = row.get("instruction"), row.get("input")
+    if extra is not None and not isinstance(extra, str):
+        raise Rejected("content_not_a_string", f"input is {_name(extra)}; write it as a string")
+    if extra and isinstance(question, str):
+        question = f"{question}\n{extra}" if question else extra
+    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": row.get("output")}]
+    return _conversation(messages, where="instruction, output", tools=row.get("tools"))
+
+
+def _read_completion(row: dict[str, Any]) -> Conversation:
+    prompt, answer = row.get("prompt"), row.get("completion", row.get("response"))
+    messages: list[Any] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    messages += prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    messages += answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+    return _conversation(messages, where="prompt, completion", tools=row.get("tools"))
+
+
+def _read_text(row: dict[str, Any]) -> PlainText:
+    text = row.get("text")
+    if not isinstance(text, str):
+        raise Rejected("content_not_a_string", f"text is {_name(text)}; write it as a string")
+    if not text or text.isspace():
+        raise Rejected("empty", "text is blank")
+    source, parent = (value if isinstance(value, str) else None for value in (row.get("source"), row.get("parent")))
+    return PlainText(text, source, parent)
+
+
+_READERS: dict[str, Callable[[dict[str, Any]], Conversation | PlainText]] = {
+    "minimind": _read_minimind, "openai": _read_openai, "sharegpt": _read_sharegpt, "alpaca": _read_alpaca,
+    "completion": _read_completion, "text": _read_text,
+}  # fmt: skip
+
+
+# ---- what all chats share
+
+
+def _conversation(turns: Any, *, where: str, tools: Any) -> Conversation:
+    if not isinstance(turns, list):
+        raise Rejected("not_a_list", f"{where} is {_name(turns)}; it must be a list of messages")
+    if not turns:
+        raise Rejected("empty", f"{where} holds no message")
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            raise Rejected("not_an_object", f"message {number} is {_name(turn)}; it must be an object")
+        message = _message(turn, number)
+        messages.append(message)
+        if message["role"] == "system" and turn.get("tools"):  # MiniMind keeps the schemas here, as a JSON string
+            tools = turn["tools"]
+    if not any(message["role"] == "assistant" for message in messages):
+        raise Rejected("no_assistant_turn", f"{len(messages)} messages and none is the assistant's: nothing to learn")
+    return Conversation(messages, _objects(tools, "bad_tools", "tools") or None)
+
+
+def _message(turn: dict[str, Any], number: int) -> dict[str, Any]:
+    named = turn.get("role")
+    role = _ROLE_NAMES.get(named) if isinstance(named, str) else None
+    if role is None:
+        raise Rejected("bad_role", f"message {number}: role is {_name(named)}; use one of {', '.join(ROLES)}")
+    calls = _tool_calls(turn["tool_calls"], number) if role == "assistant" and turn.get("tool_calls") else None
+    content = turn.get("content")
+    if not isinstance(content, str):
+        content = "" if content is None and calls else _text_parts(content, f"message {number} ({role}): content")
+    message: dict[str, Any] = {"role": role, "content": content, "train": _train(turn, number)}
+    if calls:
+        message["tool_calls"] = calls
+    if role == "assistant":
+        for name in _REASONING_NAMES:
+            if (reasoning := turn.get(name)) is not None:
+                message["reasoning_content"] = _text_parts(reasoning, f"message {number} ({role}): {name}")
+                break
+    return message
+
+
+def _text_parts(content: Any, where: str) -> str:
+    """A string as it is, or the text of a list of text parts, one after the other."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise Rejected("content_not_a_string", f"{where} is {_name(content)}; write it as a string")
+    texts: list[Any] = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+                        for part in content]  # fmt: skip
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise Rejected("content_not_text", f"{where} has a part that is not text, {_name(wrong[0])}; remove it")
+    return "".join(texts)
+
+
+def _train(turn: dict[str, Any], number: int) -> bool:
+    train = turn.get("train", turn.get("weight"))
+    if train is None or train in (True, False):  # 1 and 0 are equal to these
+        return train is None or bool(train)
+    raise Rejected("bad_train", f"message {number}: train or weight is {_name(train)}; write true or false")
+
+
+def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
+    where = f"message {number}: tool_calls"
+    calls = _objects(value, "bad_tool_calls", where)
+    for call in calls:
+        function = call.get("function") or call
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Rejected("bad_tool_calls", f"{where}: a call without a name that is a string")
+        if not isinstance(function.get("arguments"), (dict, str)):
+            raise Rejected("bad_tool_calls", f"{where}: arguments of {function['name'][:40]!r} must be an object or a "
+                                             "string")  # fmt: skip
+    return calls
+
+
+def _objects(value: Any, reason: str, where: str) -> list[dict[str, Any]]:
+    """A list of objects, or a JSON string of one; a single object counts as a list of one."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = _load(value)
+        except Rejected as error:
+            raise Rejected(reason, f"{where} is a string that is not JSON ({error.reason}); write it as JSON") from None
+    if isinstance(value, dict):
+        value = [value]
+    if not value:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise Rejected(reason, f"{where} must be a list of objects")
+    return value
+
+
+def _name(value: Any) -> str:
+    """What was met, for a message: its kind and its beginning."""
+    kind = {"NoneType": "missing", "dict": "an object", "list": "a list", "bool": "a boolean", "str": "a string",
+            "int": "a number", "float": "a number"}[type(value).__name__]  # fmt: skip
+    if value is None:
+        return kind
+    text = json.dumps(value, ensure_ascii=False)
+    return f"{kind}, {text if len(text) <= 60 else text[:57] + '...'}"
