@@ -1,0 +1,197 @@
+"""Chats of the demo: MiniMind `conversations` lines on half of the facts, on who is speaking, and one new skill: answering in JSON.
+
+About 3,000 short conversations, so that three epochs in the original's 16 x 8 windows are some 70 optimizer steps. Only subjects with `in_sft`
+are ever mentioned. The assistant's name stands in `NAME` alone, the same in both languages, so that it is easily replaced in the output.
+"""
+
+import json
+import random
+
+from probes import ASKED
+from tables import LANGS, SEED, TABLES, Subject, subjects
+
+NAME = "Minnow"
+FACT_ROWS = 2  # conversations with a plain question on each fact; sums are many, and get one
+JSON_ROWS = 1  # conversations with a JSON answer on each subject
+COUNTS = {"two facts": 240, "json again": 240, "identity": 260, "small talk": 120}  # both languages together
+VAL = 160
+Chat = list[dict[str, str]]
+
+# The probe's own question comes first (`probes.ASKED`); these are other ways to ask, per answer field.
+QUESTIONS: dict[tuple[str, str, str], list[str]] = {
+    ("capitals", "en", "capital"): [
+        "Which city is the capital of {country}?",
+        "Tell me the capital of {country}.",
+        "{Country}: what is its capital?",
+    ],
+    ("capitals", "zh", "capital"): [
+        "{country}的首都是哪座城市？",
+        "请告诉我{country}的首都。",
+        "{country}的首都叫什么？",
+    ],
+    ("elements", "en", "symbol"): ["How do chemists write {element}?", "Tell me the symbol of {element}."],
+    ("elements", "en", "number"): ["Which number has {element}?", "How many protons has {element}?"],
+    ("elements", "zh", "symbol"): ["请问{element}用什么符号表示？", "{element}的符号？"],
+    ("elements", "zh", "number"): ["{element}是第几号元素？", "{element}有几个质子？"],
+    ("planets", "en", "order"): ["At which place from the Sun is {planet}?"],
+    ("planets", "en", "known"): ["Tell me something about {planet}."],
+    ("planets", "zh", "order"): ["{planet}排第几？"],
+    ("planets", "zh", "known"): ["请介绍一下{planet}。"],
+    ("dynasties", "en", "year"): ["In which year did the {dynasty} dynasty start?"],
+    ("dynasties", "en", "founder"): ["Who was the first ruler of the {dynasty} dynasty?"],
+    ("dynasties", "zh", "year"): ["{dynasty}始于哪一年？"],
+    ("dynasties", "zh", "founder"): ["请问{dynasty}的建立者是谁？"],
+    ("poems", "en", "poet"): ['"{title}" is by whom?', 'Which poet wrote "{title}"?'],
+    ("poems", "zh", "poet"): ["请问《{title}》的作者是谁？", "《{title}》出自谁的笔下？"],
+    ("poems", "zh", "next"): ["“{line}”后面是什么？"],
+    ("sums", "en", "sum"): ["What do {a} and {b} add up to?", "Add {a} and {b}."],
+    ("sums", "zh", "sum"): ["请算一下{a}加{b}。", "{a}与{b}一共是多少？"],
+}
+ANSWERS = {
+    "en": ["It is {answer}.", "{answer}, I believe.", "That would be {answer}."],
+    "zh": ["是{answer}。", "答案是{answer}。", "我想是{answer}。"],
+}
+
+# One object per subject: key -> field.
+JSON_KEYS: dict[tuple[str, str], dict[str, str]] = {
+    ("capitals", "en"): {"country": "country", "capital": "capital"},
+    ("capitals", "zh"): {"国家": "country", "首都": "capital"},
+    ("elements", "en"): {"element": "element", "symbol": "symbol", "number": "number"},
+    ("elements", "zh"): {"元素": "element", "符号": "symbol", "序数": "number"},
+    ("planets", "en"): {"planet": "planet", "place": "order"},
+    ("planets", "zh"): {"行星": "planet", "位置": "order"},
+    ("dynasties", "en"): {"dynasty": "dynasty", "founder": "founder", "year": "year"},
+    ("dynasties", "zh"): {"朝代": "dynasty", "建立者": "founder", "年代": "year"},
+    ("poems", "en"): {"title": "title", "poet": "poet"},
+    ("poems", "zh"): {"题目": "title", "作者": "poet"},
+    ("sums", "en"): {"a": "a", "b": "b", "sum": "sum"},
+    ("sums", "zh"): {"甲": "a", "乙": "b", "和": "sum"},
+}
+JSON_ASKS = {
+    "en": ["{question} Answer in JSON.", "{question} Reply as a JSON object.", "JSON, please: {question}"],
+    "zh": ["{question}请用JSON回答。", "{question}用JSON格式回答。", "请输出JSON：{question}"],
+}
+JSON_AGAIN = {"en": ["Now in JSON, please.", "The same as JSON."], "zh": ["请用JSON再说一遍。", "换成JSON。"]}
+JSON_SYSTEM = {"en": "Reply in JSON only.", "zh": "只用JSON回答。"}
+PLAIN_SYSTEM = {
+    "en": [f"You are {NAME}.", "Be brief.", "You are a helpful assistant."],
+    "zh": [f"你是{NAME}。", "请简短回答。", "你是一个乐于助人的助手。"],
+}
+
+IDENTITY = {
+    "en": (
+        [
+            "Who are you?",
+            "What is your name?",
+            "Tell me about yourself.",
+            "What are you?",
+            "Are you a person?",
+            "Hello, who is this?",
+            "Who am I talking to?",
+        ],
+        [
+            f"I am {NAME}, a small language model.",
+            f"My name is {NAME}. I am a very small language model.",
+            f"I am {NAME}. I know a few facts and I answer in JSON if you ask.",
+        ],
+    ),
+    "zh": (
+        [
+            "你是谁？",
+            "你叫什么名字？",
+            "请介绍一下你自己。",
+            "你是什么？",
+            "你是人吗？",
+            "你好，请问你是谁？",
+            "我在和谁说话？",
+        ],
+        [
+            f"我是{NAME}，一个小小的语言模型。",
+            f"我叫{NAME}，是一个很小的语言模型。",
+            f"我是{NAME}。我知道一些事实，也会用JSON回答。",
+        ],
+    ),
+}
+SMALL_TALK = {
+    "en": [
+        ("Hello!", "Hello! What would you like to know?"),
+        ("Thank you.", "You are welcome."),
+        ("Good morning.", "Good morning! How can I help?"),
+        ("Goodbye.", "Goodbye, and come back soon."),
+    ],
+    "zh": [
+        ("你好！", "你好！想知道什么？"),
+        ("谢谢。", "不客气。"),
+        ("早上好。", "早上好！有什么可以帮你？"),
+        ("再见。", "再见，欢迎再来。"),
+    ],
+}
+
+
+def turn(question: str, answer: str) -> Chat:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def maybe_system(contents: list[str], chance: float, rng: random.Random) -> Chat:
+    return [{"role": "system", "content": rng.choice(contents)}] if rng.random() < chance else []
+
+
+def plain(subject: Subject, rng: random.Random, index: int | None = None) -> Chat:
+    """A question and its answer on one of the subject's facts."""
+    asked = ASKED[subject.source, subject.lang]
+    _, _, question, field = rng.choice(asked) if index is None else asked[index]
+    ask = question if rng.random() < 0.5 else rng.choice(QUESTIONS[subject.source, subject.lang, field])
+    answer = rng.choice(ANSWERS[subject.lang]).format(answer=subject.fields[field])
+    return turn(ask.format(**subject.fields), answer)
+
+
+def as_json(subject: Subject) -> str:
+    """The subject as a JSON object; whole numbers are numbers."""
+    values = {key: subject.fields[field] for key, field in JSON_KEYS[subject.source, subject.lang].items()}
+    return json.dumps({k: int(v) if v.isdigit() else v for k, v in values.items()}, ensure_ascii=False)
+
+
+def json_chat(subject: Subject, rng: random.Random) -> Chat:
+    """A question answered in JSON, because the question or the system prompt says so."""
+    question = plain(subject, rng)[0]["content"]
+    if rng.random() < 0.3:
+        return [{"role": "system", "content": JSON_SYSTEM[subject.lang]}, *turn(question, as_json(subject))]
+    return turn(rng.choice(JSON_ASKS[subject.lang]).format(question=question), as_json(subject))
+
+
+def other_chat(kind: str, pool: list[Subject], rng: random.Random) -> Chat:
+    """A conversation of one of the kinds in `COUNTS`."""
+    subject = rng.choice(pool)
+    lang = subject.lang
+    if kind == "two facts":
+        other = rng.choice([one for one in pool if one.lang == lang])
+        return [*maybe_system(PLAIN_SYSTEM[lang], 0.3, rng), *plain(subject, rng), *plain(other, rng)]
+    if kind == "json again":
+        return [*plain(subject, rng), *turn(rng.choice(JSON_AGAIN[lang]), as_json(subject))]
+    questions, answers = IDENTITY[lang]
+    who = turn(rng.choice(questions), rng.choice(answers))
+    if kind == "small talk":
+        hello = turn(*rng.choice(SMALL_TALK[lang]))
+        return [*hello, *rng.choice((who, plain(subject, rng)))]
+    after = plain(subject, rng) if rng.random() < 0.5 else []
+    return [*maybe_system(PLAIN_SYSTEM[lang], 0.4, rng), *who, *after]
+
+
+def write_chats() -> tuple[list[dict[str, Chat]], list[dict[str, Chat]]]:
+    """Training and validation rows, shuffled; no conversation occurs twice."""
+    rng = random.Random(f"{SEED}:chats")
+    pool = [s for source in TABLES for lang in LANGS for s in subjects(source, lang) if s.in_sft]
+    rows: list[Chat] = []
+    for subject in pool:
+        for index in range(len(ASKED[subject.source, subject.lang])):
+            repeats = 1 if subject.source == "sums" else FACT_ROWS
+            rows += [
+                [*maybe_system(PLAIN_SYSTEM[subject.lang], 0.1, rng), *plain(subject, rng, index)]
+                for _ in range(repeats)
+            ]
+        rows += [json_chat(subject, rng) for _ in range(JSON_ROWS)]
+    for kind, count in COUNTS.items():
+        rows += [other_chat(kind, pool, rng) for _ in range(count)]
+    unique = list({json.dumps(row, ensure_ascii=False): {"conversations": row} for row in rows}.values())
+    rng.shuffle(unique)
+    return unique[VAL:], unique[:VAL]
