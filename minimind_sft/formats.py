@@ -28,7 +28,7 @@ _ROLE_NAMES = {role: role for role in ROLES} | {
     "developer": "system", "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
     "bot": "assistant", "function_call": "assistant", "observation": "tool", "function": "tool",
     "function_response": "tool", "ipython": "tool",
-}  # fmt: skip
+}
 _REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -149,7 +149,7 @@ def _detect(row: dict[str, Any]) -> str:
         return "text"
     keys = ", ".join(sorted(map(str, row))[:8]) or "none"
     raise Rejected("unknown_format", f"keys are {keys}; expected conversations, messages, instruction + output, "
-                                     "prompt + completion, or text")  # fmt: skip
+                                     "prompt + completion, or text")
 
 
 # ---- one reader per format
@@ -218,7 +218,7 @@ def _read_text(row: dict[str, Any]) -> PlainText:
 _READERS: dict[str, Callable[[dict[str, Any]], Conversation | PlainText]] = {
     "minimind": _read_minimind, "openai": _read_openai, "sharegpt": _read_sharegpt, "alpaca": _read_alpaca,
     "completion": _read_completion, "text": _read_text,
-}  # fmt: skip
+}
 
 
 # ---- what all chats share
@@ -269,7 +269,7 @@ def _text_parts(content: Any, where: str) -> str:
     if not isinstance(content, list):
         raise Rejected("content_not_a_string", f"{where} is {_name(content)}; write it as a string")
     texts: list[Any] = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
-                        for part in content]  # fmt: skip
+                        for part in content]
     if wrong := [text for text in texts if not isinstance(text, str)]:
         raise Rejected("content_not_text", f"{where} has a part that is not text, {_name(wrong[0])}; remove it")
     return "".join(texts)
@@ -291,7 +291,7 @@ def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
             raise Rejected("bad_tool_calls", f"{where}: a call without a name that is a string")
         if not isinstance(function.get("arguments"), (dict, str)):
             raise Rejected("bad_tool_calls", f"{where}: arguments of {function['name'][:40]!r} must be an object or a "
-                                             "string")  # fmt: skip
+                                             "string")
     return calls
 
 
@@ -314,7 +314,7 @@ def _objects(value: Any, reason: str, where: str) -> list[dict[str, Any]]:
 def _name(value: Any) -> str:
     """What was met, for a message: its kind and its beginning."""
     kind = {"NoneType": "missing", "dict": "an object", "list": "a list", "bool": "a boolean", "str": "a string",
-            "int": "a number", "float": "a number"}[type(value).__name__]  # fmt: skip
+            "int": "a number", "float": "a number"}[type(value).__name__]
     if value is None:
         return kind
     text = json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,337 @@
+"""Jinja chat templates, rendered so that what people wrote stays apart from what the template wrote.
+
+A rendered string alone cannot tell a template's `<|im_end|>` from one that a user typed. So people's text never enters
+the template: each stretch of it is replaced by a slot, a short private mark that any Jinja operation carries along
+whole, and the render is a *skeleton*: the template's own text, with slots. What a template may look at stays in the
+open: white space at the ends of a text, and the strings that the template's source searches for or splits at (in
+MiniMind's and Qwen's, `</think>`). Of these, a string that holds a control token stays open in assistant content only,
+and only where the template acts on it: where hiding it changes nothing else in the output, the template merely passes
+it through, and it is text.
+
+Chats of one shape (the same roles and fields, ordinary text) share one skeleton, so Jinja runs once per shape and not
+once per chat. Tool schemas and call arguments are sealed: a template can only hand them to `tojson`; for one that reads
+inside them, they are opened, with a slot in the place of every string.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import Any, NamedTuple, NoReturn
+
+import jinja2
+import jinja2.meta
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+# Marks are Unicode noncharacters: no template's source holds them, and people's text never stands beside them.
+OPEN, JSON_OPEN, TAG_OPEN, CLOSE, BEGIN, END = "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4\ufdd5"
+MARK = re.compile(f"([{OPEN}{JSON_OPEN}{TAG_OPEN}])([0-9]+){CLOSE}")
+_STRAY = re.compile(f"[{OPEN}{JSON_OPEN}{TAG_OPEN}{CLOSE}]")
+_SPACE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())
+_PLAIN_KEY = re.compile(r"[A-Za-z_$][\w$.-]*")
+_SEARCHES = {"split", "rsplit", "startswith", "endswith", "replace", "find", "rfind", "index", "partition",
+             "rpartition", "count", "removeprefix", "removesuffix"}
+_STRIPS = {"strip", "lstrip", "rstrip", "trim"}
+_FIELDS = ("content", "reasoning_content", "tool_calls")
+
+Jsons = list[tuple[int, dict[str, Any]]]
+Outline = tuple[Any, ...]  # hashable: everything about a chat that a template can see
+
+
+class Slot(NamedTuple):
+    """A stretch of people's text (or a sealed object), and the message and field it stands in (-1: the tools)."""
+
+    value: Any
+    message: int
+    field: str
+
+
+class Skeleton(NamedTuple):
+    """A rendered template.
+
+    Attributes:
+        text: The template's own text, with marks: OPEN n CLOSE is slot n; JSON_OPEN n CLOSE is `jsons[n]`; TAG_OPEN n
+            CLOSE is `tags[n]`; BEGIN and END enclose what `{% generation %}` does.
+        jsons: (slot, options of `tojson`); the slot's value goes in as JSON, or as the inside of a JSON string.
+        tags: Control strings in assistant content that the template passed through: people's text.
+    """
+
+    text: str
+    jsons: Jsons
+    tags: list[str]
+
+
+class Touched(Exception):
+    """A template read inside a sealed object."""
+
+
+class Sealed(dict[str, Any]):
+    """An object that a template can only hand to `tojson`."""
+
+    def __init__(self, slot: int) -> None:
+        super().__init__()
+        self._slot = slot
+
+    def _touched(self, *_: Any, **__: Any) -> NoReturn:
+        raise Touched
+
+    __getitem__ = __iter__ = __contains__ = __len__ = __eq__ = __str__ = __repr__ = _touched
+    get = keys = values = items = copy = _touched
+    __hash__ = None
+
+    def __bool__(self) -> bool:
+        return True
+
+
+class _Generation(Extension):
+    """`{% generation %}` ... `{% endgeneration %}`: what the template itself calls the assistant's part."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Callable[[], str]) -> str:
+        return f"{BEGIN}{caller()}{END}"
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+class Template:
+    """A compiled chat template.
+
+    Args:
+        source: The Jinja source.
+        controls: Every string that the tokenizer turns into one added token.
+        variables: What the template may use besides the chat, such as `bos_token`.
+
+    Raises:
+        ValueError: The source is not a template.
+    """
+
+    def __init__(self, source: str, *, controls: Iterable[str], variables: dict[str, Any]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
+        environment.filters["tojson"] = self._tojson
+        environment.globals |= {
+            "raise_exception": _raise_exception,
+            "strftime_now": lambda form: datetime.now().strftime(form),
+        }
+        try:
+            tree = environment.parse(source)
+            self._render = environment.from_string(source).render
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"the chat template is not valid Jinja, line {error.lineno}: {error.message}") from None
+        self.undeclared = jinja2.meta.find_undeclared_variables(tree)
+        self._variables = variables
+        self._seals = True
+        self._jsons: Jsons = []
+        self._control = either(controls)
+        searched, stripped, self._whole = _looked_at(tree)
+        live = {text for text in searched if self._control.search(text)}
+        self._whole = {text for text in self._whole if not self._control.search(text)}
+        self._tag = either(live)
+        self._quiet = either(searched - live) if searched - live else None
+        self._strip = "".join(stripped) + _SPACE if stripped - set(_SPACE) else None
+
+    # ---- from a chat to what the template may see of it
+
+    def outline(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> tuple[Outline, list[Slot]]:
+        """What the template can see of a chat, hashable, and the slots for what it cannot."""
+        slots: list[Slot] = []
+        seen: list[Any] = [None if tools is None else tuple([self._object(tool, slots, -1, "tools") for tool in tools])]
+        for index, message in enumerate(messages):
+            role = message["role"]
+            content = self._open(message["content"], slots, index, "content", role == "assistant")
+            if len(message) <= 3:  # role, content, train
+                seen.append((role, content))
+                continue
+            reasoning, calls = message.get("reasoning_content"), message.get("tool_calls")
+            if reasoning is not None:
+                reasoning = self._open(reasoning, slots, index, "reasoning_content", False)
+            if calls is not None:
+                calls = self._opened(calls, slots, index, "tool_calls")
+            seen.append((role, content, reasoning, calls))
+        return tuple(seen), slots
+
+    def _open(self, text: str, slots: list[Slot], message: int, field: str, tags: bool) -> str:
+        if not text or text in self._whole:
+            return text
+        if tags and self._tag.search(text):
+            parts = self._tag.split(text)
+            shown = [self._open(part, slots, message, field, False) for part in parts]
+            found = [*self._tag.findall(text), ""]
+            return "".join(piece for pair in zip(shown, found, strict=True) for piece in pair)
+        if self._quiet is not None and self._quiet.search(text):
+            start = len(slots)
+            shown = [self._hide(part, slots, message, field) for part in self._quiet.split(text)]
+            found = [*self._quiet.findall(text), ""]
+            opened = "".join(piece for pair in zip(shown, found, strict=True) for piece in pair)
+            if not self._control.search(opened):
+                return opened
+            del slots[start:]
+        return self._hide(text, slots, message, field)
+
+    def _hide(self, text: str, slots: list[Slot], message: int, field: str) -> str:
+        middle = text.strip(self._strip)
+        if not middle:
+            return text
+        slots.append(Slot(middle, message, field))
+        mark = f"{OPEN}{len(slots) - 1}{CLOSE}"
+        if len(middle) == len(text):
+            return mark
+        left = len(text) - len(text.lstrip(self._strip))
+        return f"{text[:left]}{mark}{text[left + len(middle) :]}"
+
+    def _object(self, value: dict[str, Any], slots: list[Slot], message: int, field: str) -> Any:
+        if not self._seals:
+            return self._opened(value, slots, message, field)
+        slots.append(Slot(value, message, field))
+        return ("sealed", len(slots) - 1)
+
+    def _opened(self, value: Any, slots: list[Slot], message: int, field: str) -> Any:
+        """A JSON value as nested tuples, its strings opened, the arguments of calls sealed."""
+        if isinstance(value, str):
+            return self._open(value, slots, message, field, False)
+        if isinstance(value, list):
+            return ("list", tuple([self._opened(item, slots, message, field) for item in value]))
+        if not isinstance(value, dict):
+            return ("json", json.dumps(value))
+        items = []
+        for key, item in value.items():
+            if not _PLAIN_KEY.fullmatch(key) or self._control.search(key):
+                slots.append(Slot(key, message, field))
+                key = f"{OPEN}{len(slots) - 1}{CLOSE}"
+            sealed = key == "arguments" and isinstance(item, dict)
+            items.append((key, (self._object if sealed else self._opened)(item, slots, message, field)))
+        return ("dict", tuple(items))
+
+    # ---- from there to the skeleton
+
+    def skeleton(self, outline: Outline, flags: dict[str, Any]) -> Skeleton:
+        """Render an outline.
+
+        Args:
+            outline: From `outline`, of this template.
+            flags: Such as `add_generation_prompt`.
+
+        Raises:
+            Touched: The template reads inside tools or arguments: make the outline again, it will be an opened one.
+            jinja2.TemplateError: The template refuses the chat.
+            ValueError: The template takes people's text apart.
+        """
+        tools, *messages = outline
+        shown = [dict(zip(("role", *_FIELDS), map(_rebuilt, message), strict=False)) for message in messages]
+        for message in shown:
+            for field in _FIELDS[1:]:
+                if message.get(field, "") is None:
+                    del message[field]
+            if "reasoning_content" in message:
+                message["thinking"] = message["reasoning_content"]  # gpt-oss's name, as the ecosystem passes it
+        tags: list[str] = []
+        text, jsons = self._marked(shown, tools, flags)
+        for message in shown:
+            position = 0
+            while message["role"] == "assistant" and (match := self._tag.search(message["content"], position)):
+                # Hide one control string: if nothing else in the output depends on it, the template passed it through.
+                content, position = message["content"], match.end()
+                mark = f"{TAG_OPEN}{len(tags)}{CLOSE}"
+                tags.append(match[0])
+                message["content"] = f"{content[: match.start()]}{mark}{content[match.end() :]}"
+                hidden, hidden_jsons = self._marked(shown, tools, flags)
+                if mark in hidden and _without_tags(hidden, tags) == _without_tags(text, tags):
+                    text, jsons, position = hidden, hidden_jsons, match.start() + len(mark)
+                else:
+                    message["content"] = content
+                    tags.pop()
+        if _STRAY.search(MARK.sub("", text)):
+            raise ValueError("the chat template cuts the text of messages into pieces, so that no one can tell them "
+                             "from its own; use a template that passes the text on whole")
+        return Skeleton(text, jsons, tags)
+
+    def _marked(self, messages: list[dict[str, Any]], tools: Any, flags: dict[str, Any]) -> tuple[str, Jsons]:
+        self._jsons = []
+        schemas = None if tools is None else [_rebuilt(tool) for tool in tools]
+        try:
+            text = self._render(messages=messages, tools=schemas, documents=None, **(self._variables | flags))
+        except Touched:
+            self._seals = False
+            raise
+        return text, self._jsons
+
+    def _tojson(self, value: Any, ensure_ascii: bool = False, indent: int | str | None = None,
+                separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
+        layout = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+        if isinstance(value, Sealed):
+            self._jsons.append((value._slot, {"ensure_ascii": ensure_ascii, **layout}))
+            return f"{JSON_OPEN}{len(self._jsons) - 1}{CLOSE}"
+
+        def inside(match: re.Match[str]) -> str:
+            self._jsons.append((int(match[1]), {"ensure_ascii": ensure_ascii}))
+            return f"{JSON_OPEN}{len(self._jsons) - 1}{CLOSE}"
+
+        text = json.dumps(value, ensure_ascii=ensure_ascii, **layout)  # type: ignore[arg-type]
+        left, right = (re.escape(json.dumps(mark, ensure_ascii=ensure_ascii)[1:-1]) for mark in (OPEN, CLOSE))
+        return re.sub(f"{left}([0-9]+){right}", inside, text)
+
+    def plain(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, flags: dict[str, Any]) -> str:
+        """Render with people's text in the open, as everyone else does: to compare with."""
+        return self._render(messages=messages, tools=tools, documents=None, **(self._variables | flags))
+
+
+def json_text(value: Any, options: dict[str, Any]) -> str:
+    """A slot's value as `tojson` writes it: an object whole, a string without its quotes."""
+    text = json.dumps(value, **options)
+    return text[1:-1] if isinstance(value, str) else text
+
+
+def either(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern for any of the texts, the longest first; one that matches nothing where there are none."""
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)")
+
+
+def _without_tags(text: str, tags: list[str]) -> str:
+    return re.sub(f"{TAG_OPEN}([0-9]+){CLOSE}", lambda match: tags[int(match[1])], text)
+
+
+def _rebuilt(value: Any) -> Any:
+    if not isinstance(value, tuple):
+        return value
+    kind, held = value
+    if kind == "sealed":
+        return Sealed(held)
+    if kind == "json":
+        return json.loads(held)
+    if kind == "list":
+        return [_rebuilt(item) for item in held]
+    return {key: _rebuilt(item) for key, item in held}
+
+
+def _looked_at(tree: nodes.Template) -> tuple[set[str], set[str], set[str]]:
+    """What a template searches texts for, the characters it strips off them, and what it compares whole texts with."""
+    searched: set[str] = set()
+    stripped: set[str] = set()
+    whole: set[str] = set()
+    for compare in tree.find_all(nodes.Compare):
+        if isinstance(compare.expr, nodes.Const) and any(operand.op in ("in", "notin") for operand in compare.ops):
+            searched.add(compare.expr.value)
+        whole |= {node.value for node in compare.find_all(nodes.Const)}
+    call: Any
+    for call in tree.find_all((nodes.Call, nodes.Filter)):
+        name = call.name if isinstance(call, nodes.Filter) else getattr(call.node, "attr", None)
+        texts = {arg.value for arg in call.args if isinstance(arg, nodes.Const)}
+        if name in _SEARCHES:
+            searched |= texts
+        elif name in _STRIPS:
+            stripped |= {char for text in texts if isinstance(text, str) for char in text}
+    is_text = (lambda value: isinstance(value, str) and value != "")  # noqa: E731
+    return set(filter(is_text, searched)), stripped, set(filter(is_text, whole))
