@@ -1,0 +1,170 @@
+"""Paths to bytes: what the user names in, checked files read as chunks of bytes out. No torch.
+
+Compressed input (gzip, zstd) is recognised by its first bytes, which cannot begin UTF-8 text, and not by its name. A file is
+read twice (once to choose lines, once to fetch them), so that it need not be in memory; the price is that a change between the
+passes must be an error, which size and modification time show, and that a pipe cannot be an input.
+"""
+
+import glob
+import gzip
+import io
+import os
+import stat
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+CHUNK = 1 << 19  # bytes; fits the L2 cache together with the masks of `lines.is_utf8`
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")  # what a folder is searched for
+MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+def expand(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that a path, a glob, a folder or a list of them names, in the order given.
+
+    A glob's and a folder's files (``*.jsonl``, ``*.jsonl.gz``, ``*.jsonl.zst``) come sorted by name.
+
+    Raises:
+        ValueError: where a value names no file, or an empty one.
+    """
+    given = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    if not given:
+        raise ValueError("no input file is given: name a file, a glob, a folder or a list of them")
+    files = [file for value in given for file in _expand_one(value)]
+    for file in files:
+        if file.is_file() and file.stat().st_size == 0:
+            raise ValueError(f"{file} is empty (0 bytes): was its download or export cut off? Make it again or leave it out")
+    return files
+
+
+def _expand_one(value: str | Path) -> list[Path]:
+    path = Path(value).expanduser()
+    if not str(value).strip():
+        raise ValueError(f"{str(value)!r} is not a path: name a file, a glob, a folder or a list of them")
+    if path.is_dir():
+        found = sorted(entry for entry in path.iterdir() if entry.name.endswith(SUFFIXES) and entry.is_file())
+        if not found:
+            raise ValueError(f"{path} is a folder without {', '.join('*' + suffix for suffix in SUFFIXES)}: name the file")
+        return found
+    if path.exists():
+        return [path]
+    if not glob.has_magic(str(path)):
+        raise ValueError(f"{value} does not exist (searched from {Path.cwd()}): check the path")
+    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if not os.path.isdir(name))
+    if not found:
+        raise ValueError(f"{value} matches no file (searched from {Path.cwd()}): check the pattern")
+    return found
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file as it was when first seen."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+    codec: str  # "plain", "gzip" or "zstd"
+
+    @classmethod
+    def of(cls, path: Path) -> "Source":
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{path} is not a regular file, and it has to be read twice: save its content to a file first")
+        with path.open("rb") as file:
+            head = file.read(4)
+        codec = next((name for magic, name in MAGIC.items() if head.startswith(magic)), "plain")
+        return cls(path=path, size=found.st_size, mtime_ns=found.st_mtime_ns, codec=codec)
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError where the file is no longer the one that was first seen."""
+        found = self.path.stat() if self.path.exists() else None
+        if found is None or (found.st_size, found.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise self.changed()
+
+    def changed(self) -> ValueError:
+        """The error to raise where the file turns out to be another."""
+        return ValueError(f"{self.path} changed while it was being read: wait until it is complete and start again")
+
+    def decompressed(self, raw: BinaryIO) -> BinaryIO:
+        """The content of ``raw``, this file opened unbuffered, as a stream."""
+        if self.codec == "gzip":
+            return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
+        if self.codec == "zstd":
+            return cast(BinaryIO, io.BufferedReader(_Zstd(self.path, raw), CHUNK))
+        return raw
+
+    def read(self, stream: BinaryIO, size: int) -> bytes:
+        """Up to ``size`` bytes, none only at the end. Damaged compressed data is a ValueError that names the file."""
+        try:
+            return stream.read(size)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(
+                f"{self.path} is damaged or cut off ({self.codec}: {error}): download or compress it again"
+            ) from error
+
+    def chunks(self, position: Callable[[int], None] | None = None) -> Iterator[bytes]:
+        """The content in pieces that split neither a code point nor ``\\r\\n``; ``position`` hears the bytes read from disk."""
+        held = b""
+        with self.path.open("rb", buffering=0) as raw:
+            stream = self.decompressed(cast(BinaryIO, raw))
+            while read := self.read(stream, CHUNK):
+                data = held + read if held else read
+                keep = len(data) - _unfinished(data)
+                data, held = (data, b"") if keep == len(data) else (data[:keep], data[keep:])
+                if data:
+                    yield data
+                if position is not None:
+                    position(raw.tell())
+        if held:
+            yield held
+        self.check_unchanged()
+
+
+def _unfinished(data: bytes) -> int:
+    """How many bytes at the end belong to a code point or a ``\\r\\n`` that the next piece may finish."""
+    if data[-1] == 0x0D:
+        return 1
+    for back in range(1, min(3, len(data)) + 1):
+        byte = data[-back]
+        if byte >= 0xC0:
+            return back if 2 + (byte >= 0xE0) + (byte >= 0xF0) > back else 0
+        if byte < 0x80:
+            return 0
+    return 0
+
+
+class _Zstd(io.RawIOBase):
+    """All frames of a zstd file. The package's own readers stop after the first frame, and at a cut-off end without a word."""
+
+    def __init__(self, path: Path, raw: BinaryIO) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise ValueError(f"{path} is zstd-compressed: `pip install zstandard`, or run `zstd -d` on it") from None
+        self._new_frame, self._error = zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
+        self._raw, self._frame = raw, cast(Any, None)
+        self._unread, self._ready = b"", memoryview(b"")  # compressed bytes past a frame's end; decompressed bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            block = self._unread or self._raw.read(1 << 14)
+            if not block:
+                if self._frame is not None:
+                    raise EOFError("the last frame is incomplete")
+                return 0
+            frame = self._frame = self._frame or self._new_frame()
+            try:
+                self._ready = memoryview(frame.decompress(block))
+            except self._error as error:
+                raise EOFError(str(error)) from error
+            self._unread = frame.unused_data if frame.eof else b""
+            if frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
