@@ -7,11 +7,12 @@ the rows that a loss needs: at 256 x 4 the output layer is a third of all arithm
 Names of parameters are the checkpoint's, so a state dict goes to and from a MiniMind file unchanged. Nothing but
 parameters is stored: rotary angles are computed from the positions once per forward and shared by the layers.
 The arithmetic is the original's, under autocast too: norms and rotations in fp32, results back in the input's type.
-Decoding with a cache lives in `generate.py`, on the parts that `Attention` exposes (`qkv`, `out`).
+Attention is a function handed to the layers (`attention.Attend`), so decoding with a cache stays in `generate.py`.
 
 Shapes: N tokens, D documents, C hidden size, H query heads, K key/value heads, E head dimension, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -35,14 +36,14 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine for each position, fp32, (..., 1, E / 2): one angle per pair, broadcast over heads."""
+    """Cosine and sine for each position, fp32, (N, 1, E / 2): one angle per pair, the same for all heads."""
     exponent = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angles = positions.float()[..., None, None] * (1.0 / theta**exponent)
+    angles = positions.float()[:, None, None] * (1.0 / theta**exponent)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (..., H, E), where dimension i is paired with i + E / 2 (the half-split form)."""
+    """Rotate (N, H, E), where dimension i is paired with i + E / 2 (the half-split form)."""
     left, right = x.chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).type_as(x)
 
@@ -59,19 +60,11 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(..., C) -> rotated queries (..., H, E), rotated keys (..., K, E), values (..., K, E)."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
-
-    def out(self, y: Tensor) -> Tensor:
-        """(..., H, E) -> (..., C)."""
-        return self.o_proj(y.flatten(-2))
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        return self.out(attend(*self.qkv(x, cos, sin)))
+        return self.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -139,15 +132,15 @@ class Transformer(nn.Module):
         """
         backend = attention_backend(input_ids.device, self.compute_dtype(), self.config.head_dim)
         attend = attention_over_documents(backend, cu_seqlens, max_length, len(input_ids))
-        cos, sin = self.rotary_angles(positions)
+        return self.run_layers(input_ids, positions, [attend] * self.config.num_hidden_layers)
+
+    def run_layers(self, input_ids: Tensor, positions: Tensor, attends: Sequence[Attend]) -> Tensor:
+        """`hidden` with the attention of every layer given: what `generate.py` puts its caches into."""
+        cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         x = self.model.embed_tokens(input_ids)  # (N, C)
-        for layer in self.model.layers:
+        for layer, attend in zip(self.model.layers, attends, strict=True):
             x = layer(x, cos, sin, attend)
         return self.model.norm(x)
-
-    def rotary_angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, (..., 1, E / 2), shared by all layers."""
-        return rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V), in the output layer's type; whoever takes a softmax wants ``.float()`` first."""

@@ -59,7 +59,7 @@ class ModelConfig:
         rope_theta: float = 1e6,
         tie_word_embeddings: bool = True,
     ) -> "ModelConfig":
-        """MiniMind-3 (2026): Qwen3's layers, queries and keys normalised; feed-forward width pi times the hidden size."""
+        """MiniMind-3 (2026): Qwen3's layers, with q/k norms; feed-forward width pi times the hidden size."""
         return cls(
             family="minimind3",
             vocab_size=vocab_size,
