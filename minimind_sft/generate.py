@@ -180,14 +180,14 @@ class _Decoder:
         attend = attention_over_documents("per_document", F.pad(ends, (1, 0)).int(), int(lengths.max()), len(input_ids))
         self.cache = _Cache(self.model.config.num_hidden_layers, lengths.to(self.device), int(lengths.max()))
         attends = [self.cache.record(layer, attend, row_of_token, positions) for layer in range(self.cache.layers)]
-        hidden = self.model.run_layers(input_ids, positions, attends)
+        hidden, _ = self.model.run_layers(input_ids, positions, attends)
         return hidden[(ends - 1).to(self.device)]
 
     def _feed(self, tokens: Tensor) -> Tensor:
         positions = self.cache.lengths.clone()
         self.cache.open_slot()
         attends = [self.cache.extend(layer) for layer in range(self.cache.layers)]
-        return self.model.run_layers(tokens, positions, attends)
+        return self.model.run_layers(tokens, positions, attends)[0]
 
     def _drop_finished(self) -> None:
         alive = [index for index, row in enumerate(self.rows) if row >= 0]

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimind_sft.attention import Attend, attention_backend, attention_over_documents
+from minimind_sft.attention import Attend, attention_backend, attention_over_documents, document_of_token
 from minimind_sft.model_config import ModelConfig as ModelConfig
+from minimind_sft.moe import AUX_SCOPES, FeedForward, MixtureOfExperts, Routing, balance_loss
 
 
 class RMSNorm(nn.Module):
@@ -67,30 +68,25 @@ class Attention(nn.Module):
         return self.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2))
 
 
-class FeedForward(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+        self.mlp: FeedForward | MixtureOfExperts
+        if config.num_experts:
+            self.mlp = MixtureOfExperts(config)
+        else:
+            self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> tuple[Tensor, Routing | None]:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, FeedForward):
+            return x + self.mlp(normed), None
+        y, routing = self.mlp(normed)
+        return x + y, routing
 
 
 class Backbone(nn.Module):
@@ -130,17 +126,42 @@ class Transformer(nn.Module):
         Returns:
             (N, C), in the type of the weights.
         """
+        return self._run(input_ids, positions, cu_seqlens, max_length)[0]
+
+    def hidden_and_balance(
+        self, input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor, max_length: int, *, aux_scope: str = "document"
+    ) -> tuple[Tensor, Tensor]:
+        """`hidden`, and the experts' balance loss as a sum over tokens (0 for a dense model); see `moe.balance_loss`.
+
+        Args:
+            input_ids: this and the next three as in `hidden`.
+            aux_scope: ``document``, or ``batch`` to take all tokens together, as the original MiniMind-3 does.
+        """
+        assert aux_scope in AUX_SCOPES, aux_scope
+        hidden, routings = self._run(input_ids, positions, cu_seqlens, max_length)
+        boundaries = cu_seqlens if aux_scope == "document" else cu_seqlens[[0, -1]]
+        documents = document_of_token(boundaries, len(input_ids)).to(input_ids.device)
+        return hidden, balance_loss(routings, self.config, documents, len(boundaries) - 1)
+
+    def _run(
+        self, input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor, max_length: int
+    ) -> tuple[Tensor, list[Routing]]:
         backend = attention_backend(input_ids.device, self.compute_dtype(), self.config.head_dim)
         attend = attention_over_documents(backend, cu_seqlens, max_length, len(input_ids))
         return self.run_layers(input_ids, positions, [attend] * self.config.num_hidden_layers)
 
-    def run_layers(self, input_ids: Tensor, positions: Tensor, attends: Sequence[Attend]) -> Tensor:
-        """`hidden` with the attention of every layer given: what `generate.py` puts its caches into."""
+    def run_layers(
+        self, input_ids: Tensor, positions: Tensor, attends: Sequence[Attend]
+    ) -> tuple[Tensor, list[Routing]]:
+        """Hidden states with the attention of every layer given (`generate.py` puts its caches there), and routings."""
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         x = self.model.embed_tokens(input_ids)  # (N, C)
+        routings = []
         for layer, attend in zip(self.model.layers, attends, strict=True):
-            x = layer(x, cos, sin, attend)
-        return self.model.norm(x)
+            x, routing = layer(x, cos, sin, attend)
+            if routing is not None:
+                routings.append(routing)
+        return self.model.norm(x), routings
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V), in the output layer's type; whoever takes a softmax wants ``.float()`` first."""

@@ -1,17 +1,42 @@
-"""Sizes and constants of a model, and what each family of MiniMind fixes.
+"""Sizes and constants of a model, what each family of MiniMind fixes, and how both are read off a checkpoint's shapes.
 
-Everything that the tensors of a checkpoint cannot say (eps, theta, how a width is divided into heads) stands here once.
+Most of a model's sizes can be read off its tensors. What cannot (how a width without q/k norms is divided into heads,
+how many experts a token gets, eps, theta) is the family's default, and whoever loads is told.
+
+| | minimind3 (2026) | minimind2 (2025) |
+|---|---|---|
+| layers of | Qwen3: q/k RMSNorm before the rotation | Llama |
+| heads, key/value heads | 8, 4 | 8, 2 |
+| eps | 1e-6 | 1e-5 |
+| feed-forward width | 64 ceil(pi C / 64) | 64 ceil(floor(8 C / 3) / 64) |
+| experts | 4, top-1, weights normalised | 4, top-2, weights normalised, and 1 shared |
+| balance loss | 0.0005 E sum(f p) | 0.1 E / k sum(f p) |
 """
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 FAMILIES = ("minimind3", "minimind2")
+AT_LEAST_ONE = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes of a model. `minimind3` and `minimind2` fill in what the family fixes.
+
+    Attributes:
+        intermediate_size: feed-forward width; of each expert where there are experts.
+        num_experts: experts that the router chooses from; 0 for a dense model.
+        num_experts_per_tok: how many it chooses.
+        num_shared_experts: experts that every token passes besides.
+        norm_topk_prob: divide the chosen experts' weights by their sum.
+        router_aux_loss_coef: weight of the balance loss, see `moe.py`.
 
     Raises:
         ValueError: for sizes that no model can have, naming them.
@@ -29,13 +54,18 @@ class ModelConfig:
     rope_theta: float
     tie_word_embeddings: bool
     qk_norm: bool
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    num_shared_experts: int = 0
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = 0.0
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"model family {self.family!r} is unknown; known are {', '.join(FAMILIES)}")
-        for name, value in vars(self).items():
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        for name in AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -43,6 +73,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even one")
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}; it must be 1 to {self.num_experts} (num_experts)"
+            )
 
     @classmethod
     def minimind3(
@@ -55,11 +89,12 @@ class ModelConfig:
         num_key_value_heads: int = 4,
         head_dim: int | None = None,
         intermediate_size: int | None = None,
-        rms_norm_eps: float = 1e-6,
-        rope_theta: float = 1e6,
         tie_word_embeddings: bool = True,
+        num_experts: int = 0,
+        num_experts_per_tok: int = 1,
+        router_aux_loss_coef: float = 5e-4,
     ) -> "ModelConfig":
-        """MiniMind-3 (2026): Qwen3's layers, with q/k norms; feed-forward width pi times the hidden size."""
+        """MiniMind-3 (2026); see the module's table."""
         return cls(
             family="minimind3",
             vocab_size=vocab_size,
@@ -69,10 +104,13 @@ class ModelConfig:
             num_key_value_heads=num_key_value_heads,
             head_dim=head_dim or _head_dim(hidden_size, num_attention_heads),
             intermediate_size=intermediate_size or 64 * math.ceil(hidden_size * math.pi / 64),
-            rms_norm_eps=rms_norm_eps,
-            rope_theta=rope_theta,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
             tie_word_embeddings=tie_word_embeddings,
             qk_norm=True,
+            num_experts=num_experts,
+            num_experts_per_tok=num_experts_per_tok if num_experts else 0,
+            router_aux_loss_coef=router_aux_loss_coef if num_experts else 0.0,
         )
 
     @classmethod
@@ -86,11 +124,13 @@ class ModelConfig:
         num_key_value_heads: int = 2,
         head_dim: int | None = None,
         intermediate_size: int | None = None,
-        rms_norm_eps: float = 1e-5,
-        rope_theta: float = 1e6,
         tie_word_embeddings: bool = True,
+        num_experts: int = 0,
+        num_experts_per_tok: int = 2,
+        num_shared_experts: int = 1,
+        router_aux_loss_coef: float = 0.1,
     ) -> "ModelConfig":
-        """MiniMind-2 (2025), the original recipe's: Llama's layers; feed-forward width 8/3 of the hidden size."""
+        """MiniMind-2 (2025), the original recipe's; see the module's table."""
         return cls(
             family="minimind2",
             vocab_size=vocab_size,
@@ -100,10 +140,15 @@ class ModelConfig:
             num_key_value_heads=num_key_value_heads,
             head_dim=head_dim or _head_dim(hidden_size, num_attention_heads),
             intermediate_size=intermediate_size or 64 * math.ceil(hidden_size * 8 // 3 / 64),
-            rms_norm_eps=rms_norm_eps,
-            rope_theta=rope_theta,
+            rms_norm_eps=1e-5,
+            rope_theta=1e6,
             tie_word_embeddings=tie_word_embeddings,
             qk_norm=False,
+            num_experts=num_experts,
+            num_experts_per_tok=num_experts_per_tok if num_experts else 0,
+            num_shared_experts=num_shared_experts if num_experts else 0,
+            norm_topk_prob=num_experts_per_tok > 1,  # a single expert keeps its probability as its weight
+            router_aux_loss_coef=router_aux_loss_coef if num_experts else 0.0,
         )
 
 
@@ -111,3 +156,87 @@ def _head_dim(hidden_size: int, num_attention_heads: int) -> int:
     if num_attention_heads < 1 or hidden_size % num_attention_heads:
         raise ValueError(f"hidden_size {hidden_size} cannot be shared evenly by {num_attention_heads} attention heads")
     return hidden_size // num_attention_heads
+
+
+def infer_config(
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    tied: bool,
+    family: str | None = None,
+    num_attention_heads: int | None = None,
+    num_key_value_heads: int | None = None,
+    num_experts_per_tok: int | None = None,
+) -> tuple[ModelConfig, tuple[str, ...]]:
+    """Sizes from the shapes of a MiniMind checkpoint.
+
+    Args:
+        shapes: of every tensor, by its canonical name.
+        tied: whether output layer and embedding are one.
+        family: what the user says it is; checked.
+        num_attention_heads: where there is no q_norm, shapes leave it open; by default 8.
+        num_key_value_heads: what the user says; checked.
+        num_experts_per_tok: shapes leave it open; by default the family's.
+
+    Returns:
+        The config, and for each thing left open what was taken, with the key that changes it where there is one.
+
+    Raises:
+        ValueError: shapes that are no MiniMind model's, or that contradict an argument. Says no file name.
+    """
+    layer = "model.layers.0."
+    vocab_size, hidden_size = _matrix(shapes, "model.embed_tokens.weight")
+    q_size, k_size = (_matrix(shapes, f"{layer}self_attn.{name}_proj.weight")[0] for name in "qk")
+    num_experts, num_shared_experts = (_count(shapes, f"{layer}mlp.{kind}.") for kind in ("experts", "shared_experts"))
+    feed_forward = "mlp.experts.0." if num_experts else "mlp."
+    q_norm = shapes.get(f"{layer}self_attn.q_norm.weight")
+    found_family = "minimind3" if q_norm else "minimind2"
+    _agree("model.family", family, found_family)
+    heads = num_attention_heads or (q_size // q_norm[0] if q_norm else 8)
+    head_dim = q_norm[0] if q_norm else q_size // heads
+    if head_dim < 1 or k_size % head_dim or q_size != heads * head_dim:
+        raise ValueError(
+            f"q_proj of {q_size} and k_proj of {k_size} rows cannot be divided into {heads} attention heads; "
+            "set model.num_attention_heads"
+        )
+    _agree("model.num_key_value_heads", num_key_value_heads, k_size // head_dim)
+    sizes: dict[str, Any] = {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": _count(shapes, "model.layers."),
+        "vocab_size": vocab_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": k_size // head_dim,
+        "head_dim": head_dim,
+        "intermediate_size": _matrix(shapes, f"{layer}{feed_forward}gate_proj.weight")[0],
+        "tie_word_embeddings": tied,
+        "num_experts": num_experts,
+    }
+    if num_experts and num_experts_per_tok is not None:
+        sizes["num_experts_per_tok"] = num_experts_per_tok
+    if found_family == "minimind3":
+        config = ModelConfig.minimind3(**sizes)
+    else:
+        config = ModelConfig.minimind2(**sizes, num_shared_experts=num_shared_experts)
+    taken = [] if q_norm or num_attention_heads else [f"{heads} attention heads (model.num_attention_heads)"]
+    if num_experts and num_experts_per_tok is None:
+        taken.append(f"{config.num_experts_per_tok} experts per token (model.num_experts_per_tok)")
+    return config, (*taken, f"eps {config.rms_norm_eps:g}", f"theta {config.rope_theta:g}")
+
+
+def _matrix(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int]:
+    shape = shapes.get(name, ())
+    if len(shape) != 2 or 0 in shape:
+        names = ", ".join([*sorted(shapes)[:8], *(["..."] if len(shapes) > 8 else [])])
+        raise ValueError(f"not a MiniMind model: no matrix {name}; the tensors are {names}")
+    return shape
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
+    """One more than the largest number that follows the prefix in any name."""
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    numbers = [int(match.group(1)) for name in shapes if (match := pattern.match(name))]
+    return max(numbers, default=-1) + 1
+
+
+def _agree(key: str, wanted: object, found: object) -> None:
+    if wanted is not None and wanted != found:
+        raise ValueError(f"{key} is {wanted}, but by its tensors it is {found}; leave {key} out")

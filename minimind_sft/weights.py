@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minimind_sft.model import Transformer
-from minimind_sft.model_config import ModelConfig
+from minimind_sft.model_config import ModelConfig, infer_config
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -55,12 +55,18 @@ class Loaded:
         """One line: family, parameters, layers, heads, type, file, hash, and the defaults taken."""
         config = self.config
         parameters = sum(tensor.numel() for tensor in self.state_dict.values())
-        line = (
-            f"{config.family}, {parameters / 1e6:.2f} M parameters, {config.num_hidden_layers} layers of "
-            f"{config.hidden_size}, {config.num_attention_heads} heads ({config.num_key_value_heads} kv), "
-            f"vocabulary {config.vocab_size}, head {'tied' if config.tie_word_embeddings else 'untied'}, "
-            f"{self.dtype}, {self.path}, sha256 {self.sha256[:12]}"
+        parts = (
+            f"{config.family}{_experts(config)}",
+            f"{parameters / 1e6:.2f} M parameters",
+            f"{config.num_hidden_layers} layers of {config.hidden_size}",
+            f"{config.num_attention_heads} heads ({config.num_key_value_heads} kv)",
+            f"vocabulary {config.vocab_size}",
+            f"head {'tied' if config.tie_word_embeddings else 'untied'}",
+            self.dtype,
+            str(self.path),
+            f"sha256 {self.sha256[:12]}",
         )
+        line = ", ".join(parts)
         return line + (f"; taken as default: {', '.join(self.defaults)}" if self.defaults else "")
 
 
@@ -70,6 +76,7 @@ def load(
     family: str | None = None,
     num_attention_heads: int | None = None,
     num_key_value_heads: int | None = None,
+    num_experts_per_tok: int | None = None,
 ) -> Loaded:
     """Read a checkpoint, or the only one in a folder.
 
@@ -78,6 +85,7 @@ def load(
         family: ``minimind3`` or ``minimind2``; by default told by the presence of `q_norm`.
         num_attention_heads: where there is no `q_norm`, tensors do not say; MiniMind's is 8.
         num_key_value_heads: checked against the tensors, which do say once the heads are known.
+        num_experts_per_tok: tensors do not say; MiniMind-3's is 1, MiniMind-2's 2.
 
     Raises:
         ValueError: naming the file and what is wrong with it: missing, empty, truncated, not a checkpoint, holding
@@ -88,7 +96,17 @@ def load(
     tensors = _canonical_names(tensors, path)
     defaults: tuple[str, ...] = ()
     if config is None:
-        config, defaults = _infer_config(tensors, path, family, num_attention_heads, num_key_value_heads)
+        try:
+            config, defaults = infer_config(
+                {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+                tied=HEAD not in tensors or torch.equal(tensors[HEAD], tensors.get(EMBEDDING, torch.empty(0))),
+                family=family,
+                num_attention_heads=num_attention_heads,
+                num_key_value_heads=num_key_value_heads,
+                num_experts_per_tok=num_experts_per_tok,
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     _check(tensors, config, path)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     if config.tie_word_embeddings:
@@ -120,10 +138,15 @@ def load_model(
     family: str | None = None,
     num_attention_heads: int | None = None,
     num_key_value_heads: int | None = None,
+    num_experts_per_tok: int | None = None,
 ) -> tuple[Transformer, Loaded]:
     """`load`, then `build`."""
     loaded = load(
-        source, family=family, num_attention_heads=num_attention_heads, num_key_value_heads=num_key_value_heads
+        source,
+        family=family,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_key_value_heads,
+        num_experts_per_tok=num_experts_per_tok,
     )
     return build(loaded), loaded
 
@@ -269,64 +292,6 @@ def _canonical_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Ten
     return renamed
 
 
-def _infer_config(
-    tensors: Mapping[str, Tensor],
-    path: Path,
-    family: str | None,
-    num_attention_heads: int | None,
-    num_key_value_heads: int | None,
-) -> tuple[ModelConfig, tuple[str, ...]]:
-    """Sizes from tensors; where they leave a choice, the argument, else MiniMind's default and a word about it."""
-    first = "model.layers.0."
-    needed = [EMBEDDING, *(first + name for name in ("self_attn.q_proj.weight", "self_attn.k_proj.weight"))]
-    needed.append(f"{first}mlp.gate_proj.weight")
-    absent = [name for name in needed if name not in tensors or tensors[name].ndim != 2]
-    if absent:
-        raise ValueError(
-            f"{path} does not hold a MiniMind model: no matrix {_listing(absent)}; it has {_listing(sorted(tensors))}"
-        )
-    vocab_size, hidden_size = tensors[EMBEDDING].shape
-    q_size, k_size, intermediate_size = (len(tensors[name]) for name in needed[1:])
-    q_norm = tensors.get(f"{first}self_attn.q_norm.weight")
-    found_family = "minimind2" if q_norm is None else "minimind3"
-    if family not in (None, found_family):
-        raise ValueError(f"{path} is {found_family} by its tensors, but model.family says {family}")
-    defaults = []
-    if q_norm is not None:
-        heads = q_size // len(q_norm)
-        if num_attention_heads not in (None, heads):
-            raise ValueError(
-                f"{path} has {heads} attention heads, but model.num_attention_heads is {num_attention_heads}"
-            )
-    else:
-        heads = num_attention_heads or 8
-        if num_attention_heads is None:
-            defaults.append("8 attention heads (model.num_attention_heads)")
-    head_dim = len(q_norm) if q_norm is not None else q_size // heads
-    if head_dim < 1 or q_size % heads or k_size % head_dim or q_size != heads * head_dim:
-        raise ValueError(
-            f"{path}: q_proj of {q_size} and k_proj of {k_size} rows cannot be divided into {heads} attention heads; "
-            "set model.num_attention_heads"
-        )
-    if num_key_value_heads not in (None, k_size // head_dim):
-        raise ValueError(
-            f"{path} has {k_size // head_dim} key/value heads, but model.num_key_value_heads is {num_key_value_heads}"
-        )
-    numbers = [int(match.group(1)) for name in tensors if (match := re.match(r"model\.layers\.(\d+)\.", name))]
-    make = ModelConfig.minimind2 if q_norm is None else ModelConfig.minimind3
-    config = make(
-        hidden_size=hidden_size,
-        num_hidden_layers=max(numbers) + 1,
-        vocab_size=vocab_size,
-        num_attention_heads=heads,
-        num_key_value_heads=k_size // head_dim,
-        head_dim=head_dim,
-        intermediate_size=intermediate_size,
-        tie_word_embeddings=HEAD not in tensors or torch.equal(tensors[HEAD], tensors[EMBEDDING]),
-    )
-    return config, (*defaults, f"eps {config.rms_norm_eps:g}", f"theta {config.rope_theta:g}")
-
-
 def _check(tensors: Mapping[str, Tensor], config: ModelConfig, path: Path) -> None:
     """Exactly the tensors of the model, all of them numbers; else one error that lists what is wrong."""
     with torch.device("meta"):
@@ -348,6 +313,11 @@ def _check(tensors: Mapping[str, Tensor], config: ModelConfig, path: Path) -> No
         raise ValueError(
             f"{path} does not fit {config.family} of hidden size {config.hidden_size}: {_listing(problems)}"
         )
+
+
+def _experts(config: ModelConfig) -> str:
+    shared = f" and {config.num_shared_experts} shared" if config.num_shared_experts else ""
+    return f" MoE (top {config.num_experts_per_tok} of {config.num_experts}{shared})" if config.num_experts else ""
 
 
 def _listing(items: list[str]) -> str:
