@@ -1,0 +1,282 @@
+"""(seed, epoch) -> windows -> micro-batches; documents -> Batch.
+
+A *window* is what one optimizer step learns from: the next `batch_size * accumulate * ranks` documents of the epoch's
+order. It is dealt into exactly `accumulate` micro-batches per rank, also where the last window is short, so that
+Lightning's accumulation stays in phase, and so that token counts are even: the longest document goes first, always to the
+micro-batch that holds the fewest tokens (the LPT rule). Nothing is padded: a micro-batch is whole documents laid end to
+end, and `cu_seqlens` says where each one begins.
+
+Everything here is a pure function of (seed, epoch): no state to save, and a resumed run sees the same documents in the
+same micro-batches. What is drawn at random per document (whether an empty think block stays) is drawn while planning.
+
+Shapes: D documents, N tokens of a micro-batch, W windows of an epoch.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from minimind_sft.corpus import OPTIONAL, SUPERVISED, Store
+
+if TYPE_CHECKING:  # planning needs no torch; only a finished Batch does
+    from torch import Tensor
+
+IGNORE = -100
+
+
+class Batch(NamedTuple):
+    """Whole documents end to end, in one row of N tokens.
+
+    `labels[t]` is the target for `input_ids[t]` (already shifted), or -100; a document's last label is always -100.
+    """
+
+    input_ids: Tensor  # (N,) int64
+    labels: Tensor  # (N,) int64
+    positions: Tensor  # (N,) int64, from 0 in each document
+    cu_seqlens: Tensor  # (D + 1,) int32
+    max_length: int
+
+
+class MicroBatch(NamedTuple):
+    """One rank's share of a window between two calls of backward."""
+
+    batch: Batch
+    targets: Tensor  # (M,) int64: where batch.labels is not -100; found on the host, so that the device need not be asked
+    window_targets: int  # supervised tokens of the whole window, over all micro-batches and ranks
+    target_bytes: int = 0  # bytes of text behind the targets; counted for evaluation only
+
+
+def pack(rows: list[tuple[np.ndarray, np.ndarray]], window_targets: int = 0) -> MicroBatch:
+    """Lay documents end to end.
+
+    Args:
+        rows: per document its token ids and whether each one is supervised, both (L,). No rows give one token without a
+            target, so that a rank without documents still takes part in every collective call.
+        window_targets: see `MicroBatch`; 0 stands for these rows' own number of targets.
+    """
+    import torch
+
+    rows = rows or [(np.zeros(1, np.int64), np.zeros(1, bool))]
+    lengths = [len(ids) for ids, _ in rows]
+    ends = np.cumsum([0, *lengths])
+    input_ids = np.empty(ends[-1], np.int64)
+    labels = np.full(ends[-1], IGNORE, np.int64)
+    positions = np.empty(ends[-1], np.int64)
+    for start, (ids, supervised) in zip(ends, rows, strict=False):
+        end = start + len(ids)
+        input_ids[start:end] = ids
+        labels[start : end - 1] = np.where(supervised[1:], ids[1:], IGNORE)
+        positions[start:end] = np.arange(len(ids))
+    targets = np.flatnonzero(labels != IGNORE)
+    batch = Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        positions=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
+        max_length=max(lengths),
+    )
+    return MicroBatch(batch, torch.from_numpy(targets), window_targets or len(targets))
+
+
+class Documents:
+    """A store seen through `max_length`: which documents can be learned from, and how long each one is.
+
+    Cutting (`truncate_right`) happens here, not in the store, so that another `max_length` needs no new tokenization.
+
+    Attributes:
+        index: (D,) the store's numbers of the documents that hold a target within `max_length`, in the store's order.
+        nothing_to_learn: numbers of those that hold none; they are left out.
+        cut: how many of `index` are longer than `max_length`.
+        targets_lost: share of the supervised tokens that lie beyond `max_length`, in [0, 1].
+    """
+
+    def __init__(self, store: Store, *, max_length: int) -> None:
+        if max_length < 2:
+            raise ValueError(f"data.max_length is {max_length}; a document needs at least 2 tokens to have a target")
+        self.store, self.max_length = store, max_length
+        everything = np.arange(len(store))
+        kept = np.ones(len(store), bool)
+        _, targets = self._sizes(everything, kept)
+        self.index = everything[targets > 0]
+        self.nothing_to_learn = everything[targets == 0]
+        lengths, uncut = self._sizes(everything, kept, max_length=np.iinfo(np.int32).max)
+        self.cut = int((lengths[self.index] > max_length).sum())
+        self.targets_lost = 1.0 - float(targets.sum()) / max(1.0, float(uncut.sum()))
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def sizes(self, keep_optional: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and targets of every document.
+
+        Args:
+            keep_optional: (D,) bool, whether a document's optional spans stay.
+
+        Returns:
+            lengths (D,) and targets (D,), int64, after leaving out and cutting.
+        """
+        return self._sizes(self.index, keep_optional)
+
+    def row(self, number: int, keep_optional: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids (L,) and supervised flags (L,) of document `number` of `index`, cut to `max_length`."""
+        ids, flags = self.store.document(int(self.index[number]))
+        if not keep_optional and (flags & OPTIONAL).any():
+            stays = (flags & OPTIONAL) == 0
+            ids, flags = ids[stays], flags[stays]
+        return ids[: self.max_length].astype(np.int64), (flags[: self.max_length] & SUPERVISED) != 0
+
+    def _sizes(
+        self, index: np.ndarray, keep: np.ndarray, max_length: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        limit = self.max_length if max_length is None else max_length
+        spans, owner = self.store.spans_of(index)  # (S,) numbers of spans, (S,) which of `index` each one belongs to
+        flags = self.store.span_flags[spans]
+        size = self.store.span_lengths[spans].astype(np.int64)
+        size[((flags & OPTIONAL) != 0) & ~keep[owner]] = 0
+        running = np.cumsum(size)
+        before = np.concatenate([[0], np.bincount(owner, size, len(index)).astype(np.int64).cumsum()])[owner]
+        end = np.minimum(running - before, limit)
+        start = np.minimum(running - before - size, limit)
+        supervised = (flags & SUPERVISED) != 0
+        targets = np.where(supervised, end - np.maximum(start, 1), 0).clip(min=0)  # nothing predicts a first token
+        lengths = np.minimum(np.bincount(owner, size, len(index)), limit).astype(np.int64)
+        return lengths, np.bincount(owner, targets, len(index)).astype(np.int64)
+
+
+class Epoch:
+    """One pass over the documents: their order, what was drawn for each, and its windows.
+
+    Attributes:
+        window_targets: (W,) supervised tokens of each window, over all ranks.
+        window_tokens: (W,) all its tokens.
+    """
+
+    def __init__(self, plan: Plan, number: int) -> None:
+        self.plan = plan
+        documents = plan.documents
+        count = len(documents)
+        self.order = np.random.default_rng([plan.seed, number, 0]).permutation(count) if plan.shuffle else np.arange(count)
+        self.keep = np.random.default_rng([plan.seed, number, 1]).random(count) < plan.empty_think_ratio
+        self.lengths, self.targets = documents.sizes(self.keep)
+        starts = np.arange(0, count, plan.window_size)
+        self.window_targets = np.add.reduceat(self.targets[self.order], starts)
+        self.window_tokens = np.add.reduceat(self.lengths[self.order], starts)
+        self.deal = lru_cache(maxsize=1)(self._deal)
+
+    def _deal(self, window: int) -> list[list[int]]:
+        """Documents of each of the window's `accumulate * ranks` micro-batches, the fullest first."""
+        plan = self.plan
+        members = self.order[window * plan.window_size : (window + 1) * plan.window_size]
+        members = members[np.argsort(-self.lengths[members], kind="stable")]
+        heap: list[tuple[int, int]] = [(0, share) for share in range(plan.accumulate * plan.ranks)]
+        shares: list[list[int]] = [[] for _ in heap]
+        for document, length in zip(members.tolist(), self.lengths[members].tolist(), strict=True):
+            tokens, share = heap[0]
+            shares[share].append(document)
+            heapq.heapreplace(heap, (tokens + length, share))
+        return sorted(shares, key=self.tokens_of, reverse=True)
+
+    def tokens_of(self, documents: list[int]) -> int:
+        """Tokens of a micro-batch of these documents."""
+        return int(self.lengths[documents].sum())
+
+
+class Plan:
+    """Which documents every rank sees in every micro-batch of every epoch.
+
+    Args:
+        documents: what there is to learn from.
+        batch_size: documents per micro-batch in the mean; micro-batches are even in tokens, not in documents.
+        accumulate: micro-batches per rank and window.
+        ranks: processes.
+        seed: of the order and of what is drawn per document.
+        shuffle: a new order each epoch; else the order of the store, each time.
+        empty_think_ratio: share of the documents, drawn anew each epoch, that keep their empty think blocks.
+        max_tokens_per_batch: bound on a micro-batch's tokens, or None.
+
+    Raises:
+        ValueError: nothing to learn from; a window that cannot be dealt within `max_tokens_per_batch`.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        *,
+        batch_size: int,
+        accumulate: int = 1,
+        ranks: int = 1,
+        seed: int = 42,
+        shuffle: bool = True,
+        empty_think_ratio: float = 0.2,
+        max_tokens_per_batch: int | None = None,
+    ) -> None:
+        if not len(documents):
+            raise ValueError("no document has a supervised token within data.max_length; nothing can be learned")
+        if batch_size < 1:
+            raise ValueError(f"data.batch_size is {batch_size}; it counts conversations and must be at least 1")
+        if not 0.0 <= empty_think_ratio <= 1.0:
+            raise ValueError(f"data.empty_think_ratio is {empty_think_ratio}; it is a share between 0 and 1")
+        self.documents, self.seed, self.shuffle = documents, seed, shuffle
+        self.batch_size, self.accumulate, self.ranks = batch_size, accumulate, ranks
+        self.window_size = batch_size * accumulate * ranks
+        self.empty_think_ratio = empty_think_ratio
+        self.max_tokens_per_batch = max_tokens_per_batch
+        self.windows = math.ceil(len(documents) / self.window_size)
+        self.epoch = lru_cache(maxsize=2)(self._epoch)
+
+    def _epoch(self, number: int) -> Epoch:
+        epoch = Epoch(self, number)
+        if self.max_tokens_per_batch is not None:
+            self._check_bound(epoch)
+        return epoch
+
+    def _check_bound(self, epoch: Epoch) -> None:
+        bound = self.max_tokens_per_batch
+        assert bound is not None
+        worst = max(range(self.windows), key=lambda window: epoch.tokens_of(epoch.deal(window)[0]))
+        need = epoch.tokens_of(epoch.deal(worst)[0])
+        if need <= bound:
+            return
+        longest = int(epoch.lengths.max())
+        factor = math.ceil(need / bound)
+        remedy = (
+            f"raise trainer.accumulate_grad_batches to {self.accumulate * factor} and lower data.batch_size to "
+            f"{max(1, self.batch_size // factor)} (the same window)"
+            if longest <= bound
+            else f"lower data.max_length (the longest document has {longest} tokens)"
+        )
+        raise ValueError(
+            f"data.max_tokens_per_batch is {bound}, but window {worst} needs a micro-batch of {need} tokens; "
+            f"{remedy}, or raise data.max_tokens_per_batch"
+        )
+
+    def micro_batch(self, epoch_number: int, position: int, rank: int) -> MicroBatch:
+        """What `rank` sees at `position` (counted in micro-batches) of an epoch."""
+        epoch = self.epoch(epoch_number)
+        window, share = divmod(position, self.accumulate)
+        members = epoch.deal(window)[share * self.ranks + rank]
+        rows = [self.documents.row(number, bool(epoch.keep[number])) for number in members]
+        return pack(rows, int(epoch.window_targets[window]))
+
+    def window_documents(self, epoch_number: int, window: int) -> np.ndarray:
+        """The store's numbers of a window's documents, for messages that name them."""
+        start = window * self.window_size
+        return self.documents.index[self.epoch(epoch_number).order[start : start + self.window_size]]
+
+
+def in_order(lengths: np.ndarray, *, max_tokens: int) -> list[list[int]]:
+    """Documents for evaluation, by falling length, in groups of at most `max_tokens` tokens (or one document)."""
+    groups: list[list[int]] = []
+    tokens = max_tokens + 1
+    for document in np.argsort(-lengths, kind="stable").tolist():
+        if tokens + lengths[document] > max_tokens:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(document)
+        tokens += int(lengths[document])
+    return groups

@@ -1,0 +1,133 @@
+"""Checkpoints that are never half there.
+
+A file is written under a temporary name, forced to disk and then renamed, so whatever `last.ckpt` is, it is whole. `best`
+is the reading with the lowest validation loss after step 0. Where both fall on one step, the state is written once and
+linked. Our own callback instead of Lightning's ModelCheckpoint, which forgets its best score when the folder moves and
+does not know about optimizer steps.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+if TYPE_CHECKING:
+    from minimind_sft.callbacks import Measure
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Temporary name, fsync, rename."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write `checkpoint` to `path`.
+
+        Raises:
+            ValueError: the disk is full or the folder cannot be written; what was there before is untouched.
+        """
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+            _sync_folder(target.parent)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            raise ValueError(
+                f"cannot write the checkpoint {target} ({error}); the earlier checkpoints are whole. Free space or set "
+                "run_dir to another disk, then go on with --ckpt_path last"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint, without running code that it might hold.
+
+        Raises:
+            ValueError: the file is damaged; names the checkpoints beside it that can be read.
+        """
+        try:
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True)  # type: ignore[no-any-return]
+        except Exception as error:
+            whole = [str(other) for other in sorted(Path(path).parent.glob("*.ckpt")) if _readable(other)]
+            raise ValueError(
+                f"the checkpoint {path} cannot be read ({str(error).splitlines()[0]}). Whole ones beside it: "
+                f"{', '.join(whole) or 'none'}"
+            ) from error
+
+
+def _readable(path: Path) -> bool:
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:
+        return False
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename outlive a power cut; not every file system lets a folder be opened."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def link(existing: Path, name: str) -> None:
+    """Give a checkpoint a second name in its folder, at once or not at all."""
+    temporary = existing.with_name(f".{name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(existing, temporary)
+    except OSError:  # the file system has no links
+        shutil.copyfile(existing, temporary)
+    os.replace(temporary, existing.with_name(name))
+    _sync_folder(existing.parent)
+
+
+class Checkpoints(Checkpoint):
+    """Writes `last.ckpt` every `save_every` steps and after the last one, `best.ckpt` whenever a reading is the best yet.
+
+    Args:
+        folder: where they go.
+        measure: tells the best reading.
+    """
+
+    def __init__(self, folder: Path, measure: Measure) -> None:
+        self.folder, self.measure = folder, measure
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step = trainer.global_step
+        names = []
+        if step % self.measure.intervals.save_every == 0 or step == pl_module.total_steps:
+            names.append(LAST)
+        if self.measure.best is not None and self.measure.best.step == step:
+            names.append(BEST)
+        if names:
+            self.save(trainer, names)
+
+    def save(self, trainer: pl.Trainer, names: list[str]) -> None:
+        """Write the state once, under each of these names; every row of the metrics is on disk before."""
+        for logger in trainer.loggers:
+            logger.save()
+        path = self.folder / names[0]
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            for name in names[1:]:
+                link(path, name)

@@ -1,0 +1,259 @@
+"""Lines -> tokenized documents, in a memory-mapped store that is cached on disk.
+
+A store is a folder of flat arrays: the token ids of all documents end to end, the spans they are made of, and where each
+document came from. Reading it costs no parsing and next to no memory, whatever its size; the second run with the same
+data starts from it. Documents are stored whole: cutting to `max_length` and leaving out an empty think block are views
+(`batching.Documents`), so that neither needs a new tokenization.
+
+The name of a store in the cache is a hash of everything that its content depends on: the bytes of the input files, what
+was selected from them, the tokenizer with its template, the format options and `FORMAT_VERSION`. A stale store is thus
+never found. It is built under a temporary name and then moved, so a killed build leaves nothing that could be mistaken
+for a store.
+
+Every line ends as a document or as a rejection with a reason: `len(store) + sum(store.rejected.values())` is the number
+of lines that came in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minimind_sft.chat import ChatTemplate, Span
+from minimind_sft.formats import Conversation, PlainText, Rejected, parse
+from minimind_sft.sampling import Line
+
+FORMAT_VERSION = 1
+SUPERVISED, OPTIONAL = 1, 2  # bits of a span's flags
+
+_RENDER_TOGETHER = 512  # conversations per call of the tokenizer
+_ARRAYS = {
+    "offsets": "q",  # (D + 1,) where each document begins in ids
+    "span_offsets": "q",  # (D + 1,) where each document's spans begin
+    "span_lengths": "i",  # (S,) tokens
+    "span_flags": "B",  # (S,) SUPERVISED | OPTIONAL
+    "line_files": "H",  # (D,) index into meta["files"]
+    "line_numbers": "q",  # (D,) from 1
+    "sources": "H",  # (D,) index into meta["sources"]
+    "hashes": "Q",  # (D,) of the tokens and their flags
+}
+
+
+class Store:
+    """Tokenized documents in a folder, read through a memory map.
+
+    Attributes:
+        ids: (T,) token ids of all documents, uint16 or uint32.
+        offsets, span_offsets, span_lengths, span_flags, line_files, line_numbers, sources, hashes: see `_ARRAYS`.
+        rejected: lines that became no document, counted by reason.
+        meta: what the builder noted (`files`, `sources`, and its own `note`).
+    """
+
+    offsets: np.ndarray
+    span_offsets: np.ndarray
+    span_lengths: np.ndarray
+    span_flags: np.ndarray
+    line_files: np.ndarray
+    line_numbers: np.ndarray
+    sources: np.ndarray
+    hashes: np.ndarray
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.rejected: dict[str, int] = self.meta["rejected"]
+        for name in _ARRAYS:
+            setattr(self, name, np.load(folder / f"{name}.npy", mmap_mode="r"))
+        # an empty file cannot be mapped
+        path, dtype = folder / "ids.bin", np.dtype(self.meta["dtype"])
+        self.ids: np.ndarray = np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
+
+    def __len__(self) -> int:
+        return len(self.line_numbers)
+
+    def document(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids (L,) and the flags of each token's span (L,)."""
+        start, end = self.offsets[number], self.offsets[number + 1]
+        first, last = self.span_offsets[number], self.span_offsets[number + 1]
+        return self.ids[start:end], np.repeat(self.span_flags[first:last], self.span_lengths[first:last])
+
+    def spans_of(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the spans of these documents (S,), in order, and which place in `index` owns each one (S,)."""
+        first = np.asarray(self.span_offsets)[index]
+        count = np.asarray(self.span_offsets)[index + 1] - first
+        owner = np.repeat(np.arange(len(index)), count)
+        within = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
+        return first[owner] + within, owner
+
+    def where(self, number: int) -> str:
+        """`file:line` of a document, for messages."""
+        return f"{self.meta['files'][self.line_files[number]]}:{self.line_numbers[number]}"
+
+    def rejections(self) -> Iterator[dict[str, Any]]:
+        """Every rejected line: `file`, `line`, `reason`, `detail`."""
+        with open(self.folder / "rejected.jsonl", encoding="utf-8") as file:
+            for row in file:
+                yield json.loads(row)
+
+
+class _Writer:
+    """Collects documents in a folder; see `build`."""
+
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        self.folder = folder
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        self.arrays = {name: array(code) for name, code in _ARRAYS.items()}
+        self.arrays["offsets"].append(0)
+        self.arrays["span_offsets"].append(0)
+        self.files: dict[str, int] = {}
+        self.sources: dict[str, int] = {}
+        self.rejected: Counter[str] = Counter()
+        self.ids = open(folder / "ids.bin", "wb")  # noqa: SIM115 (closed by finish)
+        self.refusals = open(folder / "rejected.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+
+    def add(self, line: Line, spans: list[Span], source: str | None) -> None:
+        spans = [span for span in spans if span.ids]
+        ids = np.fromiter((token for span in spans for token in span.ids), self.dtype)
+        flags = [SUPERVISED * span.supervised | OPTIONAL * span.optional for span in spans]
+        arrays = self.arrays
+        arrays["offsets"].append(arrays["offsets"][-1] + len(ids))
+        arrays["span_offsets"].append(arrays["span_offsets"][-1] + len(spans))
+        arrays["span_lengths"].extend(len(span.ids) for span in spans)
+        arrays["span_flags"].extend(flags)
+        arrays["line_files"].append(self.files.setdefault(line.file, len(self.files)))
+        arrays["line_numbers"].append(line.number)
+        arrays["sources"].append(self.sources.setdefault(source or "", len(self.sources)))
+        digest = hashlib.blake2b(ids.tobytes(), digest_size=8)
+        digest.update(repr([(len(span.ids), flag) for span, flag in zip(spans, flags, strict=True)]).encode())
+        arrays["hashes"].append(int.from_bytes(digest.digest(), "little"))
+        self.ids.write(ids.tobytes())
+
+    def reject(self, line: Line, why: Rejected) -> None:
+        self.rejected[why.reason] += 1
+        row = {"file": line.file, "line": line.number, "reason": why.reason, "detail": why.detail}
+        self.refusals.write(json.dumps(row, ensure_ascii=True) + "\n")
+
+    def finish(self, note: dict[str, Any]) -> None:
+        self.ids.close()
+        self.refusals.close()
+        for name, values in self.arrays.items():
+            np.save(self.folder / f"{name}.npy", np.frombuffer(values, values.typecode) if values else np.zeros(0, values.typecode))
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "dtype": self.dtype.name,
+            "files": list(self.files),
+            "sources": list(self.sources),
+            "rejected": dict(self.rejected.most_common()),
+            "note": note,
+        }
+        (self.folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def build(
+    folder: Path,
+    lines: Iterable[Line],
+    *,
+    template: ChatTemplate,
+    format: str = "auto",
+    document_format: str = "minimind3",
+    note: Callable[[], dict[str, Any]] = dict,
+    progress: Callable[[int], None] = lambda lines: None,
+) -> None:
+    """Tokenize lines into a new store.
+
+    Args:
+        folder: an existing empty folder.
+        lines: what to tokenize, in the order in which the documents shall lie.
+        template: tokenizer and chat template.
+        format: of the lines, see `formats.parse`.
+        document_format: how a raw text is framed, see `ChatTemplate.document`.
+        note: called at the end; what it returns is kept in `meta["note"]`.
+        progress: called with the number of lines done so far.
+    """
+    writer = _Writer(folder, template.vocab_size)
+    pending: list[tuple[Line, Conversation]] = []
+    done = 0
+
+    def flush() -> None:
+        for (line, conversation), spans in zip(pending, _render([c for _, c in pending], template), strict=True):
+            if isinstance(spans, Rejected):
+                writer.reject(line, spans)
+            else:
+                writer.add(line, spans, None)
+        pending.clear()
+
+    for line in lines:
+        try:
+            parsed = parse(line.text, format=format)
+        except Rejected as why:
+            writer.reject(line, why)
+            parsed = None
+        if isinstance(parsed, Conversation):
+            pending.append((line, parsed))
+        elif isinstance(parsed, PlainText):
+            flush()  # keeps the order of the lines
+            writer.add(line, template.document(parsed.text, format=document_format), parsed.source)
+        done += 1
+        if len(pending) == _RENDER_TOGETHER:
+            flush()
+        if done % _RENDER_TOGETHER == 0:
+            progress(done)
+    flush()
+    progress(done)
+    writer.finish(note())
+
+
+def _render(conversations: list[Conversation], template: ChatTemplate) -> list[list[Span] | Rejected]:
+    try:
+        return list(template.render_many(conversations))
+    except Rejected:  # one of them; the others must not suffer
+        results: list[list[Span] | Rejected] = []
+        for conversation in conversations:
+            try:
+                results.append(template.render(conversation))
+            except Rejected as why:
+                results.append(why)
+        return results
+
+
+def open_or_build(cache: Path, key: dict[str, Any], make: Callable[[Path], None]) -> Store:
+    """The store that `key` describes: from the cache, or made now.
+
+    Two processes that make the same store do not disturb each other: each builds under a name of its own, and the
+    second one to finish discards its copy.
+
+    Args:
+        cache: folder of all stores.
+        key: everything that the content depends on, as JSON.
+        make: fills an empty folder.
+
+    Raises:
+        ValueError: the cache folder cannot be written.
+    """
+    name = hashlib.sha256(json.dumps([FORMAT_VERSION, key], sort_keys=True).encode()).hexdigest()[:24]
+    folder = cache / name
+    if not (folder / "meta.json").is_file():
+        temporary = cache / f"{name}.{os.getpid()}.tmp"
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            raise ValueError(f"cannot write the cache folder {cache} ({error.strerror}); set data.cache_dir to another") from error
+        try:
+            make(temporary)
+            try:
+                os.replace(temporary, folder)
+            except OSError:
+                if not (folder / "meta.json").is_file():
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return Store(folder)

@@ -1,0 +1,108 @@
+"""Where things lie: paths as a user writes them, the cache folder, and what is known of an input file.
+
+A path in a YAML means the current folder first and then the project's, so that `configs/sft.yaml` runs from anywhere.
+Hashing gigabytes at every start would cost a second each, so the hash of a file is remembered with its size, inode and
+times of change.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minimind_sft import sampling
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def default_cache() -> Path:
+    """`$XDG_CACHE_HOME/minimind_sft`, or `~/.cache/minimind_sft`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimind_sft"
+
+
+def resolve(path: str | Path) -> Path:
+    """A path against the current folder, then against the project; unchanged where neither has it."""
+    path = Path(path).expanduser()
+    if path.is_absolute() or _there(path) or not _there(PROJECT / path):
+        return path
+    return PROJECT / path
+
+
+def _there(pattern: Path) -> bool:
+    if pattern.exists():
+        return True
+    root = Path(pattern.anchor) if pattern.is_absolute() else Path()
+    relative = pattern.relative_to(root) if pattern.is_absolute() else pattern
+    return any(sign in str(pattern) for sign in "*?[") and next(root.glob(str(relative)), None) is not None
+
+
+class Facts(NamedTuple):
+    """What a file holds."""
+
+    sha256: str  # of the bytes on disk
+    text_bytes: int  # uncompressed
+
+
+class Files:
+    """Input files by name, with their facts remembered in the cache folder."""
+
+    def __init__(self, cache: Path) -> None:
+        self.memory = cache / "files.json"
+
+    def expand(self, paths: str | Path | Sequence[str], key: str) -> list[Path]:
+        """The files that a setting names, in order.
+
+        Raises:
+            ValueError: naming the setting `key`, where nothing is there.
+        """
+        wanted = [paths] if isinstance(paths, (str, Path)) else list(paths)
+        try:
+            return sampling.expand([str(resolve(path)) for path in wanted])
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+
+    def facts(self, path: Path) -> Facts:
+        """SHA-256 and uncompressed size; read again only when the file has changed.
+
+        Raises:
+            ValueError: a compressed file that cannot be read to its end.
+        """
+        stat = path.stat()
+        identity = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}|{stat.st_ino}"
+        known = self._load()
+        if identity not in known:
+            # two processes may write at the same time: the later one wins, and the other reads its file again
+            known = self._load() | {identity: list(_read_facts(path))}
+            self.memory.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.memory.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(json.dumps(known), encoding="utf-8")
+            os.replace(temporary, self.memory)
+        return Facts(*known[identity])
+
+    def _load(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self.memory.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
+
+
+def _read_facts(path: Path) -> Facts:
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    if path.suffix == ".gz":
+        size = 0
+        try:
+            with gzip.open(path) as file:
+                while block := file.read(1 << 20):
+                    size += len(block)
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{path}: not a whole gzip file ({error}); make or fetch it again") from error
+    return Facts(digest.hexdigest(), size)

@@ -1,0 +1,133 @@
+"""The meter: how well a model knows the chats and the pretraining text, and how much worse than its base it became.
+
+What is measured are sums over tokens, kept in float64 and divided once, so that the figure does not depend on how the
+documents were dealt into batches or over ranks. Forgetting is the rise of the loss on pretraining text, in nats per token,
+over the model that training started from:
+
+    val/forgetting = val/pretrain/loss - (the same at step 0)
+
+Bits per byte divide by the bytes of the scored text instead of its tokens, which makes models with different tokenizers
+comparable; a control token counts no bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+CHAT, PRETRAIN = "chat", "pretrain"
+
+
+class TokenLoss(Metric):
+    """Sums of nats, tokens and bytes; summed over ranks."""
+
+    full_state_update = False
+    nats: Tensor
+    tokens: Tensor
+    bytes: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("nats", "tokens", "bytes"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, nats: Tensor, tokens: int, bytes: int) -> None:
+        """Add a sum of nats () over this many tokens, which stand for this many bytes of text."""
+        self.nats += nats.double()
+        self.tokens += tokens
+        self.bytes += bytes
+
+    def compute(self) -> dict[str, Tensor]:
+        """Nats per token and bits per byte; NaN where nothing was scored."""
+        return {"loss": self.nats / self.tokens, "bits_per_byte": self.nats / math.log(2) / self.bytes}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One look at a model. Losses in nats per token; None where there was nothing to measure on."""
+
+    step: int
+    chat_loss: float | None = None
+    pretrain_loss: float | None = None
+    bits_per_byte: float | None = None
+
+    def metrics(self, base: Reading | None) -> dict[str, float]:
+        """What is logged, under its public names; `val/forgetting` only against a base."""
+        out: dict[str, float] = {}
+        if self.chat_loss is not None:
+            out["val/chat/loss"] = self.chat_loss
+            out["val/chat/perplexity"] = perplexity(self.chat_loss)
+        if self.pretrain_loss is not None:
+            out["val/pretrain/loss"] = self.pretrain_loss
+            if self.bits_per_byte is not None:
+                out["val/pretrain/bits_per_byte"] = self.bits_per_byte
+            if base is not None and base.pretrain_loss is not None:
+                out["val/forgetting"] = self.pretrain_loss - base.pretrain_loss
+        return out
+
+    @property
+    def score(self) -> float | None:
+        """What `best` means: the chat loss, or the text's where there are no chats."""
+        return self.chat_loss if self.chat_loss is not None else self.pretrain_loss
+
+
+def perplexity(nats: float) -> float:
+    """exp of nats per token; infinite where that overflows."""
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+class Meter(nn.Module):
+    """Scores validation chats and pretraining text.
+
+    Args:
+        names: what each evaluation loader holds, `CHAT` or `PRETRAIN`, in the loaders' order.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+        self.losses = nn.ModuleDict({name: TokenLoss() for name in names})
+
+    def update(self, loader: int, nats: Tensor, tokens: int, bytes: int) -> None:
+        """Add one batch of loader number `loader`; see `TokenLoss.update`."""
+        metric = self.losses[self.names[loader]]
+        assert isinstance(metric, TokenLoss)
+        metric.update(nats, tokens, bytes)
+
+    def reset(self) -> None:
+        for metric in self.losses.values():
+            assert isinstance(metric, TokenLoss)
+            metric.reset()
+
+    def read(self, step: int) -> Reading:
+        """The sums of all ranks as a reading; the only place where the device is asked."""
+        values: dict[str, dict[str, float]] = {}
+        for name, metric in self.losses.items():
+            assert isinstance(metric, TokenLoss)
+            values[name] = {key: float(value) for key, value in metric.compute().items()}
+        chat, text = values.get(CHAT), values.get(PRETRAIN)
+        return Reading(
+            step=step,
+            chat_loss=chat["loss"] if chat else None,
+            pretrain_loss=text["loss"] if text else None,
+            bits_per_byte=text["bits_per_byte"] if text and math.isfinite(text["bits_per_byte"]) else None,
+        )
+
+
+def summary(before: Reading, after: Reading, best: Reading | None, seen: bool | None) -> dict[str, Any]:
+    """What `forgetting.json` holds: three readings, the forgetting of `after`, and whether the base had seen the text."""
+    forgetting = None
+    if before.pretrain_loss is not None and after.pretrain_loss is not None:
+        forgetting = after.pretrain_loss - before.pretrain_loss
+    return {
+        "before": asdict(before),
+        "after": asdict(after),
+        "best": asdict(best) if best else None,
+        "forgetting": forgetting,
+        "seen": seen,
+    }
