@@ -1,0 +1,242 @@
+"""Parity with the original on golden data and with transformers; a document never notices its company."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from minimind_sft import attention
+from minimind_sft.attention import attention_backend, attention_over_documents, needs_device_cu_seqlens
+from minimind_sft.model import Transformer
+from minimind_sft.model_config import ModelConfig
+from minimind_sft.weights import load_model
+
+DENSE3 = ModelConfig.minimind3(hidden_size=32, num_hidden_layers=2, vocab_size=50, intermediate_size=48)
+DENSE2 = ModelConfig.minimind2(hidden_size=32, num_hidden_layers=2, vocab_size=50, intermediate_size=48)
+MOE3 = ModelConfig.minimind3(
+    hidden_size=32, num_hidden_layers=2, vocab_size=50, intermediate_size=48, num_experts=4, num_experts_per_tok=2
+)
+MOE2 = ModelConfig.minimind2(hidden_size=32, num_hidden_layers=2, vocab_size=50, intermediate_size=48, num_experts=4)
+CONFIGS = {"minimind3": DENSE3, "minimind2": DENSE2, "minimind3_moe": MOE3, "minimind2_moe": MOE2}
+
+
+def random_model(config: ModelConfig) -> Transformer:
+    """Weights large enough that every token matters."""
+    model = Transformer(config)
+    model.initialise(seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8.0 if parameter.ndim > 1 else 1.1)
+    return model
+
+
+def flat(*documents: list[int]) -> tuple[Tensor, Tensor, Tensor, int]:
+    lengths = [len(document) for document in documents]
+    ids = torch.tensor([token for document in documents for token in document])
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return ids, positions, torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32), max(lengths)
+
+
+A, B, C = [1, 7, 9, 30, 2], [5], [11, 12, 13, 14, 15, 16, 17, 18, 19]
+
+
+@pytest.mark.parametrize("name", ["minimind3_dense", "minimind2_dense", "minimind3_moe"])
+def test_logits_and_loss_equal_the_original(shared: Path, name: str) -> None:
+    golden = load_file(shared / "golden" / name / "io.safetensors")
+    model, _ = load_model(shared / "golden" / name / "weights.pth")
+    rows = [row.tolist() for row in golden["input_ids"]]
+    with torch.no_grad():
+        hidden, balance = model.hidden_and_balance(*flat(*rows), aux_scope="batch")
+        logits = model.logits(hidden).view_as(golden["logits"])
+    torch.testing.assert_close(logits, golden["logits"], rtol=0, atol=1e-4)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), golden["labels"][:, 1:].flatten(), ignore_index=-100)
+    assert loss.item() == pytest.approx(golden["loss"].item(), abs=1e-5)
+    assert balance.item() / golden["input_ids"].numel() == pytest.approx(golden["train_aux_loss"].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["minimind3_dense", "minimind2_dense", "minimind3_moe"])
+def test_sizes_read_off_the_tensors_are_those_of_the_original_config(shared: Path, name: str) -> None:
+    wanted = json.loads((shared / "golden" / name / "config.json").read_text())
+    config = load_model(shared / "golden" / name / "weights.pth")[0].config
+    same = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size intermediate_size "
+    for key in (same + "rms_norm_eps rope_theta").split():
+        assert getattr(config, key) == wanted[key], key
+    assert config.num_experts == (wanted["num_experts"] if wanted["use_moe"] else 0)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_document_gets_the_same_logits_in_company_as_alone(config: ModelConfig) -> None:
+    model = random_model(config)
+    together = model(*flat(A, B, C)).split([len(A), len(B), len(C)])
+    for document, logits in zip((A, B, C), together, strict=True):
+        torch.testing.assert_close(logits, model(*flat(document)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_token_depends_on_exactly_the_tokens_up_to_itself_in_its_document(config: ModelConfig) -> None:
+    model = random_model(config)
+    embedded: list[Tensor] = []
+    model.model.embed_tokens.register_forward_hook(lambda _module, _inputs, output: embedded.append(output))
+    logits = model(*flat(A, C))
+    for row in range(len(A) + len(C)):
+        (gradient,) = torch.autograd.grad(logits[row].sum(), embedded[0], retain_graph=True)
+        first = 0 if row < len(A) else len(A)
+        touched = gradient.abs().sum(-1).nonzero().flatten().tolist()
+        assert touched == list(range(first, row + 1))
+
+
+def test_attention_sees_distances_not_absolute_positions() -> None:
+    model = random_model(DENSE3)
+    ids, positions, cu_seqlens, longest = flat(C)
+    moved = model(ids, positions + 100, cu_seqlens, longest)
+    stretched = model(ids, positions * 2, cu_seqlens, longest)
+    torch.testing.assert_close(moved, model(ids, positions, cu_seqlens, longest), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(stretched, moved, atol=1e-2)
+
+
+def test_a_tied_head_is_one_parameter_and_is_counted_once() -> None:
+    model = Transformer(DENSE3)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    # embedding 1600, final norm 32, and per layer: q, o 1024 each, k, v 512 each, feed-forward 3 x 1536, norms 64 + 8
+    assert model.num_parameters() == 1600 + 32 + 2 * (2 * 1024 + 2 * 512 + 3 * 1536 + 72)
+
+
+def test_the_original_recipe_is_a_model_of_nine_tenths_of_a_billion() -> None:
+    config = ModelConfig.minimind2(hidden_size=2048, num_hidden_layers=20)
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert config.intermediate_size == 5504
+    assert model.num_parameters() == 899_237_888
+
+
+def test_reset_head_unties_and_leaves_the_embedding_alone() -> None:
+    model = random_model(DENSE3)
+    embedding = model.model.embed_tokens.weight.detach().clone()
+    before = model.num_parameters()
+    model.reset_head(seed=3)
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    assert not torch.equal(model.lm_head.weight, embedding)
+    assert model.num_parameters() == before + embedding.numel()
+    assert model.config.tie_word_embeddings is False
+    again = random_model(DENSE3)
+    again.reset_head(seed=3)
+    assert torch.equal(model.lm_head.weight, again.lm_head.weight)
+
+
+def test_initialisation_is_a_function_of_the_seed() -> None:
+    first, same, other = Transformer(DENSE3), Transformer(DENSE3), Transformer(DENSE3)
+    for model, seed in ((first, 5), (same, 5), (other, 6)):
+        model.initialise(seed)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+    assert torch.equal(first.model.norm.weight, torch.ones(32))
+
+
+def test_an_expert_that_nobody_chose_has_a_gradient_of_zero_not_none() -> None:
+    model = random_model(MOE3)
+    hidden, balance = model.hidden_and_balance(*flat(B))  # one token: two of the four experts
+    (model.logits(hidden).sum() + balance).backward()
+    idle = [expert for expert in model.model.layers[0].mlp.experts if not expert.gate_proj.weight.grad.any()]
+    assert len(idle) == 2
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("config", [MOE3, MOE2], ids=["minimind3", "minimind2"])
+def test_the_balance_loss_does_not_depend_on_how_documents_are_dealt(config: ModelConfig) -> None:
+    model = random_model(config)
+    together = model.hidden_and_balance(*flat(A, B, C))[1].item()
+    apart = sum(model.hidden_and_balance(*flat(document))[1].item() for document in (A, B, C))
+    assert together == pytest.approx(apart, rel=1e-5) and together > 0
+    assert model.hidden_and_balance(*flat(A, B, C), aux_scope="batch")[1].item() != pytest.approx(apart, rel=1e-3)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_bf16_autocast_stays_near_fp32_and_reaches_every_parameter(config: ModelConfig) -> None:
+    model = random_model(config)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(*flat(A, B, C))
+        logits.float().logsumexp(-1).sum().backward()
+    cosine = F.cosine_similarity(logits.float(), model(*flat(A, B, C)), dim=-1)
+    assert cosine.median() > 0.999  # the median: bf16 may send a token to another expert
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hidden_size": 100}, "hidden_size 100 cannot be shared evenly by 8 attention heads"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads \(8\) must be a multiple of num_key_value_heads \(3\)"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"hidden_size": 8}, "head_dim is 1"),
+        ({"num_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok is 3"),
+    ],
+)
+def test_impossible_sizes_are_refused_by_name(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.minimind3(**sizes)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_under_a_block_mask_equals_the_loop_over_documents() -> None:
+    torch.manual_seed(0)
+    cu_seqlens = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
+    q, k, v = torch.randn(15, 4, 16), torch.randn(15, 2, 16), torch.randn(15, 2, 16)
+    loop, mask = (attention_over_documents(name, cu_seqlens, 9, 15)(q, k, v) for name in ("per_document", "flex"))
+    torch.testing.assert_close(mask, loop, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "triton", "wanted"),
+    [
+        ((8, 0), torch.bfloat16, 64, True, "varlen"),
+        ((9, 0), torch.float16, 96, True, "varlen"),
+        ((9, 0), torch.float32, 64, True, "flex"),
+        ((9, 0), torch.bfloat16, 100, True, "flex"),  # FlashAttention wants multiples of 8
+        ((7, 5), torch.float16, 64, True, "flex"),
+        ((8, 0), torch.float32, 64, False, "per_document"),
+        ((6, 1), torch.float16, 64, True, "per_document"),
+    ],
+)
+def test_the_backend_follows_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    head_dim: int,
+    triton: bool,
+    wanted: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(attention, "find_spec", lambda name: object() if triton else None)
+    attention_backend.cache_clear()
+    found = attention_backend("cuda:0", dtype, head_dim)
+    attention_backend.cache_clear()
+    assert found == wanted
+
+
+def test_on_the_cpu_boundaries_stay_on_the_host() -> None:
+    assert attention_backend("cpu", torch.bfloat16) == "per_document"
+    assert not needs_device_cu_seqlens("per_document")
+    assert needs_device_cu_seqlens("varlen") and needs_device_cu_seqlens("flex")
+
+
+def test_logits_equal_those_of_qwen3_and_llama_in_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8,
+        "head_dim": 4, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }  # fmt: skip
+    qwen = transformers.Qwen3Config(**sizes, num_key_value_heads=4, rms_norm_eps=1e-6)
+    llama = transformers.LlamaConfig(**sizes, num_key_value_heads=2, rms_norm_eps=1e-5)
+    for config, twin in (
+        (DENSE3, transformers.Qwen3ForCausalLM(qwen).eval()),
+        (DENSE2, transformers.LlamaForCausalLM(llama).eval()),
+    ):
+        model = random_model(config)
+        twin.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(model(*flat(C)), twin(torch.tensor([C])).logits[0], rtol=1e-5, atol=1e-4)
