@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -305,15 +306,35 @@ class SFTDataModule(LightningDataModule):
         """One loader per entry of `evaluation`; every document goes to exactly one rank."""
         assert self.trainer is not None
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
-        token_bytes = self.template.token_bytes
+        token_bytes = bytes_of_tokens(self.template)
         return [_loader(_Evaluation(documents, self, token_bytes, rank, ranks)) for documents in self.evaluation.values()]
 
     def predict_dataloader(self) -> DataLoader[list[dict[str, Any]]]:
         """Prompts of the validation chats (up to the last answer), `batch_size` together, with the reference answer."""
         if self.val_path is None:
             raise ValueError("predict answers the chats of data.val_path, which is not set")
-        rows = list(prompts(read_lines(self.files.expand(self.val_path, "data.val_path")), self.template, self.max_length))
-        return DataLoader(rows, batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]
+        return DataLoader(list(self._prompts()), batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]
+
+    def sample_prompts(self, count: int) -> list[dict[str, Any]]:
+        """The first prompts of the validation chats; see `prompts`."""
+        return list(itertools.islice(self._prompts(), count)) if self.val_path is not None else []
+
+    def _prompts(self) -> Iterator[dict[str, Any]]:
+        assert self.val_path is not None
+        return prompts(read_lines(self.files.expand(self.val_path, "data.val_path")), self.template, self.max_length)
+
+
+def bytes_of_tokens(template: ChatTemplate) -> np.ndarray:
+    """Bytes of text that each id stands for, (V,) int64; a control token counts none."""
+    tokenizer = template.tokenizer
+    added = set(tokenizer.get_added_tokens_decoder())
+    byte_level = "ByteLevel" in repr(tokenizer.decoder)  # then a token is written with one character per byte
+    sizes = np.zeros(template.vocab_size, np.int64)
+    for id in range(template.vocab_size):
+        token = tokenizer.id_to_token(id)
+        if token is not None and id not in added:
+            sizes[id] = len(token) if byte_level else len(tokenizer.decode([id]).encode())
+    return sizes
 
 
 def choose_by_hash(lines: Iterator[Line], count: int) -> list[Line]:

@@ -1,0 +1,123 @@
+"""What a person sees: the first screen, the table at the end, one picture. Text in, text out; printing is the caller's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minimind_sft.forgetting import Reading, perplexity
+
+
+def aligned(rows: Sequence[tuple[str, str]]) -> str:
+    """`name   value` lines."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns under a heading; the first one to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = []
+    for row in [head, ["-" * width for width in widths], *rows]:
+        cells = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def rejected(counts: dict[str, int]) -> str:
+    """`3 not_json, 1 empty`, or `none`."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in counts.items()) or "none"
+
+
+def megabytes(size: float) -> str:
+    """Bytes as MB of 1024 * 1024 bytes."""
+    return f"{size / (1 << 20):,.2f} MB"
+
+
+def forgetting_table(before: Reading, after: Reading, best: Reading | None, seen: bool | None) -> str:
+    """Before, after and best: nats per token, perplexity, bits per byte, and what was forgotten."""
+    columns = [("before", before), ("after", after)] + ([(f"best (step {best.step})", best)] if best else [])
+    rows = []
+    if before.chat_loss is not None:
+        rows.append(["chats, nats per token", *(_number(r.chat_loss) for _, r in columns)])
+        rows.append(["chats, perplexity", *(_number(r.chat_loss, perplexity, 1) for _, r in columns)])
+    if before.pretrain_loss is not None:
+        text = f"text ({'seen' if seen else 'unseen'})"
+        rows.append([f"{text}, nats per token", *(_number(r.pretrain_loss) for _, r in columns)])
+        rows.append([f"{text}, perplexity", *(_number(r.pretrain_loss, perplexity, 1) for _, r in columns)])
+        rows.append([f"{text}, bits per byte", *(_number(r.bits_per_byte) for _, r in columns)])
+        start = before.pretrain_loss
+        rows.append(["forgotten, nats per token", *(_number(r.pretrain_loss, lambda loss: loss - start, 4, "+") for _, r in columns)])
+    if not rows:
+        return "nothing was measured: set data.val_path and data.heldout_path or data.pretrain_path"
+    return table(["", *(name for name, _ in columns)], rows)
+
+
+def _number(value: float | None, change: Any = None, digits: int = 4, sign: str = "") -> str:
+    if value is None:
+        return "-"
+    return f"{change(value) if change else value:{sign}.{digits}f}"
+
+
+def probe_table(comparison: dict[str, Any], *, most: int = 12) -> str:
+    """Facts known before and after, and the losses by name."""
+    names = {"raw": "continuing raw text", "chat": "asked as a chat", "in_sft": "in the chats", "not_in_sft": "not in the chats"}
+    rows = []
+    for key, group in comparison["groups"].items():
+        way, member = key.split("/")
+        rows.append([f"{names[way]}, {names[member]}", *(f"{group[c]:,}" for c in ("probes", "before", "after", "kept", "lost", "gained"))])
+    text = table(["facts", "asked", "before", "after", "kept", "lost", "gained"], rows)
+    lost = [row for row in comparison["lost"] if row["way"] == "raw" and not row["in_sft"]]
+    if lost:
+        named = "; ".join(f"{row['name']}, {row['answer']} -> {' '.join(row['said'].split())[:24]}" for row in lost[:most])
+        text += f"\n\nforgot {len(lost)}: {named}{'; ...' if len(lost) > most else ''}"
+    return text
+
+
+def plot(readings: Sequence[Reading], path: Path) -> None:
+    """Chat loss against forgetting over the run, as a PNG; the base is the first reading."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    start = readings[0].pretrain_loss
+    points = [
+        (r.step, r.chat_loss, r.pretrain_loss - start)
+        for r in readings
+        if r.chat_loss is not None and r.pretrain_loss is not None and start is not None
+    ]
+    if not points:
+        return
+    steps, chat, forgotten = zip(*points, strict=True)
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.plot(chat, forgotten, color="#0072B2", linewidth=2, marker="o", markersize=4)
+    axes.plot(chat[0], forgotten[0], color="#D55E00", marker="o", markersize=9)
+    axes.annotate("base", (chat[0], forgotten[0]), textcoords="offset points", xytext=(0, 10), ha="center")
+    for at in sorted({len(points) // 2, len(points) - 1} - {0}):
+        axes.annotate(f"step {steps[at]}", (chat[at], forgotten[at]), textcoords="offset points", xytext=(8, 4))
+    axes.axhline(0, color="0.7", linewidth=1)
+    axes.invert_xaxis()
+    axes.margins(0.12)
+    axes.set_xlabel("loss on validation chats, nats per token (better to the right)")
+    axes.set_ylabel("forgotten, nats per token of pretraining text")
+    axes.set_title("What learning to chat cost", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def ratio(sft_bytes: float, pretrain_bytes: int | None, rule: tuple[int, int]) -> str:
+    """SFT : pretraining as 1 : N, beside the rule of thumb."""
+    thumb = f"the rule of thumb is 1 : {rule[0]:,} to 1 : {rule[1]:,}"
+    if not pretrain_bytes or not sft_bytes:
+        return f"unknown (set data.pretrain_path or data.pretrain_mb); {thumb}"
+    parts = pretrain_bytes / sft_bytes
+    return f"1 : {parts:,.0f}; {thumb}" if parts >= 10 else f"1 : {parts:.2g}; {thumb}"
+
+
+def likely_not_pretrained(loss: float, vocab_size: int) -> bool:
+    """A base no better than guessing among all tokens has learned nothing."""
+    return loss >= math.log(vocab_size)

@@ -1,0 +1,222 @@
+"""The screens of `fit`: what is about to happen, what came of it, and the files that say so.
+
+Runs as a Lightning callback because what it tells is known only once the data is open and the base was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from minimind_sft import report
+from minimind_sft.callbacks import Measure, duration, evaluating
+from minimind_sft.data import RULE_OF_THUMB, evaluation_tokens
+from minimind_sft.forgetting import CHAT, PRETRAIN, summary
+from minimind_sft.generate import generate
+from minimind_sft.probes import Probe, Reply, ask, compare, load_probes
+
+if TYPE_CHECKING:
+    from minimind_sft.data import SFTDataModule
+    from minimind_sft.module import SFTModule
+
+SAMPLE_ANSWERS, SAMPLE_TOKENS = 3, 64
+
+
+class Record(Callback):
+    """Writes `config.yaml`, `run.json` and `sample.json` when a run begins.
+
+    Args:
+        folder: the run directory.
+        config: the settings as YAML.
+    """
+
+    def __init__(self, folder: Path, config: Callable[[], str]) -> None:
+        self.folder, self.config = folder, config
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: SFTModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        facts = {
+            "argv": sys.argv[1:],
+            "versions": {name: version(name) for name in ("torch", "lightning", "tokenizers", "numpy")} | {"python": platform.python_version()},
+            "threads": torch.get_num_threads(),
+            "base": pl_module.description,
+            "base_sha256": pl_module.base_sha256,
+            "data": data.identity,
+        }
+        sample = data.train_store.meta["note"] | {"rejected": data.train_store.rejected, "documents": len(data.train_store)}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, text in (
+            ("config.yaml", self.config()),
+            ("run.json", json.dumps(facts, indent=1, ensure_ascii=False)),
+            ("sample.json", json.dumps(sample, indent=1, ensure_ascii=False)),
+        ):
+            write(self.folder / name, text)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class FirstScreen(Callback):
+    """Before training: what will be trained on what, and what the base is like."""
+
+    def __init__(self, measure: Measure) -> None:
+        self.measure = measure
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: SFTModule) -> None:
+        if trainer.is_global_zero:
+            print(report.aligned(self._rows(trainer, pl_module)), flush=True)
+
+    def _rows(self, trainer: pl.Trainer, pl_module: SFTModule) -> list[tuple[str, str]]:
+        data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        intervals, total, windows = self.measure.intervals, pl_module.total_steps, data.plan.windows
+        parameters = pl_module.model.num_parameters()
+        weights_and_adam = 12 * parameters
+        ranks = f" on {trainer.world_size} processes" if trainer.world_size > 1 else ""
+        return [
+            ("base", pl_module.description),
+            ("parameters", f"{parameters:,}, all trained, precision {trainer.precision}, {pl_module.device}{ranks}, {pl_module.attention} attention"),
+            *_data_rows(data),
+            ("steps", f"{windows:,} per epoch, {total:,} in all; a step learns from {data.plan.window_size:,} documents, "
+                      f"{data.plan.epoch(0).window_tokens.mean():,.0f} tokens in the mean"),
+            ("log, look, save", f"every {intervals.log_every}, {intervals.val_every} and {intervals.save_every} steps, and after the last; "
+                                f"a look reads {evaluation_tokens(data):,} tokens"),
+            ("disk", f"two checkpoints of {report.megabytes(weights_and_adam)} in {trainer.default_root_dir}"),
+        ]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: SFTModule) -> None:
+        data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        if not trainer.is_global_zero:
+            return
+        if trainer.global_step:
+            print(f"resumed       after step {trainer.global_step:,}; the next is {trainer.global_step + 1:,}", flush=True)
+            return
+        reading = self.measure.readings[0]
+        if pl_module.from_scratch:
+            print("from scratch: there is no base, so no baseline, no forgetting and no replay", flush=True)
+        rows = []
+        if reading.chat_loss is not None:
+            rows.append(("chats now", f"{reading.chat_loss:.4f} nats per token"))
+        if reading.pretrain_loss is not None:
+            rows.append(("text now", _text_line(reading.pretrain_loss, reading.chat_loss, pl_module, data)))
+        elif not pl_module.from_scratch:
+            rows.append(("forgetting", "not measured: set data.heldout_path or data.pretrain_path"))
+        tokens = evaluation_tokens(data)
+        if self.measure.seconds and tokens:
+            # a token trained costs about as much as three looked at
+            step = 3 * self.measure.seconds / tokens * float(data.plan.epoch(0).window_tokens.mean())
+            looks = pl_module.total_steps / self.measure.intervals.val_every * self.measure.seconds
+            rows.append(("time", f"about {duration(pl_module.total_steps * step + looks)}"))
+        if rows:
+            print(report.aligned([(f"{name:<15}", value) for name, value in rows]), flush=True)
+
+
+def _data_rows(data: SFTDataModule) -> list[tuple[str, str]]:
+    store, documents, note = data.train_store, data.plan.documents, data.train_store.meta["note"]
+    epoch = data.plan.epoch(0)
+    tokens, targets = int(epoch.lengths.sum()), int(epoch.targets.sum())
+    cap = "no cap" if data.cap_mb is None else f"cap {data.cap_mb:g} MB, seed {data.seed}"
+    rows = [
+        ("chats", f"{note['selected']:,} of {note['lines_seen'] - note['blank']:,} lines, {report.megabytes(note['bytes'])} ({cap}); "
+                  f"rejected: {report.rejected(store.rejected)}"),
+        ("", f"{len(documents):,} trained, {len(documents.nothing_to_learn):,} with no answer within {data.max_length} tokens; {documents.cut:,} cut, "
+             f"which loses {documents.targets_lost:.1%} of the supervised tokens"),
+        ("tokens", f"{tokens:,} per epoch, {targets / tokens:.1%} supervised"),
+        ("SFT : text", report.ratio(note["bytes"], data.pretrain_bytes, RULE_OF_THUMB)),
+    ]
+    for name, what in ((CHAT, "validation"), (PRETRAIN, "held out" if data.seen is False else "text to keep")):
+        if name in data.evaluation:
+            found = data.evaluation[name]
+            rows.append((what, f"{len(found):,} documents{'' if name == CHAT else ', seen by the base' if data.seen else ', unseen by the base'}; "
+                               f"rejected: {report.rejected(found.store.rejected)}"))
+    return rows
+
+
+def _text_line(text: float, chat: float | None, pl_module: SFTModule, data: SFTDataModule) -> str:
+    line = f"{text:.4f} nats per token"
+    if pl_module.from_scratch:
+        return line
+    if report.likely_not_pretrained(text, pl_module.model.config.vocab_size):
+        return f"{line}: no better than guessing, so this base looks as if it was not pretrained (or on text framed otherwise: data.document_format)"
+    if chat is not None and abs(chat - text) < 0.3:
+        line += f"; the chats' is within {abs(chat - text):.2f}: text so like the chats can hardly show forgetting"
+    return line
+
+
+class LastScreen(Callback):
+    """Before and after: facts, sample answers, the table, `forgetting.json`, `probes.json` and the picture.
+
+    Args:
+        folder: the run directory.
+        measure: the readings.
+        probes: file of fact probes, or None.
+        document_format: framing of raw text.
+    """
+
+    def __init__(self, folder: Path, measure: Measure, probes: Path | None, document_format: str) -> None:
+        self.folder, self.measure, self.document_format = folder, measure, document_format
+        self.probes: list[Probe] = load_probes(probes) if probes else []
+        self.replies: list[Reply] = []
+        self.answers: list[str] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: SFTModule) -> None:
+        if trainer.global_step == 0 and not pl_module.from_scratch and trainer.is_global_zero:
+            self.replies, self.answers = self._ask(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: SFTModule) -> None:
+        if not trainer.is_global_zero or not self.measure.readings:
+            return
+        data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        readings = self.measure.readings
+        before, after, best = readings[0], readings[-1], self.measure.best
+        write(self.folder / "forgetting.json", json.dumps(summary(before, after, best, data.seen), indent=1))
+        print("\n" + report.forgetting_table(before, after, best, data.seen), flush=True)
+        if before.chat_loss is not None and before.pretrain_loss is not None:
+            report.plot(readings, self.folder / "forgetting.png")
+        if not pl_module.from_scratch:
+            self._compare(trainer, pl_module)
+        print(f"\nin {self.folder}: {', '.join(sorted(p.name for p in self.folder.iterdir() if not p.name.startswith('.')))}", flush=True)
+
+    def _compare(self, trainer: pl.Trainer, pl_module: SFTModule) -> None:
+        replies, answers = self._ask(trainer, pl_module)
+        if self.probes:
+            comparison = compare(self.probes, self.replies, replies)
+            write(self.folder / "probes.json", json.dumps(comparison, indent=1, ensure_ascii=False))
+            print("\n" + report.probe_table(comparison), flush=True)
+        for row, old, new in zip(self._samples(trainer), self.answers, answers, strict=True):
+            print(f"\nuser    {row['messages'][-1]['content'][:200]}\nbefore  {old[:200]}\nafter   {new[:200]}", flush=True)
+
+    def _ask(self, trainer: pl.Trainer, pl_module: SFTModule) -> tuple[list[Reply], list[str]]:
+        data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        with evaluating(trainer, pl_module):
+            replies = ask(pl_module.model, data.template, self.probes, document_format=self.document_format) if self.probes else []
+            prompts = [row["prompt_ids"] for row in self._samples(trainer)]
+            ids = generate(pl_module.model, prompts, max_new_tokens=SAMPLE_TOKENS, stop_ids=data.template.stop_ids) if prompts else []
+        return replies, [" ".join(data.template.decode(answer).split()) for answer in ids]
+
+    def _samples(self, trainer: pl.Trainer) -> list[dict[str, Any]]:
+        data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        return data.sample_prompts(SAMPLE_ANSWERS)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"replies": [asdict(reply) for reply in self.replies], "answers": self.answers}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.replies = [Reply(**reply) for reply in state_dict["replies"]]
+        self.answers = state_dict["answers"]
