@@ -5,30 +5,23 @@ must then hold exactly the tensors of that model: anything missing, extra or mis
 (The original loads with ``strict=False``, so a wrong file trains from noise without a word.) What tensors cannot say
 (how a width is divided into heads, eps, theta) is the family's default, and `Loaded.describe` says which was taken.
 
-Read are the original's ``.pth`` and half-run ``*_resume.pth``, ``.safetensors``, and our own Lightning checkpoints;
-with or without ``module.`` / ``_orig_mod.`` prefixes and ``lm_head.weight``. Weights are fp32 from here on.
+A file without ``lm_head.weight``, or with one that equals the embedding, is tied. Weights are fp32 from here on.
 """
 
-import hashlib
 import os
-import pickle
-import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from minimind_sft.checkpoint_files import find_file, listing, read, sha256_file
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig, infer_config
 
-SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-LISTED = 20  # problems spelled out in one error; the rest are counted
 
 
 @dataclass(frozen=True)
@@ -91,11 +84,12 @@ def load(
         ValueError: naming the file and what is wrong with it: missing, empty, truncated, not a checkpoint, holding
             code, or tensors that are not a model's (all of them listed).
     """
-    path = _find_file(Path(source))
-    tensors, config = _read(path)
-    tensors = _canonical_names(tensors, path)
+    path = find_file(Path(source))
+    tensors, stored = read(path)
     defaults: tuple[str, ...] = ()
-    if config is None:
+    if stored is not None:
+        config = _stored_config(stored, path)
+    else:
         try:
             config, defaults = infer_config(
                 {name: tuple(tensor.shape) for name, tensor in tensors.items()},
@@ -186,7 +180,7 @@ def export_minimind(model: Transformer, path: str | Path) -> None:
     state = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in model.state_dict().items()}
     overflown = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if overflown:
-        raise ValueError(f"cannot export to {path}: not finite in fp16: {_listing(overflown)}")
+        raise ValueError(f"cannot export to {path}: not finite in fp16: {listing(overflown)}")
     state[HEAD] = state[EMBEDDING]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -200,96 +194,12 @@ def export_minimind(model: Transformer, path: str | Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def sha256_file(path: str | Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _find_file(source: Path) -> Path:
-    if not source.exists():
-        raise ValueError(f"weights {source} do not exist; model.weights takes a file, a folder, or scratch")
-    if not source.is_dir():
-        return source
-    found = sorted(path for path in source.iterdir() if path.suffix in SUFFIXES and path.is_file())
-    if not found:
-        raise ValueError(f"the folder {source} holds no weights (a file ending in {', '.join(SUFFIXES)})")
-    if len(found) > 1:
-        raise ValueError(f"the folder {source} holds several weights, name one: {_listing([p.name for p in found])}")
-    return found[0]
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], ModelConfig | None]:
-    """The tensors of a file as they are, and its config where it is a checkpoint of ours."""
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    config = None
-    if isinstance(content, Mapping) and "pytorch-lightning_version" in content:
-        config = _lightning_config(content, path)
-        content = {n.removeprefix("model."): t for n, t in content["state_dict"].items() if n.startswith("model.")}
-    elif isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        content = content["model"]  # the original's half-run state
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not tensors by name")
-    strangers = [f"{name} ({type(value).__name__})" for name, value in content.items() if not isinstance(value, Tensor)]
-    if strangers:
-        raise ValueError(f"{path} is not a checkpoint: these entries are not tensors: {_listing(strangers)}")
-    return dict(content), config
-
-
-def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def _read_pickle(path: Path) -> object:
-    with open(path, "rb") as file:
-        is_archive = file.read(4) == b"PK\x03\x04"
-    if is_archive and not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is truncated: its end is missing; copy or download it again")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code:
-            raise ValueError(
-                f"{path} holds Python code ({code.group(1)}) and not only tensors; it was refused without running it. "
-                "Ask for a file that torch.load reads with weights_only=True, or for safetensors"
-            ) from error
-        raise ValueError(f"{path} is not a checkpoint, or is damaged") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is not a checkpoint, or is damaged: {str(error).splitlines()[0]}") from error
-
-
-def _lightning_config(content: Mapping[str, object], path: Path) -> ModelConfig | None:
-    hyper_parameters = content.get("hyper_parameters")
-    stored = hyper_parameters.get("model_config") if isinstance(hyper_parameters, Mapping) else None
-    if stored is None:
-        return None
+def _stored_config(stored: Mapping[str, Any], path: Path) -> ModelConfig:
     try:
         return ModelConfig(**stored)
     except TypeError as error:
         names = ", ".join(field.name for field in fields(ModelConfig))
         raise ValueError(f"{path}: its model_config does not fit this version ({error}); expected {names}") from error
-
-
-def _canonical_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Names without what DistributedDataParallel and torch.compile put before them."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        plain = name.replace("_orig_mod.", "")
-        while plain.startswith("module."):
-            plain = plain.removeprefix("module.")
-        if plain in renamed:
-            raise ValueError(f"{path} holds {plain} twice, with and without a prefix")
-        renamed[plain] = tensor
-    return renamed
 
 
 def _check(tensors: Mapping[str, Tensor], config: ModelConfig, path: Path) -> None:
@@ -309,17 +219,14 @@ def _check(tensors: Mapping[str, Tensor], config: ModelConfig, path: Path) -> No
             problems.append(f"{name} holds {tensor.dtype}, not floating-point numbers")
         elif not tensor.isfinite().all():
             problems.append(f"{name} holds NaN or infinity")
+    if config.tie_word_embeddings and HEAD in tensors and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+        problems.append(f"{HEAD} differs from {EMBEDDING}, though the head is tied")
     if problems:
         raise ValueError(
-            f"{path} does not fit {config.family} of hidden size {config.hidden_size}: {_listing(problems)}"
+            f"{path} does not fit {config.family} of hidden size {config.hidden_size}: {listing(problems)}"
         )
 
 
 def _experts(config: ModelConfig) -> str:
     shared = f" and {config.num_shared_experts} shared" if config.num_shared_experts else ""
     return f" MoE (top {config.num_experts_per_tok} of {config.num_experts}{shared})" if config.num_experts else ""
-
-
-def _listing(items: list[str]) -> str:
-    more = f", and {len(items) - LISTED} more" if len(items) > LISTED else ""
-    return ", ".join(items[:LISTED]) + more
