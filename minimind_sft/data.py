@@ -64,6 +64,7 @@ class SFTDataModule(LightningDataModule):
         measure_documents: documents of pretraining text to measure on, chosen by content hash.
         format: of the lines: auto, or one of the formats in the README.
         document_format: how pretraining framed a raw text: minimind3, minimind2 (the markers are in the text) or bare.
+        probes_path: facts to ask before and after training, see `probes.py`.
         cache_dir: where tokenized stores are kept; null for the user's cache folder.
 
     Raises:
@@ -91,6 +92,7 @@ class SFTDataModule(LightningDataModule):
         measure_documents: int = 1_000,
         format: str = "auto",
         document_format: str = "minimind3",
+        probes_path: str | None = None,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
@@ -103,6 +105,7 @@ class SFTDataModule(LightningDataModule):
         self.format, self.document_format = format, document_format
         self.cache = Path(cache_dir) if cache_dir else default_cache()
         self.files = Files(self.cache)
+        self.probes = self.files.expand(probes_path, "data.probes_path")[0] if probes_path else None
         self.template = ChatTemplate.from_folder(resolve(tokenizer))
         self.start_step = 0  # optimizer steps done before this process started; set on resume
         self._stores: dict[str, Store] = {}

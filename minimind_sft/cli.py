@@ -1,0 +1,355 @@
+"""LightningCLI for `fit`, `validate` and `predict`: settings in, a Trainer out; no domain logic.
+
+Lightning's Trainer has settings that would count in micro-batches, stop in the middle of a window or shuffle again what
+the plan has dealt. They are not offered (`NOT_OFFERED` says what to use instead); every other one works as documented.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Optional
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from minimind_sft.callbacks import Measure, StepLog
+from minimind_sft.checkpoints import BEST, LAST, AtomicCheckpointIO, Checkpoints
+from minimind_sft.data import SFTDataModule
+from minimind_sft.files import PROJECT
+from minimind_sft.module import SFTModule
+from minimind_sft.records import MetricsFile
+from minimind_sft.screen import FirstScreen, LastScreen, Record
+
+NOT_OFFERED = {
+    "precision": "precision",
+    "logger": "wandb",
+    "default_root_dir": "run_dir",
+    "fast_dev_run": "trainer.max_steps: 1",
+    "limit_train_batches": "trainer.max_steps or data.max_mb",
+    "limit_val_batches": "data.measure_documents",
+    "limit_test_batches": "nothing: there is no test verb",
+    "limit_predict_batches": "a shorter data.val_path",
+    "overfit_batches": "data.max_mb",
+    "max_time": "trainer.max_steps",
+    "val_check_interval": "val_every_steps",
+    "check_val_every_n_epoch": "val_every_steps",
+    "num_sanity_val_steps": "nothing: step 0 is always measured",
+    "log_every_n_steps": "log_every_steps",
+    "enable_checkpointing": "save_every_steps",
+    "enable_progress_bar": "nothing: a bar on a terminal, plain lines elsewhere",
+    "enable_model_summary": "nothing: the first screen tells",
+    "use_distributed_sampler": "nothing: the plan deals documents to ranks",
+    "reload_dataloaders_every_n_epochs": "nothing: every epoch is planned anew",
+    "barebones": "nothing",
+    "model_registry": "nothing",
+    "enable_autolog_hparams": "nothing: settings are in config.yaml",
+    "inference_mode": "nothing: looking at a model never needs gradients",
+}
+OUR_FILES = ("checkpoints", "metrics.csv", "forgetting.json", "forgetting.png", "probes.json", "predictions.jsonl", "run.json", "sample.json", "config.yaml")
+
+Precision = Literal["auto", "32", "bf16-mixed", "16-mixed"]
+
+
+class Parser(LightningArgumentParser):
+    """Errors in one line, with the nearest key."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        raise ValueError(self._explained(" ".join(str(message).split())))
+
+    def _explained(self, message: str) -> str:
+        for name, instead in NOT_OFFERED.items():
+            if re.search(rf"trainer\.{name}\b|[\"']trainer[\"'].*\b{name}\b|\b{name}\b.*[\"']trainer[\"']", message):
+                return f"trainer.{name} is not offered here; use {instead}"
+        wrong = re.search(r"--([\w.]+)", message) if "nrecognized" in message else None
+        wrong = wrong or re.search(r"[\"']([\w.]+)[\"'] is not expected|does not accept.*?[\"']([\w.]+)[\"']|nested key '([\w.]+)'", message)
+        if wrong is None:
+            return message
+        key = next(group for group in wrong.groups() if group)
+        known = [name for name in self._keys() if not name.startswith("trainer.callbacks.")]
+        near = difflib.get_close_matches(key, known, 1, 0.5) or difflib.get_close_matches(
+            key.split(".")[-1], [name.split(".")[-1] for name in known], 1, 0.6
+        )
+        return message + (f". The nearest setting is {near[0]}" if near else "")
+
+    def _keys(self) -> list[str]:
+        return [action.dest for action in self._actions if action.dest not in ("help", "config") and "." in action.dest or action.option_strings]
+
+
+class SFTCLI(LightningCLI):
+    """Our top-level settings, and a Trainer built from them."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "verbose", "weights_only"},
+            "predict": {"model", "dataloaders", "datamodule", "return_predictions", "weights_only"},
+        }
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """One seed for everything: `data.seed`."""
+
+    def _set_seed(self) -> None:
+        from lightning.pytorch import seed_everything
+
+        seed_everything(self._get(self.config, "data")["seed"], workers=True, verbose=False)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(
+            Trainer, "trainer", instantiate=False, fail_untyped=False, sub_configs=True, skip=set(NOT_OFFERED)
+        )
+        parser.set_defaults({"trainer.max_epochs": 3, "trainer.gradient_clip_val": 1.0, "trainer.accumulate_grad_batches": 1})
+        parser.add_lightning_class_args(SFTModule, "model")
+        parser.add_lightning_class_args(SFTDataModule, "data")
+        parser.link_arguments("data.seed", "model.seed")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run_dir", type=str, default="runs/sft", help="folder that records the run")
+        parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:7 or cuda:0,1")
+        parser.add_argument("--precision", type=Precision, default="auto", help="auto: bf16-mixed where the GPU has it, 16-mixed on other GPUs, 32 on a CPU")
+        parser.add_argument("--wandb", type=Optional[Literal["online", "offline"]], default=None, nargs="?", const="online", help="log to Weights & Biases")
+        parser.add_argument("--log_every_steps", type=int, default=10, help="optimizer steps between two lines of the log")
+        parser.add_argument("--val_every_steps", type=Optional[int], default=None, help="optimizer steps between two readings; null: as often as costs about 5 %% of the time")
+        parser.add_argument("--save_every_steps", type=Optional[int], default=None, help="optimizer steps between two checkpoints; null: the smaller of 100 and a quarter of an epoch")
+        parser.add_argument("--overwrite", type=bool, default=False, nargs="?", const=True, help="replace a run that is in run_dir")
+
+    def _parse_ckpt_path(self) -> None:
+        """Settings come from the YAML and the command line, never from a checkpoint."""
+
+    def before_instantiate_classes(self) -> None:
+        """Find the checkpoint and look at the run directory before anything is loaded."""
+        settings = self.config[self.subcommand]
+        self.run_dir = Path(settings["run_dir"])
+        settings["ckpt_path"] = find_checkpoint(settings["ckpt_path"], self.run_dir, self.subcommand)
+        if self.subcommand == "fit" and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            prepare_run_dir(self.run_dir, resuming=settings["ckpt_path"] is not None, overwrite=settings["overwrite"])
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        settings, given = self.config[self.subcommand], dict(self._get(self.config_init, "trainer"))
+        theirs: list[Callback] = given.pop("callbacks") or []
+        theirs = theirs if isinstance(theirs, list) else [theirs]
+        for callback in theirs:
+            if isinstance(callback, GradientAccumulationScheduler):
+                raise ValueError("GradientAccumulationScheduler changes the window in mid-run; set trainer.accumulate_grad_batches")
+        given |= pin_device(settings["device"], given["accelerator"], given["devices"])
+        accelerator = given["accelerator"]
+        return Trainer(
+            **given,
+            precision=resolve_precision(settings["precision"], accelerator),  # type: ignore[arg-type]
+            callbacks=[*theirs, *self._callbacks(settings)],
+            logger=self._loggers(settings),
+            plugins=[AtomicCheckpointIO()] if given.pop("plugins", None) is None else None,
+            default_root_dir=self.run_dir,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            log_every_n_steps=1,
+            **({"limit_val_batches": 0} if self.subcommand == "fit" else {}),
+        )
+
+    def _callbacks(self, settings: Any) -> list[Callback]:
+        if self.subcommand == "predict":
+            return [WritePredictions(self.run_dir / "predictions.jsonl")]
+        if self.subcommand == "validate":
+            return []
+        measure = Measure(
+            log_every=settings["log_every_steps"], val_every=settings["val_every_steps"], save_every=settings["save_every_steps"]
+        )
+        return [
+            Record(self.run_dir, self._yaml),
+            FirstScreen(measure),
+            StepLog(measure),
+            measure,
+            LastScreen(self.run_dir, measure, self.datamodule.probes, self.datamodule.document_format),
+            Checkpoints(self.run_dir / "checkpoints", measure),
+        ]
+
+    def _yaml(self) -> str:
+        """The settings as given, without what belongs to one start only."""
+        settings = self.config[self.subcommand].clone()
+        settings["ckpt_path"], settings["overwrite"] = None, False
+        return str(self._parser(self.subcommand).dump(settings, skip_none=False, skip_validation=True))
+
+    def _loggers(self, settings: Any) -> list[Logger]:
+        if self.subcommand != "fit":
+            return []
+        loggers: list[Logger] = [MetricsFile(self.run_dir)]
+        if settings["wandb"]:
+            loggers.append(wandb_logger(self.run_dir, offline=settings["wandb"] == "offline", resuming=settings["ckpt_path"] is not None))
+        return loggers
+
+
+class WritePredictions(Callback):
+    """Answers as JSON lines: `where`, `messages`, `reference`, `answer`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 (closed at the end)
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        for row in outputs:
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._file.close()
+        print(f"answers in {self.path}", flush=True)
+
+
+def find_checkpoint(asked: str | None, run_dir: Path, verb: str) -> str | None:
+    """`last`, `best`, `auto` or a path -> the file, or None for a fresh start.
+
+    Raises:
+        ValueError: the checkpoint is not there.
+    """
+    if asked is None:
+        return None
+    folder = run_dir / "checkpoints"
+    if asked == "auto":
+        return str(folder / LAST) if (folder / LAST).is_file() else None
+    path = folder / {"last": LAST, "best": BEST}[asked] if asked in ("last", "best") else Path(asked)
+    if not path.is_file():
+        there = ", ".join(sorted(str(p) for p in folder.glob("*.ckpt"))) or "none"
+        start = "; leave --ckpt_path out, or use auto, to start afresh" if verb == "fit" else ""
+        raise ValueError(f"--ckpt_path {asked}: there is no {path} (checkpoints of this run: {there}){start}")
+    return str(path)
+
+
+def prepare_run_dir(run_dir: Path, *, resuming: bool, overwrite: bool) -> None:
+    """Refuse to write over another run, or clear it away when asked to.
+
+    Raises:
+        ValueError: the folder holds checkpoints, or cannot be written.
+    """
+    if not resuming and any((run_dir / "checkpoints").glob("*.ckpt")) and not overwrite:
+        raise ValueError(
+            f"{run_dir} holds the checkpoints of a run. Go on with it (--ckpt_path last), choose another folder (--run_dir), "
+            "or replace it (--overwrite)"
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / ".writable").touch()
+        (run_dir / ".writable").unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write run_dir {run_dir} ({error.strerror}); choose another with --run_dir") from error
+    if not resuming:  # what a run without a checkpoint left behind would be taken for this run's
+        for name in OUR_FILES:
+            path = run_dir / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def pin_device(device: str, accelerator: str, devices: Any) -> dict[str, Any]:
+    """`device` as the Trainer's `accelerator` and `devices`; `trainer.devices` decides where it was set.
+
+    Raises:
+        ValueError: a device that is not there, or two settings that contradict each other.
+    """
+    if device != "auto" and (devices != "auto" or accelerator != "auto"):
+        raise ValueError(f"device ({device}) and trainer.accelerator/devices are both set; leave one of them out")
+    if device == "auto":
+        if accelerator == "auto":
+            accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+        return {"accelerator": accelerator, "devices": 1 if devices == "auto" else devices}
+    if device == "cpu":
+        return {"accelerator": "cpu", "devices": 1}
+    found = re.fullmatch(r"cuda(?::(\d+(?:,\d+)*))?", device)
+    if found is None:
+        raise ValueError(f"device {device!r} is not known; use auto, cpu, cuda, cuda:7 or cuda:0,1")
+    numbers = [int(number) for number in (found.group(1) or "0").split(",")]
+    there = torch.cuda.device_count()
+    if max(numbers) >= there:
+        have = f"cuda:0 to cuda:{there - 1}" if there else "no GPU that this PyTorch can use"
+        raise ValueError(f"device {device}: this machine has {have}; use --device cpu or another number")
+    return {"accelerator": "cuda", "devices": numbers}
+
+
+def resolve_precision(precision: str, accelerator: str) -> str:
+    """What `auto` means on this device."""
+    if precision != "auto":
+        return {"32": "32-true"}.get(precision, precision)
+    if accelerator in ("cuda", "gpu"):
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+    return "32-true"
+
+
+def wandb_logger(run_dir: Path, *, offline: bool, resuming: bool) -> WandbLogger:
+    """A W&B run that keeps its id when the run is resumed."""
+    import uuid
+
+    note = run_dir / "wandb_id"
+    if not (resuming and note.is_file()):
+        note.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    name = run_dir.resolve().name
+    return WandbLogger(name=name, project="minimind_sft", save_dir=run_dir, id=note.read_text(encoding="utf-8").strip(), offline=offline, resume="allow")
+
+
+def find_config(argv: list[str]) -> list[str]:
+    """Let `--config NAME` find `configs/NAME` of the project where the current folder has none, and say so."""
+    found = []
+    for place, word in enumerate(argv):
+        option, sign, value = word.partition("=")
+        previous = argv[place - 1] if place else ""
+        is_value = previous in ("--config", "-c")
+        name = value if option in ("--config", "-c") and sign else word if is_value else None
+        shipped = PROJECT / "configs" / name if name else None
+        if name and shipped and not Path(name).exists():
+            if not shipped.is_file():
+                names = ", ".join(sorted(path.name for path in (PROJECT / "configs").glob("*.yaml")))
+                raise ValueError(f"--config {name}: no such file here, and configs/ holds {names}")
+            print(f"using {shipped}", flush=True)
+            word = f"{option}={shipped}" if sign and not is_value else str(shipped)
+        found.append(word)
+    return found
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Lightning's tips off the screen; warnings of our own and real ones stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for message in (".*does not have many workers.*", ".*not resumable.*", ".*is not resumable.*", ".*LeafSpec.*", ".*TreeSpec.*",
+                        ".*litlogger.*", ".*Checkpoint directory.*", ".*`isinstance.treespec.*", ".*in eval mode.*"):
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+def run(verb: str, argv: list[str]) -> int:
+    """Run a training verb; see `__main__.main`."""
+    argv = find_config(argv)
+    before = sys.argv
+    sys.argv = [f"minimind_sft {verb}", *before[1:]]
+    try:
+        with quiet():
+            SFTCLI(
+                SFTModule,
+                SFTDataModule,
+                save_config_callback=None,
+                parser_class=Parser,
+                parser_kwargs={name: {"allow_abbrev": False} for name in SFTCLI.subcommands()},
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                args=[verb, *argv],
+            )
+    finally:
+        sys.argv = before
+    return 0
