@@ -91,6 +91,8 @@ class Parser(LightningArgumentParser):
 class SFTCLI(LightningCLI):
     """Our top-level settings, and a Trainer built from them."""
 
+    command: list[str]
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {
@@ -170,7 +172,7 @@ class SFTCLI(LightningCLI):
             log_every=settings["log_every_steps"], val_every=settings["val_every_steps"], save_every=settings["save_every_steps"]
         )
         return [
-            Record(self.run_dir, self._yaml),
+            Record(self.run_dir, self._yaml, self.command),
             FirstScreen(measure),
             StepLog(measure),
             measure,
@@ -337,7 +339,8 @@ def run(verb: str, argv: list[str]) -> int:
     """Run a training verb; see `__main__.main`."""
     argv = find_config(argv)
     before = sys.argv
-    sys.argv = [f"minimind_sft {verb}", *before[1:]]
+    sys.argv = [f"minimind_sft {verb}"]  # the arguments are given as `args`
+    SFTCLI.command = [verb, *argv]
     try:
         with quiet():
             SFTCLI(

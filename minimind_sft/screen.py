@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
@@ -39,17 +38,18 @@ class Record(Callback):
     Args:
         folder: the run directory.
         config: the settings as YAML.
+        command: the verb and its arguments.
     """
 
-    def __init__(self, folder: Path, config: Callable[[], str]) -> None:
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, config: Callable[[], str], command: list[str]) -> None:
+        self.folder, self.config, self.command = folder, config, command
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: SFTModule) -> None:
         if not trainer.is_global_zero:
             return
         data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
         facts = {
-            "argv": sys.argv[1:],
+            "command": self.command,
             "versions": {name: version(name) for name in ("torch", "lightning", "tokenizers", "numpy")} | {"python": platform.python_version()},
             "threads": torch.get_num_threads(),
             "base": pl_module.description,
