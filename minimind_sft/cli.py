@@ -146,6 +146,8 @@ class SFTCLI(LightningCLI):
         for callback in theirs:
             if isinstance(callback, GradientAccumulationScheduler):
                 raise ValueError("GradientAccumulationScheduler changes the window in mid-run; set trainer.accumulate_grad_batches")
+        plugins = given.pop("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
         given |= pin_device(settings["device"], given["accelerator"], given["devices"])
         accelerator = given["accelerator"]
         return Trainer(
@@ -153,7 +155,7 @@ class SFTCLI(LightningCLI):
             precision=resolve_precision(settings["precision"], accelerator),  # type: ignore[arg-type]
             callbacks=[*theirs, *self._callbacks(settings)],
             logger=self._loggers(settings),
-            plugins=[AtomicCheckpointIO()] if given.pop("plugins", None) is None else None,
+            plugins=[AtomicCheckpointIO(), *plugins],
             default_root_dir=self.run_dir,
             enable_progress_bar=False,
             enable_model_summary=False,
