@@ -175,9 +175,9 @@ class SFTCLI(LightningCLI):
         )
         return [
             Record(self.run_dir, self._yaml, self.command),
-            FirstScreen(measure),
-            StepLog(measure),
+            StepLog(measure),  # before measure: the step's row first, then its reading
             measure,
+            FirstScreen(measure),
             LastScreen(self.run_dir, measure, self.datamodule.probes, self.datamodule.document_format),
             Checkpoints(self.run_dir / "checkpoints", measure),
         ]
