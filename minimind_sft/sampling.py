@@ -19,12 +19,11 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 from minimind_sft.lines import Line, Progress, read_lines
-from minimind_sft.selection import BLOCK, MEBIBYTE, Selection, select
+from minimind_sft.selection import MEBIBYTE, Selection, select
 from minimind_sft.sources import expand
 
 __all__ = ["Line", "Selection", "expand", "main", "manifest_path", "read_lines", "rebuild", "sample", "select"]
@@ -108,10 +107,10 @@ def _write(selection: Selection, output: Path, expected: dict[str, Any] | None =
     digest = hashlib.sha256()
     with _temporary(output) as part, _temporary(manifest_path(output)) as manifest_part:
         with part.open("xb") as file:
-            raw = (line + b"\n" for _, _, line in selection.raw_lines())
-            while block := b"".join(islice(raw, BLOCK)):
-                digest.update(block)
-                file.write(block)
+            for block in selection.blocks():
+                data = b"\n".join([*block.raw, b""])
+                digest.update(data)
+                file.write(data)
             size = file.tell()
         manifest = selection.manifest()
         manifest["output"] = {"name": str(output), "size": size, "sha256": digest.hexdigest()}

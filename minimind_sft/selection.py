@@ -8,9 +8,7 @@ Memory: 16 bytes a line (start 8, length 4, order 4), and for compressed input t
 fetched. Seeking costs 2 us a line from the page cache, which a cap of 72 MB (92,000 lines) makes 0.2 s.
 """
 
-import hashlib
 import math
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,44 +19,11 @@ from numpy.typing import NDArray
 
 from minimind_sft.lines import Line, LineTable, Progress, scan_lines
 from minimind_sft.shuffle import shuffled_indices
-from minimind_sft.sources import CHUNK, Source
+from minimind_sft.sources import CHUNK, Digests, Source
 
 MEBIBYTE = 1024 * 1024
 BLOCK = 4096  # lines handled at a time
 OPEN_FILES = 64  # inputs open at a time
-
-
-class Digests(threading.Thread):
-    """SHA-256 of files as they lie on disk, computed beside other work: reading and hashing release the interpreter lock."""
-
-    def __init__(self, sources: Sequence[Source]) -> None:
-        super().__init__(daemon=True)
-        self._sources, self._digests = sources, list[str]()
-        self._error: Exception | None = None
-        self._cancelled = False
-        self.start()
-
-    def run(self) -> None:
-        try:
-            for source in self._sources:
-                digest = hashlib.sha256()
-                with source.path.open("rb", buffering=0) as file:
-                    while not self._cancelled and (data := file.read(2 * CHUNK)):
-                        digest.update(data)
-                source.check_unchanged()
-                self._digests.append(digest.hexdigest())
-        except Exception as error:
-            self._error = error
-
-    def cancel(self) -> None:
-        self._cancelled = True
-
-    def result(self) -> list[str]:
-        """Waits for the end. Raises what went wrong: ValueError where a file changed, OSError where it cannot be read."""
-        self.join()
-        if self._error is not None:
-            raise self._error
-        return self._digests
 
 
 class _Walk(NamedTuple):
@@ -145,57 +110,42 @@ class Selection:
         Raises:
             ValueError: where an input is no longer what was scanned.
         """
-        names = [str(source.path) for source in self.sources]
-        for file, line, raw in self.raw_lines():
-            yield Line(names[file], line - self._table.first_line[file] + 1, raw.decode("utf-8"))
+        names, first_line = [str(source.path) for source in self.sources], self._table.first_line
+        for block in self.blocks():
+            for file, line, raw in zip(block.files, block.lines, block.raw, strict=True):
+                yield Line(names[file], line - first_line[file] + 1, raw.decode("utf-8"))
 
-    def raw_lines(self) -> Iterator[tuple[int, int, "_Bytes"]]:
-        """As `lines`, undecoded: (index of the file, index of the line among all, stripped UTF-8 bytes)."""
+    def blocks(self) -> Iterator["Block"]:
+        """As `lines`, up to 4096 at once, and undecoded."""
         for source in self.sources:
             source.check_unchanged()
-        table, opened = self._table, dict[int, BinaryIO]()
         kept = {file: self._fetch_compressed(file) for file, source in enumerate(self.sources) if source.codec != "plain"}
-        taken = dict.fromkeys(kept, 0)
-        try:
+        with _Readers(self.sources, self._table.first_byte, kept) as read:
             for begin in range(0, self.selected, BLOCK):
-                block = self._picked[begin : begin + BLOCK]
-                starts, spans, lengths, files = (column.tolist() for column in self._columns(block))
-                for line, start, span, length, file in zip(block.tolist(), starts, spans, lengths, files, strict=True):
-                    if file in kept:
-                        raw = bytes(kept[file][taken[file] : taken[file] + length])
-                        taken[file] += length
-                    else:
-                        stream = opened.get(file) or self._open(file, opened)
-                        stream.seek(start - table.first_byte[file])
-                        raw = self._strip(file, stream.read(span), length)
-                    yield file, line, raw
-        finally:
-            for stream in opened.values():
-                stream.close()
+                lines = self._picked[begin : begin + BLOCK]
+                starts, spans, lengths, files = (column.tolist() for column in self._columns(lines))
+                raw = [read(*place).strip() for place in zip(files, starts, spans, lengths, strict=True)]
+                if list(map(len, raw)) != lengths:  # Unicode white space; ASCII's alone is the common case
+                    raw = [self._strip(*line) for line in zip(files, raw, lengths, strict=True)]
+                yield Block(files, lines.tolist(), raw)
         for source in self.sources:
             source.check_unchanged()
 
-    def _columns(self, block: NDArray[np.uint32]) -> tuple[NDArray[Any], ...]:
+    def _columns(self, lines: NDArray[np.uint32]) -> tuple[NDArray[Any], ...]:
         """Start, span with the line break, stripped length and file of each line, (B,) each."""
         table = self._table
-        starts = table.starts[block]
-        files = np.searchsorted(table.first_line, block, side="right") - 1
-        return starts, table.starts[block + np.uint32(1)] - starts, table.lengths[block], files
-
-    def _open(self, file: int, opened: dict[int, BinaryIO]) -> BinaryIO:
-        if len(opened) >= OPEN_FILES:
-            opened.pop(next(iter(opened))).close()
-        opened[file] = cast(BinaryIO, self.sources[file].path.open("rb", buffering=0))
-        return opened[file]
+        starts = table.starts[lines]
+        files = np.searchsorted(table.first_line, lines, side="right") - 1
+        return starts, table.starts[lines + np.uint32(1)] - starts, table.lengths[lines], files
 
     def _strip(self, file: int, raw: "_Bytes", length: int) -> "_Bytes":
-        """The ``length`` bytes that the scan found in ``raw``; ASCII white space alone is the common case."""
-        stripped = raw.strip()
-        if len(stripped) != length:
-            stripped = raw.decode("utf-8", errors="replace").strip().encode()
-        if len(stripped) != length:
+        """``raw`` without white space, which must leave the ``length`` bytes that the scan found."""
+        raw = raw.strip()
+        if len(raw) != length:
+            raw = raw.decode("utf-8", errors="replace").strip().encode()
+        if len(raw) != length:
             raise self.sources[file].changed()
-        return stripped
+        return raw
 
     def _fetch_compressed(self, file: int) -> bytearray:
         """The selected lines of a compressed file, stripped and end to end, in the sampled order."""
@@ -222,7 +172,45 @@ class Selection:
         return kept
 
 
-_Bytes = bytes  # the name of a field above
+class Block(NamedTuple):
+    """Some selected lines: for each the index of its file, its index among all lines, and its stripped UTF-8 bytes."""
+
+    files: list[int]
+    lines: list[int]
+    raw: list[bytes]
+
+
+class _Readers:
+    """Reads a line's bytes: of a plain file from its place, of a compressed one the next of those that were kept."""
+
+    def __init__(self, sources: Sequence[Source], first_byte: list[int], kept: dict[int, bytearray]) -> None:
+        self._sources, self._first_byte, self._kept = sources, first_byte, kept
+        self._taken, self._opened = dict.fromkeys(kept, 0), dict[int, BinaryIO]()
+
+    def __enter__(self) -> "_Readers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in self._opened.values():
+            stream.close()
+
+    def __call__(self, file: int, start: int, span: int, length: int) -> bytes:
+        if file in self._kept:
+            at = self._taken[file]
+            self._taken[file] = at + length
+            return bytes(self._kept[file][at : at + length])
+        stream = self._opened.get(file) or self._open(file)
+        stream.seek(start - self._first_byte[file])
+        return stream.read(span)
+
+    def _open(self, file: int) -> BinaryIO:
+        if len(self._opened) == OPEN_FILES:
+            self._opened.pop(next(iter(self._opened))).close()
+        self._opened[file] = cast(BinaryIO, self._sources[file].path.open("rb", buffering=0))
+        return self._opened[file]
+
+
+_Bytes = bytes  # the name of a field of Selection
 
 
 def select(
