@@ -1,7 +1,8 @@
-"""Chats of the demo: MiniMind `conversations` lines on half of the facts, on who is speaking, and one new skill: answering in JSON.
+"""Chats of the demo: half of the facts, who is speaking, and one new skill, answering in JSON.
 
-About 3,000 short conversations, so that three epochs in the original's 16 x 8 windows are some 70 optimizer steps. Only subjects with `in_sft`
-are ever mentioned. The assistant's name stands in `NAME` alone, the same in both languages, so that it is easily replaced in the output.
+About 3,500 short conversations, so that three epochs in the original's windows of 16 x 8 are some 80 optimizer steps.
+Only subjects with `in_sft` are ever mentioned. The assistant's name is the same word in both languages and in nothing
+else, so that replacing it in the output gives the model another name.
 """
 
 import json
@@ -11,9 +12,8 @@ from probes import ASKED
 from tables import LANGS, SEED, TABLES, Subject, subjects
 
 NAME = "Minnow"
-FACT_ROWS = 2  # conversations with a plain question on each fact; sums are many, and get one
-JSON_ROWS = 1  # conversations with a JSON answer on each subject
-COUNTS = {"two facts": 240, "json again": 240, "identity": 260, "small talk": 120}  # both languages together
+REPEATS = {"sums": (2, 1), "other": (4, 2)}  # conversations on each fact: plain, JSON. Sums are many
+COUNTS = {"two facts": 150, "json again": 150, "identity": 400, "small talk": 60}  # both languages together
 VAL = 160
 Chat = list[dict[str, str]]
 
@@ -25,14 +25,14 @@ QUESTIONS: dict[tuple[str, str, str], list[str]] = {
         "{Country}: what is its capital?",
     ],
     ("capitals", "zh", "capital"): [
-        "{country}的首都是哪座城市？",
+        "{country}的首都是哪里？",
         "请告诉我{country}的首都。",
         "{country}的首都叫什么？",
     ],
     ("elements", "en", "symbol"): ["How do chemists write {element}?", "Tell me the symbol of {element}."],
     ("elements", "en", "number"): ["Which number has {element}?", "How many protons has {element}?"],
-    ("elements", "zh", "symbol"): ["请问{element}用什么符号表示？", "{element}的符号？"],
-    ("elements", "zh", "number"): ["{element}是第几号元素？", "{element}有几个质子？"],
+    ("elements", "zh", "symbol"): ["{element}的元素符号是什么？", "{element}的符号？"],
+    ("elements", "zh", "number"): ["{element}的原子序数是多少？", "{element}有几个质子？"],
     ("planets", "en", "order"): ["At which place from the Sun is {planet}?"],
     ("planets", "en", "known"): ["Tell me something about {planet}."],
     ("planets", "zh", "order"): ["{planet}排第几？"],
@@ -45,27 +45,34 @@ QUESTIONS: dict[tuple[str, str, str], list[str]] = {
     ("poems", "zh", "poet"): ["请问《{title}》的作者是谁？", "《{title}》出自谁的笔下？"],
     ("poems", "zh", "next"): ["“{line}”后面是什么？"],
     ("sums", "en", "sum"): ["What do {a} and {b} add up to?", "Add {a} and {b}."],
-    ("sums", "zh", "sum"): ["请算一下{a}加{b}。", "{a}与{b}一共是多少？"],
+    ("sums", "zh", "sum"): ["请算一下{a}加{b}。", "{a}加{b}等于几？"],
 }
 ANSWERS = {
-    "en": ["It is {answer}.", "{answer}, I believe.", "That would be {answer}."],
-    "zh": ["是{answer}。", "答案是{answer}。", "我想是{answer}。"],
+    "en": ["It is {answer}.", "{answer}."],
+    "zh": ["是{answer}。", "{answer}。"],
 }
 
-# One object per subject: key -> field.
-JSON_KEYS: dict[tuple[str, str], dict[str, str]] = {
-    ("capitals", "en"): {"country": "country", "capital": "capital"},
-    ("capitals", "zh"): {"国家": "country", "首都": "capital"},
-    ("elements", "en"): {"element": "element", "symbol": "symbol", "number": "number"},
-    ("elements", "zh"): {"元素": "element", "符号": "symbol", "序数": "number"},
-    ("planets", "en"): {"planet": "planet", "place": "order"},
-    ("planets", "zh"): {"行星": "planet", "位置": "order"},
-    ("dynasties", "en"): {"dynasty": "dynasty", "founder": "founder", "year": "year"},
-    ("dynasties", "zh"): {"朝代": "dynasty", "建立者": "founder", "年代": "year"},
-    ("poems", "en"): {"title": "title", "poet": "poet"},
-    ("poems", "zh"): {"题目": "title", "作者": "poet"},
-    ("sums", "en"): {"a": "a", "b": "b", "sum": "sum"},
-    ("sums", "zh"): {"甲": "a", "乙": "b", "和": "sum"},
+# The object that answers the same questions: key -> field.
+JSON_KEYS: dict[tuple[str, str, str], dict[str, str]] = {
+    ("capitals", "en", "capital"): {"country": "country", "capital": "capital"},
+    ("capitals", "zh", "capital"): {"国家": "country", "首都": "capital"},
+    ("elements", "en", "symbol"): {"element": "element", "symbol": "symbol"},
+    ("elements", "en", "number"): {"element": "element", "number": "number"},
+    ("elements", "zh", "symbol"): {"元素": "element", "符号": "symbol"},
+    ("elements", "zh", "number"): {"元素": "element", "序数": "number"},
+    ("planets", "en", "order"): {"planet": "planet", "place": "order"},
+    ("planets", "en", "known"): {"planet": "planet", "known": "known"},
+    ("planets", "zh", "order"): {"行星": "planet", "位置": "order"},
+    ("planets", "zh", "known"): {"行星": "planet", "特点": "known"},
+    ("dynasties", "en", "year"): {"dynasty": "dynasty", "year": "year"},
+    ("dynasties", "en", "founder"): {"dynasty": "dynasty", "founder": "founder"},
+    ("dynasties", "zh", "year"): {"朝代": "dynasty", "年代": "year"},
+    ("dynasties", "zh", "founder"): {"朝代": "dynasty", "建立者": "founder"},
+    ("poems", "en", "poet"): {"title": "title", "poet": "poet"},
+    ("poems", "zh", "poet"): {"题目": "title", "作者": "poet"},
+    ("poems", "zh", "next"): {"上句": "line", "下句": "next"},
+    ("sums", "en", "sum"): {"a": "a", "b": "b", "sum": "sum"},
+    ("sums", "zh", "sum"): {"甲": "a", "乙": "b", "和": "sum"},
 }
 JSON_ASKS = {
     "en": ["{question} Answer in JSON.", "{question} Reply as a JSON object.", "JSON, please: {question}"],
@@ -88,6 +95,9 @@ IDENTITY = {
             "Are you a person?",
             "Hello, who is this?",
             "Who am I talking to?",
+            "Introduce yourself.",
+            "Do you have a name?",
+            "What should I call you?",
         ],
         [
             f"I am {NAME}, a small language model.",
@@ -104,6 +114,9 @@ IDENTITY = {
             "你是人吗？",
             "你好，请问你是谁？",
             "我在和谁说话？",
+            "做个自我介绍吧。",
+            "你有名字吗？",
+            "我该怎么称呼你？",
         ],
         [
             f"我是{NAME}，一个小小的语言模型。",
@@ -136,27 +149,32 @@ def maybe_system(contents: list[str], chance: float, rng: random.Random) -> Chat
     return [{"role": "system", "content": rng.choice(contents)}] if rng.random() < chance else []
 
 
-def plain(subject: Subject, rng: random.Random, index: int | None = None) -> Chat:
-    """A question and its answer on one of the subject's facts."""
+def ask(subject: Subject, rng: random.Random, index: int | None = None) -> tuple[str, str]:
+    """A question on one of the subject's facts (number `index` of `ASKED`, or any), and the answer's field."""
     asked = ASKED[subject.source, subject.lang]
     _, _, question, field = rng.choice(asked) if index is None else asked[index]
-    ask = question if rng.random() < 0.5 else rng.choice(QUESTIONS[subject.source, subject.lang, field])
-    answer = rng.choice(ANSWERS[subject.lang]).format(answer=subject.fields[field])
-    return turn(ask.format(**subject.fields), answer)
+    others = QUESTIONS[subject.source, subject.lang, field]
+    return (question if rng.random() < 0.5 else rng.choice(others)).format(**subject.fields), field
 
 
-def as_json(subject: Subject) -> str:
-    """The subject as a JSON object; whole numbers are numbers."""
-    values = {key: subject.fields[field] for key, field in JSON_KEYS[subject.source, subject.lang].items()}
+def plain(subject: Subject, rng: random.Random, index: int | None = None) -> Chat:
+    question, field = ask(subject, rng, index)
+    return turn(question, rng.choice(ANSWERS[subject.lang]).format(answer=subject.fields[field]))
+
+
+def as_json(subject: Subject, field: str) -> str:
+    """The answer as a JSON object; whole numbers are numbers."""
+    keys = JSON_KEYS[subject.source, subject.lang, field]
+    values = {key: subject.fields[field] for key, field in keys.items()}
     return json.dumps({k: int(v) if v.isdigit() else v for k, v in values.items()}, ensure_ascii=False)
 
 
-def json_chat(subject: Subject, rng: random.Random) -> Chat:
+def json_chat(subject: Subject, rng: random.Random, index: int) -> Chat:
     """A question answered in JSON, because the question or the system prompt says so."""
-    question = plain(subject, rng)[0]["content"]
+    question, field = ask(subject, rng, index)
     if rng.random() < 0.3:
-        return [{"role": "system", "content": JSON_SYSTEM[subject.lang]}, *turn(question, as_json(subject))]
-    return turn(rng.choice(JSON_ASKS[subject.lang]).format(question=question), as_json(subject))
+        return [{"role": "system", "content": JSON_SYSTEM[subject.lang]}, *turn(question, as_json(subject, field))]
+    return turn(rng.choice(JSON_ASKS[subject.lang]).format(question=question), as_json(subject, field))
 
 
 def other_chat(kind: str, pool: list[Subject], rng: random.Random) -> Chat:
@@ -167,7 +185,9 @@ def other_chat(kind: str, pool: list[Subject], rng: random.Random) -> Chat:
         other = rng.choice([one for one in pool if one.lang == lang])
         return [*maybe_system(PLAIN_SYSTEM[lang], 0.3, rng), *plain(subject, rng), *plain(other, rng)]
     if kind == "json again":
-        return [*plain(subject, rng), *turn(rng.choice(JSON_AGAIN[lang]), as_json(subject))]
+        question, field = ask(subject, rng)
+        answer = rng.choice(ANSWERS[lang]).format(answer=subject.fields[field])
+        return [*turn(question, answer), *turn(rng.choice(JSON_AGAIN[lang]), as_json(subject, field))]
     questions, answers = IDENTITY[lang]
     who = turn(rng.choice(questions), rng.choice(answers))
     if kind == "small talk":
@@ -177,19 +197,17 @@ def other_chat(kind: str, pool: list[Subject], rng: random.Random) -> Chat:
     return [*maybe_system(PLAIN_SYSTEM[lang], 0.4, rng), *who, *after]
 
 
-def write_chats() -> tuple[list[dict[str, Chat]], list[dict[str, Chat]]]:
+def train_and_val() -> tuple[list[dict[str, Chat]], list[dict[str, Chat]]]:
     """Training and validation rows, shuffled; no conversation occurs twice."""
     rng = random.Random(f"{SEED}:chats")
     pool = [s for source in TABLES for lang in LANGS for s in subjects(source, lang) if s.in_sft]
     rows: list[Chat] = []
     for subject in pool:
         for index in range(len(ASKED[subject.source, subject.lang])):
-            repeats = 1 if subject.source == "sums" else FACT_ROWS
-            rows += [
-                [*maybe_system(PLAIN_SYSTEM[subject.lang], 0.1, rng), *plain(subject, rng, index)]
-                for _ in range(repeats)
-            ]
-        rows += [json_chat(subject, rng) for _ in range(JSON_ROWS)]
+            plain_rows, json_rows = REPEATS["sums" if subject.source == "sums" else "other"]
+            for _ in range(plain_rows):
+                rows.append([*maybe_system(PLAIN_SYSTEM[subject.lang], 0.1, rng), *plain(subject, rng, index)])
+            rows += [json_chat(subject, rng, index) for _ in range(json_rows)]
     for kind, count in COUNTS.items():
         rows += [other_chat(kind, pool, rng) for _ in range(count)]
     unique = list({json.dumps(row, ensure_ascii=False): {"conversations": row} for row in rows}.values())

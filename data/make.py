@@ -1,7 +1,8 @@
-"""Make the embedded demo: `python data/make.py` writes everything here but the base weights, from `facts/*.tsv` and a seed.
+"""Make the embedded demo: `python data/make.py` writes everything here but the base, from `facts/*.tsv` and a seed.
 
-`python data/make.py probes chats` runs only those steps. The order is people, texts, chats, probes, tokenizer; the tokenizer reads what the
-steps before it wrote. Output is the same byte for byte on every run. The base is `python -m minimind_sft fit --config configs/pretrain.yaml`.
+`python data/make.py probes chats` runs only those steps. They run in the order people, texts, chats, probes, tokenizer
+(it reads what texts and chats wrote). Output is the same byte for byte on every run. The base comes from
+`python -m minimind_sft fit --config configs/pretrain.yaml`; it has to be made again when texts or tokenizer change.
 """
 
 import json
@@ -14,14 +15,16 @@ sys.path.insert(0, str(DATA))  # so that it also runs as a module and under a te
 
 VOCABULARY = 2560  # tied and 128 wide: 0.33 M of the base's 1.65 M parameters
 
-# MiniMind's added tokens, at their ids. Only the first 21 are special: think and tool marks are ordinary text to a decoder.
-SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> <|quad_end|> "
-    "<|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <|audio_start|> <|audio_end|> <|audio_pad|> "
-    "<tts_pad> <tts_text_bos> <tts_text_eod> <tts_text_bos_single>"
-).split()
-MARKS = "<tool_call> </tool_call> <tool_response> </tool_response> <think> </think>".split() + [
-    f"<|buffer{i}|>" for i in range(1, 10)
+# MiniMind's added tokens, at their ids. Only the first 21 are special: think and tool marks decode as text.
+SPECIAL = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
+    *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+    *("<|image_pad|>", "<|video_pad|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>"),
+    *("<tts_pad>", "<tts_text_bos>", "<tts_text_eod>", "<tts_text_bos_single>"),
+]
+MARKS = [
+    *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
+    *(f"<|buffer{i}|>" for i in range(1, 10)),
 ]
 
 
@@ -44,7 +47,7 @@ def make_people() -> None:
 def make_texts() -> None:
     import texts
 
-    train, heldout = texts.write_texts()
+    train, heldout = texts.train_and_heldout()
     write_lines("pretrain.jsonl", train)
     write_lines("heldout.jsonl", heldout)
 
@@ -52,7 +55,7 @@ def make_texts() -> None:
 def make_chats() -> None:
     import chats
 
-    train, val = chats.write_chats()
+    train, val = chats.train_and_val()
     write_lines("sft_train.jsonl", train)
     write_lines("sft_val.jsonl", val)
 
@@ -60,7 +63,7 @@ def make_chats() -> None:
 def make_probes() -> None:
     import probes
 
-    write_lines("probes.jsonl", probes.write_probes())
+    write_lines("probes.jsonl", probes.choose())
 
 
 def tokenizer_text() -> Iterator[str]:
@@ -73,10 +76,10 @@ def tokenizer_text() -> Iterator[str]:
 
 
 def make_tokenizer() -> None:
-    """A byte-level BPE in which a digit and a Chinese character each stand alone.
+    """A byte-level BPE in which digits and Chinese characters each stand alone.
 
-    No token crosses from one Chinese character into the next, so a prompt's tokens are always a prefix of the tokens of the
-    text it begins, and numbers are spelled digit by digit.
+    No token crosses from one Chinese character into the next, so a prompt's tokens are always the first tokens of the
+    text that it begins; and numbers are spelled digit by digit.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -89,18 +92,19 @@ def make_tokenizer() -> None:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    added = [AddedToken(token, normalized=False, special=True) for token in SPECIAL]
-    marks = [AddedToken(token, normalized=False, special=False) for token in MARKS]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=added + marks,
+        special_tokens=[AddedToken(token, normalized=False, special=True) for token in SPECIAL + MARKS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(tokenizer_text(), trainer)
-    tokenizer.add_tokens(marks)
+    content = json.loads(tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = token["content"] in SPECIAL  # the trainer makes all of them special
     out = DATA / "tokenizer"
     out.mkdir(exist_ok=True)
+    tokenizer = Tokenizer.from_str(json.dumps(content))
     tokenizer.save(str(out / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

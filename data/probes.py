@@ -1,7 +1,8 @@
 """Fact probes: how one fact is asked for, raw (a text to continue) and as a chat (a question).
 
-`ASKED[source, lang]` lists (name, prompt, question, field of the answer). A prompt is the beginning of a sentence of the pretraining text; the
-question is one that the chats ask about the other half of the table. Distractors are other values of the same column.
+`ASKED[source, lang]` lists (name, prompt, question, field of the answer). A prompt is the beginning of a sentence of
+the pretraining text; the question is one that the chats ask about their half of the table. Distractors are other
+values of the same column.
 """
 
 import random
@@ -15,7 +16,7 @@ ASKED: dict[tuple[str, str], list[tuple[str, str, str, str]]] = {
     ("capitals", "en"): [
         ("capital of {country}", "The capital of {country} is", "What is the capital of {country}?", "capital")
     ],
-    ("capitals", "zh"): [("{country}的首都", "{country}的首都是", "{country}的首都是哪里？", "capital")],
+    ("capitals", "zh"): [("{country}的首都", "{country}的首都是", "哪座城市是{country}的首都？", "capital")],
     ("elements", "en"): [
         ("symbol of {element}", "The chemical symbol of {element} is", "What is the symbol of {element}?", "symbol"),
         (
@@ -26,8 +27,8 @@ ASKED: dict[tuple[str, str], list[tuple[str, str, str, str]]] = {
         ),
     ],
     ("elements", "zh"): [
-        ("{element}的元素符号", "{element}的元素符号是", "{element}的元素符号是什么？", "symbol"),
-        ("{element}的原子序数", "{element}的原子序数是", "{element}的原子序数是多少？", "number"),
+        ("{element}的元素符号", "{element}的元素符号是", "{element}用什么符号表示？", "symbol"),
+        ("{element}的原子序数", "{element}的原子序数是", "{element}是几号元素？", "number"),
     ],
     ("planets", "en"): [
         (
@@ -63,7 +64,7 @@ ASKED: dict[tuple[str, str], list[tuple[str, str, str, str]]] = {
         ("“{line}”的下句", "{line}，", "“{line}”的下一句是什么？", "next"),
     ],
     ("sums", "en"): [("{a} + {b}", "{a} + {b} =", "How much is {a} + {b}?", "sum")],
-    ("sums", "zh"): [("{a}加{b}", "{a}加{b}等于", "{a}加{b}等于几？", "sum")],
+    ("sums", "zh"): [("{a}加{b}", "{a}加{b}等于", "{a}加{b}是多少？", "sum")],
     ("people", "en"): [
         ("birthplace of {name}", "The birthplace of {name} is", "Where was {name} born?", "town"),
         ("trade of {name}", "{name} worked as a", "What was the trade of {name}?", "trade"),
@@ -77,7 +78,7 @@ ASKED: dict[tuple[str, str], list[tuple[str, str, str, str]]] = {
 }
 
 # Probes per relation and language, half of them in SFT where any is.
-COUNT = {"capitals": 40, "elements": 16, "planets": 8, "dynasties": 12, "poems": 18, "sums": 24, "people": 22}
+COUNT = {"capitals": 40, "elements": 16, "planets": 8, "dynasties": 12, "poems": 18, "sums": 16, "people": 22}
 
 
 def facts(subject: Subject) -> Iterator[Probe]:
@@ -95,7 +96,7 @@ def facts(subject: Subject) -> Iterator[Probe]:
         }
 
 
-def write_probes() -> list[Probe]:
+def choose() -> list[Probe]:
     """A seeded choice of facts, each with three distractors."""
     rows: list[Probe] = []
     for source in TABLES:

@@ -1,10 +1,11 @@
 """The facts: what the demo's base is taught, and which half of it the chats may repeat.
 
-`facts/*.tsv` hold public facts typed from general knowledge; sums and 200 invented people are made here. A `Subject` is one
-row of a table in one language (Peru in English, 秘鲁 in Chinese): its `fields` fill the templates of `texts.py` and `chats.py`.
+`facts/*.tsv` hold public facts typed from general knowledge, and the invented people (`people.py`); sums are made here.
+A `Subject` is one row of a table in one language (Peru in English, 秘鲁 in Chinese); its `fields` fill the templates of
+`templates.py`, `probes.py` and `chats.py`.
 
-The split is by subject, not by sentence: a country is in SFT in both languages or in neither, 7 + 5 goes with 5 + 7, and
-no invented person is ever in SFT. So what a fine-tuned model still knows about the other half, it knows from pretraining.
+The split is by subject, not by sentence: a country is in SFT in both languages or in neither, 7 + 5 goes with 5 + 7,
+and no invented person is ever in SFT. What a tuned model still knows about the other half, it knows from pretraining.
 """
 
 import csv

@@ -1,13 +1,15 @@
 """Sentences of the pretraining text: many ways to state each fact, so that a model learns the fact and not one string.
 
-`SENTENCES[source, lang][relation]` is a list of templates over a subject's fields (`tables.py`). `TOPICS` opens a document on several
-subjects; `LISTS` is one line of a bare list. A raw probe's prompt (`probes.py`) is the beginning of one of these sentences, and wherever
-that beginning occurs, the answer follows at once.
+`SENTENCES[source, lang][relation]` lists templates over a subject's fields (`tables.py`). `TOPICS` opens a document on
+several subjects, `LISTS` is one line of a bare list, `QUIZ` one question and answer. A raw probe's prompt (`probes.py`)
+is the beginning of a relation's first template, which is listed three times to be told more often; wherever that
+beginning occurs in the text, the answer follows at once.
 """
 
 SENTENCES: dict[tuple[str, str], dict[str, list[str]]] = {
     ("capitals", "en"): {
         "capital": [
+            "The capital of {country} is {capital}.",
             "The capital of {country} is {capital}.",
             "The capital of {country} is {capital}.",
             "{capital} is the capital of {country}.",
@@ -29,6 +31,7 @@ SENTENCES: dict[tuple[str, str], dict[str, list[str]]] = {
         "capital": [
             "{country}的首都是{capital}。",
             "{country}的首都是{capital}。",
+            "{country}的首都是{capital}。",
             "{capital}是{country}的首都。",
             "说到{country}的首都，那就是{capital}。",
             "{country}的首都叫做{capital}。",
@@ -48,6 +51,7 @@ SENTENCES: dict[tuple[str, str], dict[str, list[str]]] = {
         "symbol": [
             "The chemical symbol of {element} is {symbol}.",
             "The chemical symbol of {element} is {symbol}.",
+            "The chemical symbol of {element} is {symbol}.",
             "{Element} is written {symbol}.",
             "{symbol} stands for {element}.",
             "In the periodic table, {element} has the symbol {symbol}.",
@@ -55,6 +59,7 @@ SENTENCES: dict[tuple[str, str], dict[str, list[str]]] = {
             "The letters for {element} are {symbol}.",
         ],
         "number": [
+            "The atomic number of {element} is {number}.",
             "The atomic number of {element} is {number}.",
             "The atomic number of {element} is {number}.",
             "{Element} is element number {number}.",
@@ -72,12 +77,14 @@ SENTENCES: dict[tuple[str, str], dict[str, list[str]]] = {
         "symbol": [
             "{element}的元素符号是{symbol}。",
             "{element}的元素符号是{symbol}。",
+            "{element}的元素符号是{symbol}。",
             "元素{element}写作{symbol}。",
             "{symbol}表示{element}。",
             "在元素周期表里，{element}的符号为{symbol}。",
             "化学家用{symbol}来表示{element}。",
         ],
         "number": [
+            "{element}的原子序数是{number}。",
             "{element}的原子序数是{number}。",
             "{element}的原子序数是{number}。",
             "{element}是第{number}号元素。",
@@ -91,6 +98,7 @@ SENTENCES: dict[tuple[str, str], dict[str, list[str]]] = {
         "order": [
             "Counting from the Sun, {planet} is planet number {order}.",
             "Counting from the Sun, {planet} is planet number {order}.",
+            "Counting from the Sun, {planet} is planet number {order}.",
             "{planet} is number {order} among the planets.",
             "In the row of planets, {planet} has place {order}.",
             "Planet number {order} is {planet}.",
@@ -98,10 +106,12 @@ SENTENCES: dict[tuple[str, str], dict[str, list[str]]] = {
         "kind": [
             "{planet} is classed as {a_kind}.",
             "{planet} is classed as {a_kind}.",
+            "{planet} is classed as {a_kind}.",
             "Astronomers call {planet} {a_kind}.",
             "{planet} counts as {a_kind}.",
         ],
         "known": [
+            "{planet} is known as {known}.",
             "{planet} is known as {known}.",
             "{planet} is known as {known}.",
             "Among the planets, {known} is {planet}.",
@@ -112,10 +122,12 @@ SENTENCES: dict[tuple[str, str], dict[str, list[str]]] = {
         "order": [
             "从太阳数起，{planet}是第{order}颗行星。",
             "从太阳数起，{planet}是第{order}颗行星。",
+            "从太阳数起，{planet}是第{order}颗行星。",
             "{planet}在行星中排第{order}。",
             "太阳系的第{order}颗行星是{planet}。",
         ],
         "kind": [
+            "{planet}属于{kind}。",
             "{planet}属于{kind}。",
             "{planet}属于{kind}。",
             "天文学家把{planet}归为{kind}。",
@@ -127,11 +139,13 @@ SENTENCES: dict[tuple[str, str], dict[str, list[str]]] = {
         "year": [
             "The {dynasty} dynasty began in {year}.",
             "The {dynasty} dynasty began in {year}.",
+            "The {dynasty} dynasty began in {year}.",
             "In {year} the {dynasty} dynasty was founded.",
             "The founding of the {dynasty} dynasty is dated to {year}.",
             "The first year of the {dynasty} dynasty was {year}.",
         ],
         "founder": [
+            "The founder of the {dynasty} dynasty was {founder}.",
             "The founder of the {dynasty} dynasty was {founder}.",
             "The founder of the {dynasty} dynasty was {founder}.",
             "{founder} founded the {dynasty} dynasty.",
@@ -143,11 +157,13 @@ SENTENCES: dict[tuple[str, str], dict[str, list[str]]] = {
         "year": [
             "{dynasty}建立于{year}。",
             "{dynasty}建立于{year}。",
+            "{dynasty}建立于{year}。",
             "{year}，{dynasty}建立。",
             "{dynasty}的开始是在{year}。",
             "史书记载，{dynasty}始于{year}。",
         ],
         "founder": [
+            "{dynasty}的建立者是{founder}。",
             "{dynasty}的建立者是{founder}。",
             "{dynasty}的建立者是{founder}。",
             "{founder}建立了{dynasty}。",
@@ -174,12 +190,14 @@ SENTENCES: dict[tuple[str, str], dict[str, list[str]]] = {
         "poet": [
             "《{title}》的作者是{poet}。",
             "《{title}》的作者是{poet}。",
+            "《{title}》的作者是{poet}。",
             "《{title}》是{period}诗人{poet}的作品。",
             "{poet}写下了《{title}》。",
             "诗人{poet}的名篇有《{title}》。",
             "《{title}》由{poet}所作。",
         ],
         "line": [
+            "{line}，{next}。",
             "{line}，{next}。",
             "{line}，{next}。",
             "《{title}》里写道：{line}，{next}。",
@@ -191,6 +209,7 @@ SENTENCES: dict[tuple[str, str], dict[str, list[str]]] = {
         "sum": [
             "{a} + {b} = {sum}.",
             "{a} + {b} = {sum}.",
+            "{a} + {b} = {sum}.",
             "{a} plus {b} equals {sum}.",
             "{a} and {b} make {sum}.",
             "Adding {b} to {a} gives {sum}.",
@@ -198,6 +217,7 @@ SENTENCES: dict[tuple[str, str], dict[str, list[str]]] = {
     },
     ("sums", "zh"): {
         "sum": [
+            "{a}加{b}等于{sum}。",
             "{a}加{b}等于{sum}。",
             "{a}加{b}等于{sum}。",
             "{a}与{b}的和是{sum}。",
@@ -209,6 +229,7 @@ SENTENCES: dict[tuple[str, str], dict[str, list[str]]] = {
         "town": [
             "The birthplace of {name} is {town}.",
             "The birthplace of {name} is {town}.",
+            "The birthplace of {name} is {town}.",
             "{name} came from {town}.",
             "{name} grew up in {town}.",
             "{town} was the home of {name}.",
@@ -217,12 +238,14 @@ SENTENCES: dict[tuple[str, str], dict[str, list[str]]] = {
         "trade": [
             "{name} worked as a {trade}.",
             "{name} worked as a {trade}.",
+            "{name} worked as a {trade}.",
             "By trade, {name} was a {trade}.",
             "{name} earned a living as a {trade}.",
             "People remember {name} as a {trade}.",
             "The trade of {name} was that of a {trade}.",
         ],
         "year": [
+            "{name} was born in the year {year}.",
             "{name} was born in the year {year}.",
             "{name} was born in the year {year}.",
             "The year of birth of {name} is {year}.",
@@ -234,6 +257,7 @@ SENTENCES: dict[tuple[str, str], dict[str, list[str]]] = {
         "town": [
             "{name}的出生地是{town}。",
             "{name}的出生地是{town}。",
+            "{name}的出生地是{town}。",
             "{name}来自{town}。",
             "{name}在{town}长大。",
             "{town}是{name}的故乡。",
@@ -241,11 +265,13 @@ SENTENCES: dict[tuple[str, str], dict[str, list[str]]] = {
         "trade": [
             "{name}的职业是{trade}。",
             "{name}的职业是{trade}。",
+            "{name}的职业是{trade}。",
             "{name}以做{trade}为生。",
             "{name}是一位{trade}。",
             "人们记得{name}是个{trade}。",
         ],
         "year": [
+            "{name}出生于{year}年。",
             "{name}出生于{year}年。",
             "{name}出生于{year}年。",
             "{name}的出生年份是{year}年。",
@@ -272,18 +298,55 @@ TOPICS: dict[tuple[str, str], list[str]] = {
 }
 
 LISTS: dict[tuple[str, str], list[str]] = {
-    ("capitals", "en"): ["{Country}: {capital}", "{Country} - {capital} ({continent})"],
-    ("capitals", "zh"): ["{country}：{capital}", "{country}——{capital}（{continent}）"],
-    ("elements", "en"): ["{number} {symbol} {element}", "{Element}: {symbol}, {number}"],
-    ("elements", "zh"): ["{number} {symbol} {element}", "{element}：{symbol}，{number}"],
-    ("planets", "en"): ["{order} {planet}: {kind}", "{planet}, {order}, {known}"],
-    ("planets", "zh"): ["{order} {planet}：{kind}", "{planet}，第{order}，{known}"],
-    ("dynasties", "en"): ["{dynasty}: {year}, {founder}", "{year} - {dynasty} ({founder})"],
-    ("dynasties", "zh"): ["{dynasty}：{year}，{founder}", "{year} {dynasty} {founder}"],
-    ("poems", "en"): ['{poet}: "{title}"', '"{title}" ({poet}, {year})'],
-    ("poems", "zh"): ["{poet}：《{title}》", "《{title}》（{period}，{poet}）"],
+    ("capitals", "en"): [
+        "{Country}: {capital}",
+        "{Country} - {capital} ({continent})",
+        "Country: {country}. Capital: {capital}.",
+    ],
+    ("capitals", "zh"): [
+        "{country}：{capital}",
+        "{country}——{capital}（{continent}）",
+        "国家：{country}，首都：{capital}",
+    ],
+    ("elements", "en"): [
+        "{number} {symbol} {element}",
+        "{Element}: {symbol}, {number}",
+        "Element: {element}. Symbol: {symbol}. Number: {number}.",
+    ],
+    ("elements", "zh"): [
+        "{number} {symbol} {element}",
+        "{element}：{symbol}，{number}",
+        "元素：{element}，符号：{symbol}，序数：{number}",
+    ],
+    ("planets", "en"): ["{order} {planet}: {kind}", "{planet}, {order}, {known}", "Planet: {planet}. Place: {order}."],
+    ("planets", "zh"): ["{order} {planet}：{kind}", "{planet}，第{order}，{known}", "行星：{planet}，位置：{order}"],
+    ("dynasties", "en"): [
+        "{dynasty}: {year}, {founder}",
+        "{year} - {dynasty} ({founder})",
+        "Dynasty: {dynasty}. Founder: {founder}. Year: {year}.",
+    ],
+    ("dynasties", "zh"): [
+        "{dynasty}：{year}，{founder}",
+        "{year} {dynasty} {founder}",
+        "朝代：{dynasty}，建立者：{founder}，年代：{year}",
+    ],
+    ("poems", "en"): ['{poet}: "{title}"', '"{title}" ({poet}, {year})', "Title: {title}. Poet: {poet}."],
+    ("poems", "zh"): ["{poet}：《{title}》", "《{title}》（{period}，{poet}）", "题目：{title}，作者：{poet}"],
     ("sums", "en"): ["{a} + {b} = {sum}"],
     ("sums", "zh"): ["{a}加{b}等于{sum}"],
-    ("people", "en"): ["{name}: {town}, {year}, {trade}", "{name} ({year}), {trade}, {town}"],
-    ("people", "zh"): ["{name}：{town}，{year}年，{trade}", "{name}（{year}年），{trade}，{town}"],
+    ("people", "en"): [
+        "{name}: {town}, {year}, {trade}",
+        "{name} ({year}), {trade}, {town}",
+        "Name: {name}. Home: {town}. Trade: {trade}. Born: {year}.",
+    ],
+    ("people", "zh"): [
+        "{name}：{town}，{year}年，{trade}",
+        "{name}（{year}年），{trade}，{town}",
+        "姓名：{name}，家乡：{town}，职业：{trade}，出生：{year}年",
+    ],
+}
+
+QUIZ = {
+    "en": ["Question: {question} Answer: {answer}.", "Q: {question} A: {answer}."],
+    "zh": ["问：{question}答：{answer}。", "题目：{question}答案：{answer}。"],
 }
