@@ -1,12 +1,13 @@
 """Bytes to lines: a table of where every line starts and how long it is, or the lines themselves. No torch.
 
-A line is what Python's text mode calls one: universal newlines (``\\n``, ``\\r\\n`` or ``\\r`` end it; U+2028 and its kin
-do not), strict UTF-8, stripped of Unicode white space. Several files count as one, laid end to end in a virtual address
-space; a file without a final newline still ends its line.
+A line is what Python's text mode calls one: universal newlines (``\\n``, ``\\r\\n`` or ``\\r`` end it; U+2028 and its
+kin do not), strict UTF-8, stripped of Unicode white space. Several files count as one, laid end to end in a virtual
+address space; a file without a final newline still ends its line.
 
-`scan_lines` goes over the files once, in pieces, and keeps 12 bytes a line: its start (int64) and its length in stripped
-UTF-8 bytes (uint32; 0 means blank). Everything per byte is numpy, which leaves the interpreter lock to the thread that
-hashes the piece meanwhile: XXX GB/s on one core, where text mode makes 0.3. The price is our own validator (`is_utf8`).
+`scan_lines` goes over the files once, in pieces, and keeps 12 bytes a line: its start (int64) and its length in
+stripped UTF-8 bytes (uint32; 0 means blank). Everything per byte is numpy, which leaves the interpreter lock to the
+thread that hashes the piece meanwhile: XXX GB/s on one core, where text mode makes 0.3. The price is our own
+validator (`is_utf8`).
 """
 
 from array import array
@@ -29,7 +30,7 @@ Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
 
 class Line(NamedTuple):
-    """One line and where it stands: ``number`` counts from 1 in its file; ``text`` is stripped of Unicode white space."""
+    """One line and its place: ``number`` counts from 1 in its file; ``text`` is stripped of Unicode white space."""
 
     file: str
     number: int
@@ -98,8 +99,8 @@ def _not_utf8(source: Source, data: bytes, *, lines_before: int) -> ValueError:
     except UnicodeDecodeError as error:
         line = lines_before + line_breaks(np.frombuffer(data[: error.start], dtype=np.uint8))[0].size + 1
         return ValueError(
-            f"{source.path}, line {line}: byte 0x{data[error.start]:02x} is not valid UTF-8 ({error.reason}). Convert the "
-            f"file (`iconv -f GB18030 -t UTF-8`, say; with `-c` it drops what cannot be converted) or remove the line"
+            f"{source.path}, line {line}: byte 0x{data[error.start]:02x} is not valid UTF-8 ({error.reason}). Convert "
+            f"the file (`iconv -f GB18030 -t UTF-8`, say; with `-c` it drops what cannot be converted) or remove the line"
         )
     raise AssertionError("is_utf8 refused what Python accepts")
 
@@ -174,13 +175,17 @@ class _Scanner:
 
     def _finish(self) -> None:
         if self.solid >= 1 << 32:
-            raise ValueError(f"line {len(self.lengths) + 1:,} of the input has {self.solid:,} bytes, 4 GiB or more: split it")
+            raise ValueError(
+                f"line {len(self.lengths) + 1:,} of the input has {self.solid:,} bytes, 4 GiB or more: split it"
+            )
         self.starts.append(self.start)
         self.lengths.append(self.solid)
         self.solid = self.trailing = 0
 
 
-def _stripped_lengths(units: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.uint32]:
+def _stripped_lengths(
+    units: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]
+) -> NDArray[np.uint32]:
     lengths = (ends - starts).astype(np.uint32)
     soft = ~(SOLID_FIRST[units[starts]] & SOLID_LAST[units[ends - 1]]) & (lengths > 0)
     for line in np.flatnonzero(soft):

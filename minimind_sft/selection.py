@@ -1,11 +1,11 @@
-"""Lines to a selection: which lines a cap and a seed choose, and those lines in their order, without holding the files. No torch.
+"""Lines to a selection: which lines a cap and a seed choose, and those lines in that order. No torch.
 
-One pass makes the table of lines (`lines.scan_lines`) while a second thread hashes the files for the manifest. Permutation and
-walk need only the table. The chosen lines are then fetched whenever they are asked for: by seeking in a plain file, by a second
-pass through a compressed one, of which the chosen lines (no others) are kept in one buffer.
+One pass makes the table of lines (`lines.scan_lines`) while a second thread hashes the files for the manifest.
+Permutation and walk need only the table. The chosen lines are then fetched whenever they are asked for: by seeking in
+a plain file, by a second pass through a compressed one, of which the chosen lines (no others) are kept in one buffer.
 
-Memory: 16 bytes a line (start 8, length 4, order 4), and for compressed input the sample and 12 bytes a line more while it is
-fetched. Seeking costs 2 us a line from the page cache, which a cap of 72 MB (92,000 lines) makes 0.2 s.
+Memory: 16 bytes a line (start 8, length 4, order 4), and for compressed input the sample and 12 bytes a line more
+while it is fetched. Seeking costs 2 us a line from the page cache, which a cap of 72 MB (92,000 lines) makes 0.2 s.
 """
 
 import math
@@ -46,7 +46,7 @@ class Selection:
         blank: how many of them hold nothing but white space.
         selected: lines chosen.
         bytes: what counts against the cap: UTF-8 bytes of the stripped lines, without newlines.
-        stopped_by: the cap that ended the walk, "max_mb" or "max_rows", or "end" where every line that is not blank was taken.
+        stopped_by: the cap that ended the walk, "max_mb" or "max_rows"; "end" where every line that is not blank is taken.
     """
 
     sources: list[Source]
@@ -81,16 +81,16 @@ class Selection:
         """Why nothing was selected and what to do about it; None where something was."""
         if self.selected:
             return None
-        names = ", ".join(str(source.path) for source in self.sources)
+        none = "nothing is selected from " + ", ".join(str(source.path) for source in self.sources)
         if self.stopped_by == "end":
-            return f"nothing is selected from {names}: all {self.lines_seen:,} lines are blank. Give a file with one JSON object a line"
+            return f"{none}: all {self.lines_seen:,} lines are blank. Give a file with one JSON object a line"
         if self.stopped_by == "max_rows":
-            return f"nothing is selected from {names}: max_rows is {self.max_rows}. Set it to 1 or more, or to null for no cap"
-        # Two decimals more than the line's size has digits in MB, and never rounded down, or the remedy would not work.
+            return f"{none}: max_rows is {self.max_rows}. Set it to 1 or more, or to null for no cap"
+        # Never rounded down, or the remedy would not work.
         enough = math.ceil(self._refused / MEBIBYTE * 1e6) / 1e6
         return (
-            f"nothing is selected from {names}: with seed {self.seed} the first line has {self._refused:,} bytes, and max_mb "
-            f"{self.max_mb:g} allows {int((self.max_mb or 0) * MEBIBYTE):,}. Raise max_mb to {enough:g} or more, or set it to null"
+            f"{none}: with seed {self.seed} the first line has {self._refused:,} bytes, and max_mb {self.max_mb} allows "
+            f"{int((self.max_mb or 0) * MEBIBYTE):,}. Raise max_mb to {enough:.6f} or more, or set it to null for no cap"
         )
 
     def require_some(self) -> None:
@@ -119,7 +119,9 @@ class Selection:
         """As `lines`, up to 4096 at once, and undecoded."""
         for source in self.sources:
             source.check_unchanged()
-        kept = {file: self._fetch_compressed(file) for file, source in enumerate(self.sources) if source.codec != "plain"}
+        kept = {
+            file: self._fetch_compressed(file) for file, source in enumerate(self.sources) if source.codec != "plain"
+        }
         with _Readers(self.sources, self._table.first_byte, kept) as read:
             for begin in range(0, self.selected, BLOCK):
                 lines = self._picked[begin : begin + BLOCK]
@@ -151,9 +153,13 @@ class Selection:
         """The selected lines of a compressed file, stripped and end to end, in the sampled order."""
         table, source = self._table, self.sources[file]
         first, end = table.first_line[file : file + 2]
-        chosen = self._picked if len(self.sources) == 1 else self._picked[(self._picked >= first) & (self._picked < end)]
+        chosen = (
+            self._picked if len(self.sources) == 1 else self._picked[(self._picked >= first) & (self._picked < end)]
+        )
         ends = np.cumsum(table.lengths[chosen], dtype=np.int64)  # (C,): where each ends in the buffer
-        rank = np.full(end - first, chosen.size, dtype=np.uint32)  # (lines of the file,): place in the sampled order, C for none
+        rank = np.full(
+            end - first, chosen.size, dtype=np.uint32
+        )  # (lines of the file,): place in the sampled order, C for none
         rank[chosen - np.uint32(first)] = np.arange(chosen.size, dtype=np.uint32)
         kept, position = bytearray(int(ends[-1]) if chosen.size else 0), table.first_byte[file]
         with source.path.open("rb", buffering=0) as raw:
@@ -263,7 +269,7 @@ def select(
 
 
 def _walk(lengths: NDArray[np.uint32], *, seed: int, cap: int | None, rows: int | None) -> _Walk:
-    """Take lines in shuffled order, skipping blank ones, until the next would pass a cap. Cap: whole bytes suffice, as lengths are."""
+    """Take lines in shuffled order, skipping blank ones, until the next would pass a cap (whole bytes, as lengths are)."""
     order = shuffled_indices(lengths.size, seed)
     taken = total = refused = 0
     stopped_by = "end"

@@ -1,9 +1,10 @@
 """The permutation of ``random.Random(seed).shuffle(list)``, exactly, on 4 bytes an element. No torch.
 
-Python's shuffle walks i from the last index down to 1, draws j in [0, i] and swaps elements i and j. A draw takes the top bits of
-one 32-bit word of the Mersenne Twister, as many as i + 1 has, and is repeated while it exceeds i. Both halves go in blocks: words
-come from `randbytes`, which is the same stream, and swaps whose indices are all different commute, so that numpy does them at
-once. Blocks in which two indices meet (a sixth of them at the size chosen) are swapped one by one.
+Python's shuffle walks i from the last index down to 1, draws j in [0, i] and swaps elements i and j. A draw takes the
+top bits of one 32-bit word of the Mersenne Twister, as many as i + 1 has, and is repeated while it exceeds i. Both
+halves go in blocks: words come from `randbytes`, which is the same stream, and swaps whose indices are all different
+commute, so that numpy does them at once. Blocks in which two indices meet (a sixth of them at the size chosen) are
+swapped one by one.
 
 Two million elements take 0.XX s instead of 0.98, and 8 MB instead of 72.
 """
@@ -40,12 +41,12 @@ def shuffled_indices(count: int, seed: int) -> NDArray[np.uint32]:
 
 
 def _draw(words: NDArray[np.uint32], last: int) -> tuple[NDArray[np.int64], int]:
-    """The accepted draws for i = last, last - 1, ... as far as ``words`` and the number of bits go; and how many words they took."""
+    """The accepted draws for i = last, last - 1, ..., as far as words and bits go; and how many words they took."""
     bits = (last + 1).bit_length()
     steps = last + 2 - max(1 << (bits - 1), 2)  # values of i for which i + 1 has that many bits
     draws = (words >> np.uint32(32 - bits)).astype(np.int64)
-    # A draw is accepted where it is at most i, and i depends on how many were accepted before: start from an upper bound. Each
-    # round settles at least one more, and in practice two or three rounds settle all.
+    # A draw is accepted where it is at most i, and i depends on how many were accepted before: start from an upper
+    # bound. Each round settles at least one more, and in practice two or three rounds settle all.
     accepted = draws <= last
     while True:
         revised = draws <= last - (np.cumsum(accepted) - accepted)
@@ -71,7 +72,7 @@ def _swap(order: NDArray[np.uint32], last: int, draws: NDArray[np.int64]) -> Non
             order[block] = upper
             upper[:] = moved
         else:
-            cells = memoryview(order)
+            cells = memoryview(order)  # type: ignore[arg-type]
             for i, j in zip(range(high, low - 1, -1), block.tolist(), strict=True):
                 cells[i], cells[j] = cells[j], cells[i]
         done += block.size
