@@ -171,21 +171,20 @@ class _Decoder:
         return news
 
     def _read_prompts(self) -> Tensor:
-        lengths = torch.tensor([len(prompt) for prompt in self.prompts])
-        ends = lengths.cumsum(0)
+        lengths = [len(prompt) for prompt in self.prompts]
+        ends = torch.tensor(lengths).cumsum(0)
         input_ids = torch.tensor([token for prompt in self.prompts for token in prompt], device=self.device)
-        positions = torch.cat([torch.arange(len(prompt)) for prompt in self.prompts]).to(self.device)
-        row_of_token = torch.arange(len(lengths)).repeat_interleave(lengths).to(self.device)
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
+        row_of_token = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(self.device)
         # Boundaries are on the host and shapes differ every time: the loop over documents needs no compilation.
-        attend = attention_over_documents("per_document", F.pad(ends, (1, 0)).int(), int(lengths.max()), len(input_ids))
-        self.cache = _Cache(self.model.config.num_hidden_layers, lengths.to(self.device), int(lengths.max()))
+        attend = attention_over_documents("per_document", F.pad(ends, (1, 0)).int(), max(lengths), len(input_ids))
+        self.cache = _Cache(self.model.config.num_hidden_layers, lengths, self.device)
         attends = [self.cache.record(layer, attend, row_of_token, positions) for layer in range(self.cache.layers)]
         hidden, _ = self.model.run_layers(input_ids, positions, attends)
         return hidden[(ends - 1).to(self.device)]
 
     def _feed(self, tokens: Tensor) -> Tensor:
-        positions = self.cache.lengths.clone()
-        self.cache.open_slot()
+        positions = self.cache.open_slot()
         attends = [self.cache.extend(layer) for layer in range(self.cache.layers)]
         return self.model.run_layers(tokens, positions, attends)[0]
 
@@ -197,15 +196,18 @@ class _Decoder:
         if alive:
             keep = torch.tensor(alive)
             self.luck, self.tokens = self.luck[keep], self.tokens[keep.to(self.device)]
-            self.cache.keep(keep.to(self.device))
+            self.cache.keep(alive)
 
 
 class _Cache:
-    """Keys and values of every layer, (B, S, K, E), filled from the left; `lengths` (B,) slots are in use."""
+    """Keys and values of every layer, (B, S, K, E), each row filled from the left.
 
-    def __init__(self, layers: int, lengths: Tensor, longest: int) -> None:
-        self.layers, self.lengths, self.longest = layers, lengths, longest
-        self.capacity = longest + SLOTS
+    How many slots of a row are in use is kept on the host, so that nothing waits for the device.
+    """
+
+    def __init__(self, layers: int, lengths: list[int], device: torch.device) -> None:
+        self.layers, self.lengths, self.device = layers, lengths, device
+        self.capacity = max(lengths) + SLOTS
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.mask: Tensor | None = None
@@ -222,17 +224,24 @@ class _Cache:
 
         return attend_and_record
 
-    def open_slot(self) -> None:
-        """Make room for one more token in every row, and let attention see it."""
-        self.lengths, self.longest = self.lengths + 1, self.longest + 1
+    def open_slot(self) -> Tensor:
+        """Make room for one more token in every row, and let attention see it.
+
+        Returns:
+            (B,) the position of that token.
+        """
+        self.lengths = [length + 1 for length in self.lengths]
+        self.longest = max(self.lengths)
         if self.longest > self.capacity:
             more = max(SLOTS, self.capacity // 2)
             self.capacity += more
             self.keys = [F.pad(keys, (0, 0, 0, 0, 0, more)) for keys in self.keys]
             self.values = [F.pad(values, (0, 0, 0, 0, 0, more)) for values in self.values]
-        slots = torch.arange(self.longest, device=self.lengths.device)
-        self.rows, self.slots = torch.arange(len(self.lengths), device=self.lengths.device), self.lengths - 1
-        self.mask = (slots < self.lengths[:, None])[:, None, None] if len(self.lengths) > 1 else None  # (B, 1, 1, S)
+        lengths = torch.tensor(self.lengths, device=self.device)
+        self.rows, self.slots = torch.arange(len(lengths), device=self.device), lengths - 1
+        visible = torch.arange(self.longest, device=self.device) < lengths[:, None]
+        self.mask = visible[:, None, None] if min(self.lengths) < self.longest else None  # (B, 1, 1, S)
+        return self.slots
 
     def extend(self, layer: int) -> Attend:
         """Attention of one new token per row over everything before it in its row."""
@@ -248,7 +257,8 @@ class _Cache:
 
         return attend
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows: list[int]) -> None:
         """Forget all rows but these."""
-        self.lengths = self.lengths[rows]
-        self.keys, self.values = [keys[rows] for keys in self.keys], [values[rows] for values in self.values]
+        self.lengths = [self.lengths[row] for row in rows]
+        index = torch.tensor(rows, device=self.device)
+        self.keys, self.values = [keys[index] for keys in self.keys], [values[index] for values in self.values]

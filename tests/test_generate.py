@@ -56,6 +56,11 @@ def test_a_row_ends_with_the_stop_token_and_the_others_go_on_unchanged() -> None
     wanted = [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in free]
     assert [len(answer) for answer in wanted] != [12] * 4
     assert generate(model, PROMPTS, max_new_tokens=12, stop_ids={stop}) == wanted
+    alone = [free[0], free[0], free[1], free[0]]  # three rows stop early, the third goes on by itself
+    wanted = [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in alone]
+    assert len(wanted[2]) > len(wanted[0])
+    prompts = [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[0]]
+    assert generate(model, prompts, max_new_tokens=12, stop_ids={stop}) == wanted
     everything_stops = generate(model, PROMPTS, max_new_tokens=12, stop_ids=range(50))
     assert everything_stops == [answer[:1] for answer in free]
 
@@ -107,8 +112,11 @@ def test_streaming_yields_the_tokens_of_generate() -> None:
 
 def test_the_model_is_left_as_it_was() -> None:
     model = random_model().train()
+    recording: list[bool] = []
+    hook = model.model.norm.register_forward_hook(lambda *_: recording.append(torch.is_inference_mode_enabled()))
     generate(model, PROMPTS, max_new_tokens=3)
-    assert model.training
+    hook.remove()
+    assert recording == [True] * 3 and model.training
     ids = torch.tensor([1, 2, 3])
     model(ids, torch.arange(3), torch.tensor([0, 3], dtype=torch.int32), 3).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())

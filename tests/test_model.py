@@ -13,6 +13,7 @@ from minimind_sft import attention
 from minimind_sft.attention import attention_backend, attention_over_documents, needs_device_cu_seqlens
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
+from minimind_sft.moe import Routing, balance_loss
 from minimind_sft.weights import load_model
 
 DENSE3 = ModelConfig.minimind3(hidden_size=32, num_hidden_layers=2, vocab_size=50, intermediate_size=48)
@@ -152,6 +153,15 @@ def test_the_balance_loss_does_not_depend_on_how_documents_are_dealt(config: Mod
     apart = sum(model.hidden_and_balance(*flat(document))[1].item() for document in (A, B, C))
     assert together == pytest.approx(apart, rel=1e-5) and together > 0
     assert model.hidden_and_balance(*flat(A, B, C), aux_scope="batch")[1].item() != pytest.approx(apart, rel=1e-3)
+
+
+def test_evenly_used_experts_cost_the_coefficient_times_k_or_in_minimind2_the_coefficient() -> None:
+    even = Routing(torch.full((4, 4), 0.25), torch.tensor([[0, 1], [2, 3], [1, 0], [3, 2]]))
+    one_document = torch.zeros(4, dtype=torch.int64)
+    assert balance_loss([even, even], MOE3, one_document, 1).item() == pytest.approx(2 * 4 * 5e-4 * 2)
+    assert balance_loss([even, even], MOE2, one_document, 1).item() == pytest.approx(2 * 4 * 0.1)
+    lopsided = Routing(torch.tensor([[1.0, 0.0, 0.0, 0.0]]).expand(4, 4), even.chosen * 0)
+    assert balance_loss([lopsided], MOE3, one_document, 1).item() == pytest.approx(4 * 5e-4 * 4 * 2)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -5,6 +5,7 @@ import pickle
 import struct
 from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -285,6 +286,21 @@ def test_what_the_format_cannot_hold_is_refused_and_leaves_the_target_alone(tmp_
         export_minimind(untied, path)
     with pytest.raises(ValueError, match="not finite in fp16: model.norm.weight"):
         export_minimind(huge, path)
+    assert path.read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_export_that_breaks_off_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "w.pth"
+    path.write_text("precious")
+
+    def full_disk(state: object, file: BinaryIO) -> None:
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        export_minimind(fp16_model(), path)
     assert path.read_text() == "precious"
     assert list(tmp_path.iterdir()) == [path]
 
