@@ -332,7 +332,8 @@ def quiet() -> Iterator[None]:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         for message in (".*does not have many workers.*", ".*not resumable.*", ".*is not resumable.*", ".*LeafSpec.*", ".*TreeSpec.*",
-                        ".*litlogger.*", ".*Checkpoint directory.*", ".*`isinstance.treespec.*", ".*in eval mode.*"):
+                        ".*litlogger.*", ".*Checkpoint directory.*", ".*`isinstance.treespec.*", ".*in eval mode.*",
+                        ".*overridden `transfer_batch_to_device`.*"):
             warnings.filterwarnings("ignore", message=message)
         yield
 

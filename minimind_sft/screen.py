@@ -104,6 +104,9 @@ class FirstScreen(Callback):
         data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
         if not trainer.is_global_zero:
             return
+        if trainer.global_step >= pl_module.total_steps:
+            print(f"nothing to train: the checkpoint is already at step {trainer.global_step:,} of {pl_module.total_steps:,}", flush=True)
+            return
         if trainer.global_step:
             print(f"resumed       after step {trainer.global_step:,}; the next is {trainer.global_step + 1:,}", flush=True)
             return

@@ -1,0 +1,143 @@
+"""A run that was killed and resumed is the run that was not, bit for bit; through the command line."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind_sft.resume import set_progress
+
+PROJECT = Path(__file__).resolve().parents[1]
+WINDOWS, STEPS = 6, 18  # 47 chats in windows of 4 x 2: five whole ones and a short one; 3 epochs
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A tiny model on a few of the demo's chats."""
+    folder = tmp_path_factory.mktemp("resume")
+    for name, source, count in (("train", "sft_train", 47), ("val", "sft_val", 5), ("text", "heldout", 5)):
+        lines = (PROJECT / "data" / f"{source}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
+    values = {
+        "model.weights": "scratch",
+        "model.hidden_size": 32,
+        "model.num_hidden_layers": 1,
+        "data.tokenizer": PROJECT / "data" / "tokenizer",
+        "data.train_path": folder / "train.jsonl",
+        "data.val_path": folder / "val.jsonl",
+        "data.heldout_path": folder / "text.jsonl",
+        "data.cache_dir": folder / "cache",
+        "data.max_overlap": 1.0,
+        "data.batch_size": 4,
+        "trainer.accumulate_grad_batches": 2,
+        "device": "cpu",
+        "log_every_steps": 1,
+        "val_every_steps": 4,
+        "save_every_steps": 3,
+    }
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def start(settings: list[str], run_dir: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "minimind_sft", "fit", *settings, f"--run_dir={run_dir}", *more]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=run_dir.parent, env=environment)
+
+
+def finish(settings: list[str], run_dir: Path, *more: str) -> str:
+    process = start(settings, run_dir, *more)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    with open(run_dir / "metrics.csv", encoding="utf-8") as file:
+        return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in csv.DictReader(file)]
+
+
+def checkpoint(run_dir: Path) -> dict:
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def whole(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    finish(settings, run_dir)
+    return run_dir
+
+
+def test_every_step_is_logged_once(whole: Path) -> None:
+    assert [int(row["step"]) for row in rows(whole)] == list(range(STEPS + 1))
+    measured = [int(row["step"]) for row in rows(whole) if row["val/chat/loss"]]
+    assert measured == [0, 4, 8, 12, 16, 18]
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return isinstance(b, list) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# in mid-epoch; exactly at an epoch's end (step 6); past the short window; the last step but one
+@pytest.mark.parametrize("stop_after", [3, 6, 9, 15])
+def test_killed_and_resumed_equals_uninterrupted(settings: list[str], whole: Path, tmp_path: Path, stop_after: int) -> None:
+    run_dir = tmp_path / "run"
+    process = start(settings, run_dir)
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.csv").is_file() or int(rows(run_dir)[-1]["step"]) < stop_after:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.001)
+    while not (run_dir / "checkpoints" / "last.ckpt").is_file():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    step = checkpoint(run_dir)["global_step"]
+    output = finish(settings, run_dir, "--ckpt_path=auto")
+    if step == STEPS:
+        pytest.skip("the run was over before it could be killed")
+    assert f"after step {step}" in output and step > 0
+    assert f"step {step}/" not in output and f"step {step + 1}/{STEPS}" in output
+    assert rows(run_dir) == rows(whole)
+    resumed, uninterrupted = checkpoint(run_dir), checkpoint(whole)
+    assert same(resumed["state_dict"], uninterrupted["state_dict"])
+    assert same(resumed["optimizer_states"], uninterrupted["optimizer_states"])
+    assert same(resumed["callbacks"]["Measure"], uninterrupted["callbacks"]["Measure"])
+
+
+def test_after_the_end_nothing_more_is_trained(settings: list[str], whole: Path) -> None:
+    before = rows(whole)
+    assert "already" in finish(settings, whole, "--ckpt_path=last")
+    assert rows(whole) == before
+
+
+def test_progress_is_derived_from_the_steps_alone() -> None:
+    def loops() -> dict:
+        counters = {"ready": 9, "completed": 8, "started": 9, "processed": 9}
+        return {
+            "fit_loop": {
+                "epoch_loop.batch_progress": {"current": dict(counters), "total": dict(counters), "is_last_batch": True},
+                "epoch_progress": {"current": dict(counters), "total": dict(counters)},
+            }
+        }
+
+    middle = {"global_step": 7, "loops": loops()}
+    assert set_progress(middle, windows=5, accumulate=4) == 7
+    assert middle["epoch"] == 1
+    assert set(middle["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"].values()) == {8}
+    assert middle["loops"]["fit_loop"]["epoch_progress"]["current"] == {"ready": 2, "started": 2, "processed": 1, "completed": 1}
+
+    end = {"global_step": 10, "loops": loops()}
+    set_progress(end, windows=5, accumulate=4)
+    assert set(end["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"].values()) == {0}
+    assert end["loops"]["fit_loop"]["epoch_progress"]["current"] == {"ready": 2, "started": 2, "processed": 2, "completed": 2}
