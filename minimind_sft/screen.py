@@ -82,6 +82,9 @@ class FirstScreen(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: SFTModule) -> None:
         if trainer.is_global_zero:
             print(report.aligned(self._rows(trainer, pl_module)), flush=True)
+            done, total = trainer.datamodule.start_step, pl_module.total_steps  # type: ignore[attr-defined]
+            if done >= total:  # Lightning then skips training and its hooks
+                print(f"nothing to train: the checkpoint is already at step {done:,} of {total:,}", flush=True)
 
     def _rows(self, trainer: pl.Trainer, pl_module: SFTModule) -> list[tuple[str, str]]:
         data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
@@ -103,9 +106,6 @@ class FirstScreen(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: SFTModule) -> None:
         data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
         if not trainer.is_global_zero:
-            return
-        if trainer.global_step >= pl_module.total_steps:
-            print(f"nothing to train: the checkpoint is already at step {trainer.global_step:,} of {pl_module.total_steps:,}", flush=True)
             return
         if trainer.global_step:
             print(f"resumed       after step {trainer.global_step:,}; the next is {trainer.global_step + 1:,}", flush=True)

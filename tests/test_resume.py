@@ -62,6 +62,13 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in csv.DictReader(file)]
 
 
+def last_step(run_dir: Path) -> int:
+    """The last step in the metrics of a run that is going on; -1 before the first."""
+    if not (run_dir / "metrics.csv").is_file():
+        return -1
+    return max((int(row["step"]) for row in rows(run_dir) if row["step"]), default=-1)
+
+
 def checkpoint(run_dir: Path) -> dict:
     return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
 
@@ -95,7 +102,7 @@ def test_killed_and_resumed_equals_uninterrupted(settings: list[str], whole: Pat
     run_dir = tmp_path / "run"
     process = start(settings, run_dir)
     deadline = time.monotonic() + 120
-    while not (run_dir / "metrics.csv").is_file() or int(rows(run_dir)[-1]["step"]) < stop_after:
+    while last_step(run_dir) < stop_after:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.001)
     while not (run_dir / "checkpoints" / "last.ckpt").is_file():
