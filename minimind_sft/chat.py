@@ -19,7 +19,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,7 +157,7 @@ class ChatTemplate:
             self.dropped.update(plan.dropped)
             plans.append(plan)
             texts += _filled(plan, slots)
-        encoded = iter(self._encoder.encode_many(texts))
+        encoded = map(self._encoder.encode, texts)
         return [
             [Span(_joined(items, encoded), supervised, optional) for supervised, optional, items in plan.spans]
             for plan in plans
@@ -169,7 +169,7 @@ class ChatTemplate:
         """What inference feeds: the messages and the header of the answer to come."""
         flags = {"add_generation_prompt": True} | {flag: thinking for flag in self._thinking_flags}
         plan, slots = self._plan(messages, tools, flags=flags)
-        encoded = iter(self._encoder.encode_many(_filled(plan, slots)))
+        encoded = map(self._encoder.encode, _filled(plan, slots))
         return [id for _, _, items in plan.spans for id in _joined(items, encoded)]
 
     def document(self, text: str, *, format: str) -> list[Span]:
@@ -341,11 +341,10 @@ def _filled(plan: _Plan, slots: list[Slot]) -> list[str]:
     return texts
 
 
-def _joined(items: list[list[int] | _Text], encoded: Iterable[list[int]]) -> list[int]:
+def _joined(items: list[list[int] | _Text], encoded: Iterator[list[int]]) -> list[int]:
     ids: list[int] = []
-    following = iter(encoded)
     for item in items:
-        ids += next(following) if isinstance(item, _Text) else item
+        ids += next(encoded) if isinstance(item, _Text) else item
     return ids
 
 
