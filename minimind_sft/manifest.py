@@ -98,7 +98,7 @@ def check_output(output: Path, files: Sequence[Path], *, overwrite: bool) -> Non
         raise ValueError(f"{output} is a folder: name the file to write, such as {output / 'sample.jsonl'}")
     if output.suffix in (".gz", ".zst"):
         raise ValueError(
-            f"{output}: a sample is written uncompressed, so a name ending in {output.suffix} would mislead: leave it off"
+            f"{output}: a sample is written uncompressed, so a name ending in {output.suffix} misleads: leave it off"
         )
     if not output.exists():
         return

@@ -63,8 +63,8 @@ def rebuild(
     """Make the sample that a manifest describes again, and verify inputs and output by their SHA-256 before it appears.
 
     Args:
-        manifest: a file that `sample` wrote, or a run's ``sample.json``, which names no output, so that inputs and figures
-            are all there is to verify.
+        manifest: a file that `sample` wrote, or a run's ``sample.json``, which names no output, so that inputs and
+            figures are all there is to verify.
         output: where to write it; by default the name in the manifest, beside it.
         overwrite: replace whatever lies at ``output``.
         progress: called with (bytes read, bytes in all).
@@ -125,8 +125,8 @@ def _parser() -> _Parser:
         usage="%(prog)s IN... OUT [--max_mb 72] [--seed 42] [--max_rows N] [--overwrite]\n"
         "       %(prog)s --manifest FILE [OUT]",
         description="Write a seeded random sample of the lines of JSONL files (plain, .gz or .zst), as large as a cap "
-        "allows, and OUT.manifest.json, which says what it was made from. The same seed always gives the same bytes, and a "
-        "smaller cap's sample is the beginning of a larger one's.",
+        "allows, and OUT.manifest.json, which says what it was made from. The same seed always gives the same bytes, "
+        "and a smaller cap's sample is the beginning of a larger one's.",
     )
     parser.add_argument(
         "paths", nargs="*", metavar="IN... OUT", help="files, globs or folders to sample from; last, the file to write"

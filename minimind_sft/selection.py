@@ -46,7 +46,7 @@ class Selection:
         blank: how many of them hold nothing but white space.
         selected: lines chosen.
         bytes: what counts against the cap: UTF-8 bytes of the stripped lines, without newlines.
-        stopped_by: the cap that ended the walk, "max_mb" or "max_rows"; "end" where every line that is not blank is taken.
+        stopped_by: the cap that ended the walk, "max_mb" or "max_rows"; "end" where all but blank lines are taken.
     """
 
     sources: list[Source]
@@ -89,8 +89,8 @@ class Selection:
         # Never rounded down, or the remedy would not work.
         enough = math.ceil(self._refused / MEBIBYTE * 1e6) / 1e6
         return (
-            f"{none}: with seed {self.seed} the first line has {self._refused:,} bytes, and max_mb {self.max_mb} allows "
-            f"{int((self.max_mb or 0) * MEBIBYTE):,}. Raise max_mb to {enough:.6f} or more, or set it to null for no cap"
+            f"{none}: with seed {self.seed} the first line has {self._refused:,} bytes; max_mb {self.max_mb} allows "
+            f"{int((self.max_mb or 0) * MEBIBYTE):,}. Raise max_mb to {enough:.6f} or more, or to null for no cap"
         )
 
     def require_some(self) -> None:
@@ -247,7 +247,7 @@ def select(
     digests = Digests(sources)
     try:
         table = scan_lines(sources, progress=progress)
-        walk = _walk(table.lengths, seed=seed, cap=None if max_mb is None else int(max_mb * MEBIBYTE), rows=max_rows)
+        walk = _walk(table.lengths, seed=seed, cap=None if max_mb is None else min(int(max_mb * MEBIBYTE), 1 << 62), rows=max_rows)
     except BaseException:
         digests.cancel()
         raise
@@ -269,7 +269,7 @@ def select(
 
 
 def _walk(lengths: NDArray[np.uint32], *, seed: int, cap: int | None, rows: int | None) -> _Walk:
-    """Take lines in shuffled order, skipping blank ones, until the next would pass a cap (whole bytes, as lengths are)."""
+    """Take lines in shuffled order, skipping blank ones, until the next would pass a cap (in whole bytes)."""
     order = shuffled_indices(lengths.size, seed)
     taken = total = refused = 0
     stopped_by = "end"

@@ -119,7 +119,7 @@ class Source:
             raise ValueError(f"{what}: download or compress it again") from error
 
     def pieces(self, buffer: bytearray, *, progress: Callable[[int], None] | None = None) -> Iterator[int]:
-        """The content, in pieces at the front of ``buffer``; yields their sizes. None splits a code point or ``\\r\\n``.
+        """The content, in pieces at the front of ``buffer``; yields their sizes. No code point or ``\\r\\n`` is split.
 
         Args:
             buffer: of `BUFFER` bytes; the caller must be done with a piece before it asks for the next.
@@ -147,7 +147,7 @@ class Source:
 
 
 def _unfinished(buffer: bytearray, size: int) -> int:
-    """How many of the first ``size`` bytes, at the end, belong to a code point or ``\\r\\n`` that the next may finish."""
+    """How many of ``size`` bytes, at the end, belong to a code point or ``\\r\\n`` that the next may finish."""
     if buffer[size - 1] == 0x0D:
         return 1
     for back in range(1, min(3, size) + 1):
@@ -160,7 +160,7 @@ def _unfinished(buffer: bytearray, size: int) -> int:
 
 
 class _Zstd(io.RawIOBase):
-    """All frames of a zstd file; the package's own reader stops after the first, and at a cut-off end without a word."""
+    """All frames of a zstd file; the package's reader stops after the first, and at a cut-off end without a word."""
 
     def __init__(self, path: Path, raw: BinaryIO) -> None:
         try:
