@@ -247,7 +247,8 @@ def select(
     digests = Digests(sources)
     try:
         table = scan_lines(sources, progress=progress)
-        walk = _walk(table.lengths, seed=seed, cap=None if max_mb is None else min(int(max_mb * MEBIBYTE), 1 << 62), rows=max_rows)
+        cap = None if max_mb is None else min(int(max_mb * MEBIBYTE), 1 << 62)
+        walk = _walk(table.lengths, seed=seed, cap=cap, rows=max_rows)
     except BaseException:
         digests.cancel()
         raise
