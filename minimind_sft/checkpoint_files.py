@@ -9,7 +9,7 @@ import hashlib
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,13 +115,19 @@ def _canonical_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Ten
     return renamed
 
 
-def sha256_file(path: str | Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
+def sha256_files(paths: Iterable[str | Path]) -> str:
+    """Hex SHA-256 of a file, or of several end to end, read in pieces."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+    for path in paths:
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
     return digest.hexdigest()
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex SHA-256 of a file."""
+    return sha256_files([path])
 
 
 def listing(items: list[str]) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from minimind_sft.attention import Attend, attention_backend, attention_over_documents, document_of_token
 from minimind_sft.model_config import ModelConfig as ModelConfig
 from minimind_sft.moe import AUX_SCOPES, FeedForward, MixtureOfExperts, Routing, balance_loss
+from minimind_sft.rotary import cos_sin, frequencies, rotate
 
 
 class RMSNorm(nn.Module):
@@ -36,28 +37,15 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine for each position, fp32, (N, 1, E / 2): one angle per pair, the same for all heads."""
-    exponent = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angles = positions.float()[:, None, None] * (1.0 / theta**exponent)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (N, H, E), where dimension i is paired with i + E / 2 (the half-split form)."""
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).type_as(x)
-
-
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
@@ -78,7 +66,7 @@ class Block(nn.Module):
         if config.num_experts:
             self.mlp = MixtureOfExperts(config)
         else:
-            self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+            self.mlp = FeedForward(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> tuple[Tensor, Routing | None]:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
@@ -154,7 +142,10 @@ class Transformer(nn.Module):
         self, input_ids: Tensor, positions: Tensor, attends: Sequence[Attend]
     ) -> tuple[Tensor, list[Routing]]:
         """Hidden states with the attention of every layer given (`generate.py` puts its caches there), and routings."""
-        cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        config = self.config
+        cos, sin = cos_sin(
+            positions, *frequencies(config.head_dim, config.rope_theta, config.rope_scaling, positions.device)
+        )
         x = self.model.embed_tokens(input_ids)  # (N, C)
         routings = []
         for layer, attend in zip(self.model.layers, attends, strict=True):
@@ -185,9 +176,9 @@ class Transformer(nn.Module):
     def initialise(self, seed: int) -> None:
         """Start from scratch, alike on every device: matrices normal with deviation 0.02, norms 1, as the original."""
         generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
-                nn.init.ones_(parameter)
+                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
             else:
                 _fill_normal(parameter, 0.02, generator)
 

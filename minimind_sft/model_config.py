@@ -19,7 +19,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FAMILIES = ("minimind3", "minimind2")
+from minimind_sft.rotary import check_scaling
+
+FAMILIES = ("minimind3", "minimind2", "qwen3", "qwen2", "llama")
 AT_LEAST_ONE = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size",
@@ -37,6 +39,9 @@ class ModelConfig:
         num_shared_experts: experts that every token passes besides.
         norm_topk_prob: divide the chosen experts' weights by their sum.
         router_aux_loss_coef: weight of the balance loss, see `moe.py`.
+        qkv_bias: whether these projections add a bias; likewise `o_bias`, `mlp_bias`.
+        rope_scaling: how positions are stretched, see `rotary.py`; None: not at all.
+        max_position_embeddings: the length the model was made for; written into exports, enforced nowhere.
 
     Raises:
         ValueError: for sizes that no model can have, naming them.
@@ -59,6 +64,11 @@ class ModelConfig:
     num_shared_experts: int = 0
     norm_topk_prob: bool = True
     router_aux_loss_coef: float = 0.0
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    rope_scaling: Mapping[str, Any] | None = None
+    max_position_embeddings: int = 32768
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -73,6 +83,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even one")
+        if self.rope_scaling is not None:
+            check_scaling(self.rope_scaling)
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok is {self.num_experts_per_tok}; it must be 1 to {self.num_experts} (num_experts)"

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimind_sft.checkpoint_files import find_file, listing, read, sha256_file
+from minimind_sft import huggingface
+from minimind_sft.checkpoint_files import find_file, listing, read, sha256_files
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig, infer_config
 
@@ -71,10 +72,10 @@ def load(
     num_key_value_heads: int | None = None,
     num_experts_per_tok: int | None = None,
 ) -> Loaded:
-    """Read a checkpoint, or the only one in a folder.
+    """Read a checkpoint: a file, the only one in a folder, or a Hugging Face folder.
 
     Args:
-        source: a file, or a folder that holds exactly one.
+        source: a file, or a folder. A `config.json` in it, or a config in a checkpoint of ours, settles every size.
         family: ``minimind3`` or ``minimind2``; by default told by the presence of `q_norm`.
         num_attention_heads: where there is no `q_norm`, tensors do not say; MiniMind's is 8.
         num_key_value_heads: checked against the tensors, which do say once the heads are known.
@@ -84,23 +85,21 @@ def load(
         ValueError: naming the file and what is wrong with it: missing, empty, truncated, not a checkpoint, holding
             code, or tensors that are not a model's (all of them listed).
     """
-    path = find_file(Path(source))
-    tensors, stored = read(path)
+    path = Path(source)
     defaults: tuple[str, ...] = ()
-    if stored is not None:
-        config = _stored_config(stored, path)
+    if huggingface.is_folder(path):
+        (tensors, _), config, files = huggingface.read_folder(path)
     else:
-        try:
-            config, defaults = infer_config(
-                {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-                tied=HEAD not in tensors or torch.equal(tensors[HEAD], tensors.get(EMBEDDING, torch.empty(0))),
-                family=family,
-                num_attention_heads=num_attention_heads,
-                num_key_value_heads=num_key_value_heads,
-                num_experts_per_tok=num_experts_per_tok,
+        path = find_file(path)
+        files, (tensors, stored) = [path], read(path)
+        if stored is not None:
+            config = _stored_config(stored, path)
+        else:
+            config, defaults = _inferred_config(
+                tensors, path, family, num_attention_heads, num_key_value_heads, num_experts_per_tok
             )
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+    if family not in (None, config.family):
+        raise ValueError(f"{path} is {config.family}, but model.family is {family}; leave model.family out")
     _check(tensors, config, path)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     if config.tie_word_embeddings:
@@ -109,7 +108,7 @@ def load(
         config=config,
         state_dict={name: tensor.float() for name, tensor in tensors.items()},
         path=path,
-        sha256=sha256_file(path),
+        sha256=sha256_files(files),
         dtype="+".join(dtypes),
         defaults=defaults,
     )
@@ -192,6 +191,27 @@ def export_minimind(model: Transformer, path: str | Path) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _inferred_config(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    family: str | None,
+    num_attention_heads: int | None,
+    num_key_value_heads: int | None,
+    num_experts_per_tok: int | None,
+) -> tuple[ModelConfig, tuple[str, ...]]:
+    try:
+        return infer_config(
+            {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+            tied=HEAD not in tensors or torch.equal(tensors[HEAD], tensors.get(EMBEDDING, torch.empty(0))),
+            family=family,
+            num_attention_heads=num_attention_heads,
+            num_key_value_heads=num_key_value_heads,
+            num_experts_per_tok=num_experts_per_tok,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _stored_config(stored: Mapping[str, Any], path: Path) -> ModelConfig:
