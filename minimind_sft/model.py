@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minimind_sft.attention import Attend, attention_backend, attention_over_documents, document_of_token
 from minimind_sft.model_config import ModelConfig as ModelConfig
@@ -88,11 +89,20 @@ class Backbone(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model over flat batches. A tied head *is* the embedding: one parameter, two names."""
+    """A decoder-only language model over flat batches. A tied head *is* the embedding: one parameter, two names.
+
+    Args:
+        config: sizes.
+
+    Attributes:
+        activation_checkpointing: keep only what goes into each layer, and compute the rest again in the backward pass:
+            a third more arithmetic for a fraction of the memory.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         self.model = Backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_head()
@@ -149,7 +159,10 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(input_ids)  # (N, C)
         routings = []
         for layer, attend in zip(self.model.layers, attends, strict=True):
-            x, routing = layer(x, cos, sin, attend)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, routing = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+            else:
+                x, routing = layer(x, cos, sin, attend)
             if routing is not None:
                 routings.append(routing)
         return self.model.norm(x), routings
@@ -188,6 +201,23 @@ class Transformer(nn.Module):
         _fill_normal(weight, 0.02, torch.Generator().manual_seed(seed))
         self.lm_head.weight = weight
         self.config = replace(self.config, tie_word_embeddings=False)
+
+    @torch.no_grad()
+    def resize_vocab(self, vocab_size: int) -> None:
+        """Make room for more tokens; each new one starts as the mean of the old, in embedding and output layer.
+
+        Raises:
+            ValueError: if that would take tokens away.
+        """
+        old = self.config.vocab_size
+        if vocab_size < old:
+            raise ValueError(f"cannot shrink the vocabulary from {old} to {vocab_size}: tokens would be lost")
+        for table in (self.model.embed_tokens, self.lm_head):
+            rows = table.weight.mean(0, keepdim=True).expand(vocab_size - old, -1)
+            table.weight = nn.Parameter(torch.cat([table.weight, rows]))
+        self.model.embed_tokens.num_embeddings = self.lm_head.out_features = vocab_size
+        self.config = replace(self.config, vocab_size=vocab_size)
+        self.tie_head()
 
 
 @torch.no_grad()

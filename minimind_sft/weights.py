@@ -10,7 +10,7 @@ A file without ``lm_head.weight``, or with one that equals the embedding, is tie
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from minimind_sft import huggingface
 from minimind_sft.checkpoint_files import find_file, listing, read, sha256_files
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig, infer_config
+from minimind_sft.rotary import MINIMIND_YARN
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -56,6 +57,7 @@ class Loaded:
             f"{config.num_attention_heads} heads ({config.num_key_value_heads} kv)",
             f"vocabulary {config.vocab_size}",
             f"head {'tied' if config.tie_word_embeddings else 'untied'}",
+            *([f"RoPE scaling {config.rope_scaling['rope_type']}"] if config.rope_scaling else []),
             self.dtype,
             str(self.path),
             f"sha256 {self.sha256[:12]}",
@@ -71,6 +73,7 @@ def load(
     num_attention_heads: int | None = None,
     num_key_value_heads: int | None = None,
     num_experts_per_tok: int | None = None,
+    inference_rope_scaling: bool = False,
 ) -> Loaded:
     """Read a checkpoint: a file, the only one in a folder, or a Hugging Face folder.
 
@@ -80,6 +83,7 @@ def load(
         num_attention_heads: where there is no `q_norm`, tensors do not say; MiniMind's is 8.
         num_key_value_heads: checked against the tensors, which do say once the heads are known.
         num_experts_per_tok: tensors do not say; MiniMind-3's is 1, MiniMind-2's 2.
+        inference_rope_scaling: read 16 times further than trained, by MiniMind's YaRN.
 
     Raises:
         ValueError: naming the file and what is wrong with it: missing, empty, truncated, not a checkpoint, holding
@@ -100,6 +104,8 @@ def load(
             )
     if family not in (None, config.family):
         raise ValueError(f"{path} is {config.family}, but model.family is {family}; leave model.family out")
+    if inference_rope_scaling:
+        config = replace(config, rope_scaling=MINIMIND_YARN)
     _check(tensors, config, path)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     if config.tie_word_embeddings:

@@ -137,6 +137,38 @@ def test_initialisation_is_a_function_of_the_seed() -> None:
     assert torch.equal(first.model.norm.weight, torch.ones(32))
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_activation_checkpointing_changes_memory_not_gradients(config: ModelConfig) -> None:
+    gradients = []
+    for activation_checkpointing in (False, True):
+        model = random_model(config)
+        model.activation_checkpointing = activation_checkpointing
+        calls: list[int] = []
+        model.model.layers[0].self_attn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        hidden, balance = model.hidden_and_balance(*flat(A, B, C))
+        (model.logits(hidden).logsumexp(-1).sum() + balance).backward()
+        assert len(calls) == 1 + activation_checkpointing
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("untied", [False, True])
+def test_tokens_added_to_the_vocabulary_are_the_mean_and_the_old_ones_stay(untied: bool) -> None:
+    model = random_model(DENSE3)
+    if untied:
+        model.reset_head(seed=3)
+    before, tables = model(*flat(A)), [model.model.embed_tokens.weight.detach().clone(), model.lm_head.weight.clone()]
+    model.resize_vocab(53)
+    torch.testing.assert_close(model(*flat(A))[:, :50], before)
+    for table, old in zip((model.model.embed_tokens.weight, model.lm_head.weight), tables, strict=True):
+        assert table.shape == (53, 32)
+        torch.testing.assert_close(table[50:], old.mean(0).expand(3, -1))
+    assert model.config.vocab_size == 53
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is not untied
+    with pytest.raises(ValueError, match="cannot shrink the vocabulary from 53 to 52"):
+        model.resize_vocab(52)
+
+
 def test_an_expert_that_nobody_chose_has_a_gradient_of_zero_not_none() -> None:
     model = random_model(MOE3)
     hidden, balance = model.hidden_and_balance(*flat(B))  # one token: two of the four experts

@@ -152,6 +152,14 @@ def test_where_tensors_leave_heads_open_the_argument_decides(tmp_path: Path) -> 
         load(path, family="minimind3")
 
 
+def test_reading_further_than_trained_is_a_setting_not_a_tensor(tmp_path: Path) -> None:
+    path = write(tmp_path / "w.pth", state())
+    plain, stretched = load(path), load(path, inference_rope_scaling=True)
+    assert plain.config.rope_scaling is None and "RoPE" not in plain.describe()
+    assert stretched.config.rope_scaling is not None and stretched.config.rope_scaling["factor"] == 16
+    assert "RoPE scaling yarn" in stretched.describe()
+
+
 # ---- what does not
 
 
