@@ -9,8 +9,10 @@ while it is fetched. Seeking costs 2 us a line from the page cache, which a cap 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -119,14 +121,11 @@ class Selection:
         """As `lines`, up to 4096 at once, and undecoded."""
         for source in self.sources:
             source.check_unchanged()
-        kept = {
-            file: self._fetch_compressed(file) for file, source in enumerate(self.sources) if source.codec != "plain"
-        }
-        with _Readers(self.sources, self._table.first_byte, kept) as read:
+        with _Readers(self.sources, self._fetch_compressed) as readers:
             for begin in range(0, self.selected, BLOCK):
                 lines = self._picked[begin : begin + BLOCK]
-                starts, spans, lengths, files = (column.tolist() for column in self._columns(lines))
-                raw = [read(*place).strip() for place in zip(files, starts, spans, lengths, strict=True)]
+                files, starts, spans, lengths = (column.tolist() for column in self._columns(lines))
+                raw = [readers[file](span, at).strip() for file, span, at in zip(files, spans, starts, strict=True)]
                 if list(map(len, raw)) != lengths:  # Unicode white space; ASCII's alone is the common case
                     raw = [self._strip(*line) for line in zip(files, raw, lengths, strict=True)]
                 yield Block(files, lines.tolist(), raw)
@@ -134,15 +133,14 @@ class Selection:
             source.check_unchanged()
 
     def _columns(self, lines: NDArray[np.uint32]) -> tuple[NDArray[Any], ...]:
-        """Start, span with the line break, stripped length and file of each line, (B,) each."""
+        """Of each line: its file, its start in that file, its bytes with the line break and its stripped bytes, (B,) each."""
         table = self._table
-        starts = table.starts[lines]
-        files = np.searchsorted(table.first_line, lines, side="right") - 1
-        return starts, table.starts[lines + np.uint32(1)] - starts, table.lengths[lines], files
+        starts, files = table.starts[lines], np.searchsorted(table.first_line, lines, side="right") - 1
+        spans = table.starts[lines + np.uint32(1)] - starts
+        return files, starts - np.array(table.first_byte)[files], spans, table.lengths[lines]
 
     def _strip(self, file: int, raw: "_Bytes", length: int) -> "_Bytes":
         """``raw`` without white space, which must leave the ``length`` bytes that the scan found."""
-        raw = raw.strip()
         if len(raw) != length:
             raw = raw.decode("utf-8", errors="replace").strip().encode()
         if len(raw) != length:
@@ -150,29 +148,30 @@ class Selection:
         return raw
 
     def _fetch_compressed(self, file: int) -> bytearray:
-        """The selected lines of a compressed file, stripped and end to end, in the sampled order."""
+        """The selected lines of a compressed file with their line breaks, end to end in the sampled order."""
         table, source = self._table, self.sources[file]
         first, end = table.first_line[file : file + 2]
-        chosen = (
-            self._picked if len(self.sources) == 1 else self._picked[(self._picked >= first) & (self._picked < end)]
-        )
-        ends = np.cumsum(table.lengths[chosen], dtype=np.int64)  # (C,): where each ends in the buffer
-        rank = np.full(
-            end - first, chosen.size, dtype=np.uint32
-        )  # (lines of the file,): place in the sampled order, C for none
+        chosen = self._picked
+        if len(self.sources) > 1:
+            chosen = chosen[(chosen >= first) & (chosen < end)]
+        ends = np.cumsum(self._columns(chosen)[2])  # (C,): where each ends in the buffer
+        rank = np.full(end - first, chosen.size, dtype=np.uint32)  # (lines of the file,): which is chosen when; C: not
         rank[chosen - np.uint32(first)] = np.arange(chosen.size, dtype=np.uint32)
-        kept, position = bytearray(int(ends[-1]) if chosen.size else 0), table.first_byte[file]
+        kept, position = bytearray(int(ends[-1])), 0
         with source.path.open("rb", buffering=0) as raw:
             stream = source.decompressed(cast(BinaryIO, raw))
             for begin in range(0, rank.size, BLOCK):
                 ranks = rank[begin : begin + BLOCK]
                 wanted = np.flatnonzero(ranks < chosen.size)
-                block = (wanted + (first + begin)).astype(np.uint32)
-                starts, spans, lengths, _ = (column.tolist() for column in self._columns(block))
-                for start, span, length, stop in zip(starts, spans, lengths, ends[ranks[wanted]].tolist(), strict=True):
-                    while position < start:  # decompressed and forgotten
-                        position += len(source.read(stream, min(start - position, CHUNK))) or start - position
-                    kept[stop - length : stop] = self._strip(file, source.read(stream, span), length)
+                _, starts, spans, _ = self._columns((wanted + (first + begin)).astype(np.uint32))
+                places = (starts.tolist(), spans.tolist(), ends[ranks[wanted]].tolist())
+                for start, span, stop in zip(*places, strict=True):
+                    while position < start and (skipped := source.read(stream, min(start - position, CHUNK))):
+                        position += len(skipped)
+                    data = source.read(stream, span)
+                    if len(data) != span:
+                        raise source.changed()
+                    kept[stop - span : stop] = data
                     position = start + span
         source.check_unchanged()
         return kept
@@ -186,34 +185,48 @@ class Block(NamedTuple):
     raw: list[bytes]
 
 
-class _Readers:
-    """Reads a line's bytes: of a plain file from its place, of a compressed one the next of those that were kept."""
+class _Readers(dict[int, Callable[[int, int], bytes]]):
+    """By file, a function from (size, offset) to bytes; of compressed ones, the next of the lines that were kept."""
 
-    def __init__(self, sources: Sequence[Source], first_byte: list[int], kept: dict[int, bytearray]) -> None:
-        self._sources, self._first_byte, self._kept = sources, first_byte, kept
-        self._taken, self._opened = dict.fromkeys(kept, 0), dict[int, BinaryIO]()
+    def __init__(self, sources: Sequence[Source], fetch: Callable[[int], bytearray]) -> None:
+        super().__init__()
+        self._sources, self._fetch, self._opened = sources, fetch, dict[int, BinaryIO]()
+
+    def __missing__(self, file: int) -> Callable[[int, int], bytes]:
+        if self._sources[file].codec != "plain":
+            self[file] = _in_turn(memoryview(self._fetch(file)))
+            return self[file]
+        if len(self._opened) == OPEN_FILES:
+            self.__exit__()
+        stream = self._opened[file] = cast(BinaryIO, self._sources[file].path.open("rb", buffering=0))
+        self[file] = partial(os.pread, stream.fileno()) if hasattr(os, "pread") else partial(_seek_and_read, stream)
+        return self[file]
 
     def __enter__(self) -> "_Readers":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for stream in self._opened.values():
+        for file, stream in self._opened.items():
             stream.close()
+            del self[file]
+        self._opened.clear()
 
-    def __call__(self, file: int, start: int, span: int, length: int) -> bytes:
-        if file in self._kept:
-            at = self._taken[file]
-            self._taken[file] = at + length
-            return bytes(self._kept[file][at : at + length])
-        stream = self._opened.get(file) or self._open(file)
-        stream.seek(start - self._first_byte[file])
-        return stream.read(span)
 
-    def _open(self, file: int) -> BinaryIO:
-        if len(self._opened) == OPEN_FILES:
-            self._opened.pop(next(iter(self._opened))).close()
-        self._opened[file] = cast(BinaryIO, self._sources[file].path.open("rb", buffering=0))
-        return self._opened[file]
+def _in_turn(kept: memoryview) -> Callable[[int, int], bytes]:
+    position = 0
+
+    def read(size: int, offset: int) -> bytes:
+        nonlocal position
+        position += size
+        return bytes(kept[position - size : position])
+
+    return read
+
+
+def _seek_and_read(stream: BinaryIO, size: int, offset: int) -> bytes:
+    """`os.pread` where there is none (Windows)."""
+    stream.seek(offset)
+    return stream.read(size)
 
 
 _Bytes = bytes  # the name of a field of Selection
