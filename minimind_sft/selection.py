@@ -133,7 +133,7 @@ class Selection:
             source.check_unchanged()
 
     def _columns(self, lines: NDArray[np.uint32]) -> tuple[NDArray[Any], ...]:
-        """Of each line: its file, its start in that file, its bytes with the line break and its stripped bytes, (B,) each."""
+        """Of each line: its file, its start there, its bytes with the line break and its stripped bytes, (B,) each."""
         table = self._table
         starts, files = table.starts[lines], np.searchsorted(table.first_line, lines, side="right") - 1
         spans = table.starts[lines + np.uint32(1)] - starts

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-CHUNK = 1 << 19  # bytes read at a time: few calls, and the masks of `lines.is_utf8` stay in the cache
+CHUNK = 1 << 20  # bytes read at a time: a quarter of it costs a fifth more time per byte, in calls
 BUFFER = CHUNK + 3  # and what is left of the piece before: at most three bytes of a code point
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")  # what a folder is searched for
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -209,7 +209,7 @@ class Digests(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        buffer = bytearray(2 * CHUNK)
+        buffer = bytearray(CHUNK)
         view = memoryview(buffer)
         try:
             for source in self._sources:

@@ -559,6 +559,15 @@ def test_empty_sample_is_written_as_the_original_does_with_a_warning(tmp_path, c
     assert "warning: nothing is selected" in capsys.readouterr().err
 
 
+def test_progress_is_shown_on_a_terminal_only_and_wiped(tmp_path, capsys, monkeypatch):
+    path = write(tmp_path / "in.jsonl", "a\nb\n")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main([str(path), str(tmp_path / "out.jsonl")]) == 0
+    printed = capsys.readouterr().err
+    assert "100 %" in printed
+    assert printed.endswith("\r\033[K")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
