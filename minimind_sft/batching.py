@@ -2,12 +2,13 @@
 
 A *window* is what one optimizer step learns from: the next `batch_size * accumulate * ranks` documents of the epoch's
 order. It is dealt into exactly `accumulate` micro-batches per rank, also where the last window is short, so that
-Lightning's accumulation stays in phase, and so that token counts are even: the longest document goes first, always to the
-micro-batch that holds the fewest tokens (the LPT rule). Nothing is padded: a micro-batch is whole documents laid end to
-end, and `cu_seqlens` says where each one begins.
+Lightning's accumulation stays in phase, and so that token counts are even: the longest document goes first, always to
+the micro-batch that holds the fewest tokens (the LPT rule). Nothing is padded: a micro-batch is whole documents laid
+end to end, and `cu_seqlens` says where each one begins.
 
-Everything here is a pure function of (seed, epoch): no state to save, and a resumed run sees the same documents in the
-same micro-batches. What is drawn at random per document (whether an empty think block stays) is drawn while planning.
+Everything here is a pure function of (seed, epoch): no state to save, and a resumed run sees the same documents in
+the same micro-batches. What is drawn at random per document (whether an empty think block stays) is drawn while
+planning.
 
 Shapes: D documents, N tokens of a micro-batch, W windows of an epoch.
 """
@@ -46,7 +47,9 @@ class MicroBatch(NamedTuple):
     """One rank's share of a window between two calls of backward."""
 
     batch: Batch
-    targets: Tensor  # (M,) int64: where batch.labels is not -100; found on the host, so that the device need not be asked
+    targets: (
+        Tensor  # (M,) int64: where batch.labels is not -100; found on the host, so that the device need not be asked
+    )
     window_targets: int  # supervised tokens of the whole window, over all micro-batches and ranks
     target_bytes: int = 0  # bytes of text behind the targets; counted for evaluation only
 
@@ -160,7 +163,9 @@ class Epoch:
         self.plan = plan
         documents = plan.documents
         count = len(documents)
-        self.order = np.random.default_rng([plan.seed, number, 0]).permutation(count) if plan.shuffle else np.arange(count)
+        self.order = (
+            np.random.default_rng([plan.seed, number, 0]).permutation(count) if plan.shuffle else np.arange(count)
+        )
         self.keep = np.random.default_rng([plan.seed, number, 1]).random(count) < plan.empty_think_ratio
         self.lengths, self.targets = documents.sizes(self.keep)
         starts = np.arange(0, count, plan.window_size)

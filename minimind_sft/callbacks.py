@@ -82,7 +82,7 @@ class Measure(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self.intervals = Intervals.resolve(trainer.datamodule, **self._asked)  # type: ignore[attr-defined, arg-type]
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: SFTModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.global_step == 0:
             reading = self.look(trainer, pl_module)
             if not pl_module.from_scratch:
@@ -158,12 +158,17 @@ class StepLog(Callback):
         self._busy, self._tokens, self._steps = 0.0, 0, 0  # since the last line
         self._step_seconds = 0.0  # smoothed
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: SFTModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile):
                 logger.cut_after(trainer.global_step)
         if self.bar and trainer.is_global_zero:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[line]}"),
+            )
             self._progress = Progress(*columns, console=Console())
             self._progress.start()
             done, total = trainer.global_step, pl_module.total_steps

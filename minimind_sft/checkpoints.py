@@ -1,9 +1,9 @@
 """Checkpoints that are never half there.
 
-A file is written under a temporary name, forced to disk and then renamed, so whatever `last.ckpt` is, it is whole. `best`
-is the reading with the lowest validation loss after step 0. Where both fall on one step, the state is written once and
-linked. Our own callback instead of Lightning's ModelCheckpoint, which forgets its best score when the folder moves and
-does not know about optimizer steps.
+A file is written under a temporary name, forced to disk and then renamed, so whatever `last.ckpt` is, it is whole.
+`best` is the reading with the lowest validation loss after step 0. Where both fall on one step, the state is written
+once and linked. Our own callback instead of Lightning's ModelCheckpoint, which forgets its best score when the folder
+moves and does not know about optimizer steps.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ValueError: the file is damaged; names the checkpoints beside it that can be read.
         """
         try:
-            return torch.load(path, map_location=map_location or "cpu", weights_only=True)  # type: ignore[no-any-return]
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:
             whole = [str(other) for other in sorted(Path(path).parent.glob("*.ckpt")) if _readable(other)]
             raise ValueError(
@@ -100,7 +100,8 @@ def link(existing: Path, name: str) -> None:
 
 
 class Checkpoints(Checkpoint):
-    """Writes `last.ckpt` every `save_every` steps and after the last one, `best.ckpt` whenever a reading is the best yet.
+    """Writes `last.ckpt` every `save_every` steps and after the last one, `best.ckpt` whenever a reading is the best
+    yet.
 
     Args:
         folder: where they go.

@@ -1,7 +1,8 @@
 """LightningCLI for `fit`, `validate` and `predict`: settings in, a Trainer out; no domain logic.
 
-Lightning's Trainer has settings that would count in micro-batches, stop in the middle of a window or shuffle again what
-the plan has dealt. They are not offered (`NOT_OFFERED` says what to use instead); every other one works as documented.
+Lightning's Trainer has settings that would count in micro-batches, stop in the middle of a window or shuffle again
+what the plan has dealt. They are not offered (`NOT_OFFERED` says what to use instead); every other one works as
+documented.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Optional
+from typing import Any, Literal, NoReturn, Union
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -58,15 +59,26 @@ NOT_OFFERED = {
     "enable_autolog_hparams": "nothing: settings are in config.yaml",
     "inference_mode": "nothing: looking at a model never needs gradients",
 }
-OUR_FILES = ("checkpoints", "metrics.csv", "forgetting.json", "forgetting.png", "probes.json", "predictions.jsonl", "run.json", "sample.json", "config.yaml")
+OUR_FILES = (
+    "checkpoints",
+    "metrics.csv",
+    "forgetting.json",
+    "forgetting.png",
+    "probes.json",
+    "predictions.jsonl",
+    "run.json",
+    "sample.json",
+    "config.yaml",
+)
 
+OptionalInt = Union[int, None]  # noqa: UP007 (jsonargparse wants an object)
 Precision = Literal["auto", "32", "bf16-mixed", "16-mixed"]
 
 
 class Parser(LightningArgumentParser):
     """Errors in one line, with the nearest key."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ValueError(self._explained(" ".join(str(message).split())))
 
     def _explained(self, message: str) -> str:
@@ -74,7 +86,9 @@ class Parser(LightningArgumentParser):
             if re.search(rf"trainer\.{name}\b|[\"']trainer[\"'].*\b{name}\b|\b{name}\b.*[\"']trainer[\"']", message):
                 return f"trainer.{name} is not offered here; use {instead}"
         wrong = re.search(r"--([\w.]+)", message) if "nrecognized" in message else None
-        wrong = wrong or re.search(r"[\"']([\w.]+)[\"'] is not expected|does not accept.*?[\"']([\w.]+)[\"']|nested key '([\w.]+)'", message)
+        wrong = wrong or re.search(
+            r"[\"']([\w.]+)[\"'] is not expected|does not accept.*?[\"']([\w.]+)[\"']|nested key '([\w.]+)'", message
+        )
         if wrong is None:
             return message
         key = next(group for group in wrong.groups() if group)
@@ -85,7 +99,11 @@ class Parser(LightningArgumentParser):
         return message + (f". The nearest setting is {near[0]}" if near else "")
 
     def _keys(self) -> list[str]:
-        return [action.dest for action in self._actions if action.dest not in ("help", "config") and "." in action.dest or action.option_strings]
+        return [
+            action.dest
+            for action in self._actions
+            if action.dest not in ("help", "config") and "." in action.dest or action.option_strings
+        ]
 
 
 class SFTCLI(LightningCLI):
@@ -113,7 +131,9 @@ class SFTCLI(LightningCLI):
         parser.add_class_arguments(
             Trainer, "trainer", instantiate=False, fail_untyped=False, sub_configs=True, skip=set(NOT_OFFERED)
         )
-        parser.set_defaults({"trainer.max_epochs": 3, "trainer.gradient_clip_val": 1.0, "trainer.accumulate_grad_batches": 1})
+        parser.set_defaults(
+            {"trainer.max_epochs": 3, "trainer.gradient_clip_val": 1.0, "trainer.accumulate_grad_batches": 1}
+        )
         parser.add_lightning_class_args(SFTModule, "model")
         parser.add_lightning_class_args(SFTDataModule, "data")
         parser.link_arguments("data.seed", "model.seed")
@@ -121,12 +141,38 @@ class SFTCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default="runs/sft", help="folder that records the run")
         parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:7 or cuda:0,1")
-        parser.add_argument("--precision", type=Precision, default="auto", help="auto: bf16-mixed where the GPU has it, 16-mixed on other GPUs, 32 on a CPU")
-        parser.add_argument("--wandb", type=Optional[Literal["online", "offline"]], default=None, nargs="?", const="online", help="log to Weights & Biases")
-        parser.add_argument("--log_every_steps", type=int, default=10, help="optimizer steps between two lines of the log")
-        parser.add_argument("--val_every_steps", type=Optional[int], default=None, help="optimizer steps between two readings; null: as often as costs about 5 %% of the time")
-        parser.add_argument("--save_every_steps", type=Optional[int], default=None, help="optimizer steps between two checkpoints; null: the smaller of 100 and a quarter of an epoch")
-        parser.add_argument("--overwrite", type=bool, default=False, nargs="?", const=True, help="replace a run that is in run_dir")
+        parser.add_argument(
+            "--precision",
+            type=Precision,
+            default="auto",
+            help="auto: bf16-mixed where the GPU has it, else 16-mixed; 32 on a CPU",
+        )
+        parser.add_argument(
+            "--wandb",
+            type=Literal["online", "offline", None],
+            default=None,
+            nargs="?",
+            const="online",
+            help="log to Weights & Biases",
+        )
+        parser.add_argument(
+            "--log_every_steps", type=int, default=10, help="optimizer steps between two lines of the log"
+        )
+        parser.add_argument(
+            "--val_every_steps",
+            type=OptionalInt,
+            default=None,
+            help="steps between two readings; null: as often as costs about 5 %% of the time",
+        )
+        parser.add_argument(
+            "--save_every_steps",
+            type=OptionalInt,
+            default=None,
+            help="steps between two checkpoints; null: the smaller of 100 and a quarter of an epoch",
+        )
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, nargs="?", const=True, help="replace a run that is in run_dir"
+        )
 
     def _parse_ckpt_path(self) -> None:
         """Settings come from the YAML and the command line, never from a checkpoint."""
@@ -135,7 +181,7 @@ class SFTCLI(LightningCLI):
         """Find the checkpoint and look at the run directory before anything is loaded."""
         settings = self.config[self.subcommand]
         self.run_dir = Path(settings["run_dir"])
-        settings["ckpt_path"] = find_checkpoint(settings["ckpt_path"], self.run_dir, self.subcommand)
+        settings["ckpt_path"] = find_checkpoint(settings["ckpt_path"], self.run_dir, str(self.subcommand))
         if self.subcommand == "fit" and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             prepare_run_dir(self.run_dir, resuming=settings["ckpt_path"] is not None, overwrite=settings["overwrite"])
 
@@ -145,7 +191,9 @@ class SFTCLI(LightningCLI):
         theirs = theirs if isinstance(theirs, list) else [theirs]
         for callback in theirs:
             if isinstance(callback, GradientAccumulationScheduler):
-                raise ValueError("GradientAccumulationScheduler changes the window in mid-run; set trainer.accumulate_grad_batches")
+                raise ValueError(
+                    "GradientAccumulationScheduler changes windows in mid-run; use trainer.accumulate_grad_batches"
+                )
         plugins = given.pop("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         given |= pin_device(settings["device"], given["accelerator"], given["devices"])
@@ -162,7 +210,7 @@ class SFTCLI(LightningCLI):
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             log_every_n_steps=1,
-            **({"limit_val_batches": 0} if self.subcommand == "fit" else {}),
+            limit_val_batches=0 if self.subcommand == "fit" else None,  # fit measures through a callback
         )
 
     def _callbacks(self, settings: Any) -> list[Callback]:
@@ -171,7 +219,9 @@ class SFTCLI(LightningCLI):
         if self.subcommand == "validate":
             return []
         measure = Measure(
-            log_every=settings["log_every_steps"], val_every=settings["val_every_steps"], save_every=settings["save_every_steps"]
+            log_every=settings["log_every_steps"],
+            val_every=settings["val_every_steps"],
+            save_every=settings["save_every_steps"],
         )
         return [
             Record(self.run_dir, self._yaml, self.command),
@@ -193,7 +243,11 @@ class SFTCLI(LightningCLI):
             return []
         loggers: list[Logger] = [MetricsFile(self.run_dir)]
         if settings["wandb"]:
-            loggers.append(wandb_logger(self.run_dir, offline=settings["wandb"] == "offline", resuming=settings["ckpt_path"] is not None))
+            loggers.append(
+                wandb_logger(
+                    self.run_dir, offline=settings["wandb"] == "offline", resuming=settings["ckpt_path"] is not None
+                )
+            )
         return loggers
 
 
@@ -207,7 +261,15 @@ class WritePredictions(Callback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 (closed at the end)
 
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         for row in outputs:
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -243,8 +305,8 @@ def prepare_run_dir(run_dir: Path, *, resuming: bool, overwrite: bool) -> None:
     """
     if not resuming and any((run_dir / "checkpoints").glob("*.ckpt")) and not overwrite:
         raise ValueError(
-            f"{run_dir} holds the checkpoints of a run. Go on with it (--ckpt_path last), choose another folder (--run_dir), "
-            "or replace it (--overwrite)"
+            f"{run_dir} holds the checkpoints of a run. Go on with it (--ckpt_path last), choose another folder "
+            "(--run_dir), or replace it (--overwrite)"
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -303,7 +365,14 @@ def wandb_logger(run_dir: Path, *, offline: bool, resuming: bool) -> WandbLogger
     if not (resuming and note.is_file()):
         note.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
     name = run_dir.resolve().name
-    return WandbLogger(name=name, project="minimind_sft", save_dir=run_dir, id=note.read_text(encoding="utf-8").strip(), offline=offline, resume="allow")
+    return WandbLogger(
+        name=name,
+        project="minimind_sft",
+        save_dir=run_dir,
+        id=note.read_text(encoding="utf-8").strip(),
+        offline=offline,
+        resume="allow",
+    )
 
 
 def find_config(argv: list[str]) -> list[str]:
@@ -331,9 +400,18 @@ def quiet() -> Iterator[None]:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        for message in (".*does not have many workers.*", ".*not resumable.*", ".*is not resumable.*", ".*LeafSpec.*", ".*TreeSpec.*",
-                        ".*litlogger.*", ".*Checkpoint directory.*", ".*`isinstance.treespec.*", ".*in eval mode.*",
-                        ".*overridden `transfer_batch_to_device`.*"):
+        for message in (
+            ".*does not have many workers.*",
+            ".*not resumable.*",
+            ".*is not resumable.*",
+            ".*LeafSpec.*",
+            ".*TreeSpec.*",
+            ".*litlogger.*",
+            ".*Checkpoint directory.*",
+            ".*`isinstance.treespec.*",
+            ".*in eval mode.*",
+            ".*overridden `transfer_batch_to_device`.*",
+        ):
             warnings.filterwarnings("ignore", message=message)
         yield
 

@@ -1,17 +1,17 @@
 """Lines -> tokenized documents, in a memory-mapped store that is cached on disk.
 
-A store is a folder of flat arrays: the token ids of all documents end to end, the spans they are made of, and where each
-document came from. Reading it costs no parsing and next to no memory, whatever its size; the second run with the same
-data starts from it. Documents are stored whole: cutting to `max_length` and leaving out an empty think block are views
-(`batching.Documents`), so that neither needs a new tokenization.
+A store is a folder of flat arrays: the token ids of all documents end to end, the spans they are made of, and where
+each document came from. Reading it costs no parsing and next to no memory, whatever its size; the second run with the
+same data starts from it. Documents are stored whole: cutting to `max_length` and leaving out an empty think block are
+views (`batching.Documents`), so that neither needs a new tokenization.
 
-The name of a store in the cache is a hash of everything that its content depends on: the bytes of the input files, what
-was selected from them, the tokenizer with its template, the format options and `FORMAT_VERSION`. A stale store is thus
-never found. It is built under a temporary name and then moved, so a killed build leaves nothing that could be mistaken
-for a store.
+The name of a store in the cache is a hash of everything that its content depends on: the bytes of the input files,
+what was selected from them, the tokenizer with its template, the format options and `FORMAT_VERSION`. A stale store
+is thus never found. It is built under a temporary name and then moved, so a killed build leaves nothing that could be
+mistaken for a store.
 
-Every line ends as a document or as a rejection with a reason: `len(store) + sum(store.rejected.values())` is the number
-of lines that came in.
+Every line ends as a document or as a rejection with a reason: `len(store) + sum(store.rejected.values())` is the
+number of lines that came in.
 """
 
 from __future__ import annotations
@@ -146,7 +146,10 @@ class _Writer:
         self.ids.close()
         self.refusals.close()
         for name, values in self.arrays.items():
-            np.save(self.folder / f"{name}.npy", np.frombuffer(values, values.typecode) if values else np.zeros(0, values.typecode))
+            np.save(
+                self.folder / f"{name}.npy",
+                np.frombuffer(values, values.typecode) if values else np.zeros(0, values.typecode),
+            )
         meta = {
             "format_version": FORMAT_VERSION,
             "dtype": self.dtype.name,
@@ -184,7 +187,7 @@ def build(
     done = 0
 
     def flush() -> None:
-        for (line, conversation), spans in zip(pending, _render([c for _, c in pending], template), strict=True):
+        for (line, _), spans in zip(pending, _render([c for _, c in pending], template), strict=True):
             if isinstance(spans, Rejected):
                 writer.reject(line, spans)
             else:
@@ -246,7 +249,9 @@ def open_or_build(cache: Path, key: dict[str, Any], make: Callable[[Path], None]
         try:
             temporary.mkdir(parents=True)
         except OSError as error:
-            raise ValueError(f"cannot write the cache folder {cache} ({error.strerror}); set data.cache_dir to another") from error
+            raise ValueError(
+                f"cannot write the cache folder {cache} ({error.strerror}); set data.cache_dir to another"
+            ) from error
         try:
             make(temporary)
             try:

@@ -1,9 +1,9 @@
 """The LightningDataModule: train chats, validation chats, and the pretraining text that forgetting is measured on.
 
-What comes in are files and the settings below; what goes out are loaders of micro-batches. Selecting and tokenizing happen
-once, in `prepare_data`, into stores under the cache folder; a second run opens them. Order, cuts and draws are a plan
-(`batching.Plan`), a pure function of (seed, epoch), so that there is no position to save: a resumed run derives it from
-the number of optimizer steps.
+What comes in are files and the settings below; what goes out are loaders of micro-batches. Selecting and tokenizing
+happen once, in `prepare_data`, into stores under the cache folder; a second run opens them. Order, cuts and draws are
+a plan (`batching.Plan`), a pure function of (seed, epoch), so that there is no position to save: a resumed run
+derives it from the number of optimizer steps.
 
 Loaders use no worker processes: laying a micro-batch out takes well under a millisecond, against the hundreds that it
 trains for.
@@ -100,7 +100,11 @@ class SFTDataModule(LightningDataModule):
         self.pretrain_path, self.heldout_path = pretrain_path, heldout_path
         self.max_mb, self.max_ratio, self.pretrain_mb = max_mb, max_ratio, pretrain_mb
         self.seed, self.max_length, self.batch_size = seed, max_length, batch_size
-        self.max_tokens_per_batch, self.empty_think_ratio, self.shuffle = max_tokens_per_batch, empty_think_ratio, shuffle
+        self.max_tokens_per_batch, self.empty_think_ratio, self.shuffle = (
+            max_tokens_per_batch,
+            empty_think_ratio,
+            shuffle,
+        )
         self.max_bad_ratio, self.max_overlap, self.measure_documents = max_bad_ratio, max_overlap, measure_documents
         self.format, self.document_format = format, document_format
         self.cache = Path(cache_dir) if cache_dir else default_cache()
@@ -156,7 +160,9 @@ class SFTDataModule(LightningDataModule):
             return int(self.pretrain_mb * MEBIBYTE)
         if self.pretrain_path is None:
             return None
-        return sum(self.files.facts(path).text_bytes for path in self.files.expand(self.pretrain_path, "data.pretrain_path"))
+        return sum(
+            self.files.facts(path).text_bytes for path in self.files.expand(self.pretrain_path, "data.pretrain_path")
+        )
 
     @property
     def cap_mb(self) -> float | None:
@@ -164,7 +170,9 @@ class SFTDataModule(LightningDataModule):
         if self.max_ratio is None:
             return self.max_mb
         if self.pretrain_bytes is None:
-            raise ValueError("data.max_ratio needs the size of the pretraining text: set data.pretrain_path or data.pretrain_mb")
+            raise ValueError(
+                "data.max_ratio needs the size of the pretraining text: set data.pretrain_path or data.pretrain_mb"
+            )
         by_ratio = self.max_ratio * self.pretrain_bytes / MEBIBYTE
         return by_ratio if self.max_mb is None else min(self.max_mb, by_ratio)
 
@@ -257,7 +265,8 @@ class SFTDataModule(LightningDataModule):
         if over:
             worst = max(over, key=lambda i: shares[i])
             raise ValueError(
-                f"data.heldout_path: {len(over)} documents share more than {self.max_overlap:.0%} of their 50-character "
+                f"data.heldout_path: {len(over)} documents share more than {self.max_overlap:.0%} of their "
+                f"50-character "
                 f"shingles with the training chats; forgetting measured on them would be flattered. The worst: "
                 f"{held_out.where(worst)} ({shares[worst]:.0%}). Remove them, or raise data.max_overlap"
             )
@@ -284,11 +293,14 @@ class SFTDataModule(LightningDataModule):
             ValueError: naming every difference.
         """
         now = self.identity
-        changed = [f"{name} was {saved.get(name)}, is {value}" for name, value in now.items() if saved.get(name) != value]
+        changed = [
+            f"{name} was {saved.get(name)}, is {value}" for name, value in now.items() if saved.get(name) != value
+        ]
         if changed:
             raise ValueError(
                 f"cannot resume: the checkpoint's data differs ({'; '.join(changed)}). `sample` stands for the files, "
-                "data.max_mb, data.seed and the tokenizer; `window_size` is batch_size x accumulate_grad_batches x ranks. "
+                "data.max_mb, data.seed and the tokenizer; `window_size` is batch_size x "
+                "accumulate_grad_batches x ranks. "
                 "Restore these settings, or start a new run from the checkpoint with model.weights"
             )
 
@@ -302,7 +314,9 @@ class SFTDataModule(LightningDataModule):
         """Micro-batches of this rank; the sampler starts where a resumed run has to go on."""
         assert self.trainer is not None
         epoch, window = divmod(self.start_step, self.plan.windows)
-        sampler = _Positions(len_epoch=self.plan.windows * self.plan.accumulate, start=(epoch, window * self.plan.accumulate))
+        sampler = _Positions(
+            len_epoch=self.plan.windows * self.plan.accumulate, start=(epoch, window * self.plan.accumulate)
+        )
         return _loader(_MicroBatches(self.plan, self.trainer.global_rank), sampler)
 
     def val_dataloader(self) -> list[DataLoader[MicroBatch]]:
@@ -310,7 +324,9 @@ class SFTDataModule(LightningDataModule):
         assert self.trainer is not None
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
         token_bytes = bytes_of_tokens(self.template)
-        return [_loader(_Evaluation(documents, self, token_bytes, rank, ranks)) for documents in self.evaluation.values()]
+        return [
+            _loader(_Evaluation(documents, self, token_bytes, rank, ranks)) for documents in self.evaluation.values()
+        ]
 
     def predict_dataloader(self) -> DataLoader[list[dict[str, Any]]]:
         """Prompts of the validation chats (up to the last answer), `batch_size` together, with the reference answer."""
@@ -341,7 +357,8 @@ def bytes_of_tokens(template: ChatTemplate) -> np.ndarray:
 
 
 def choose_by_hash(lines: Iterator[Line], count: int) -> list[Line]:
-    """The `count` lines whose content hash is smallest: the same ones however the file is ordered or grows elsewhere."""
+    """The `count` lines whose content hash is smallest: the same ones however the file is ordered or grows
+    elsewhere."""
 
     def keyed() -> Iterator[tuple[bytes, int, Line]]:
         for number, line in enumerate(lines):
@@ -392,7 +409,8 @@ class _MicroBatches(Dataset[MicroBatch]):
 
 
 class _Positions(Sampler[tuple[int, int]]):
-    """(epoch, position) of every micro-batch; Lightning calls `set_epoch`, and counts on the length of a whole epoch."""
+    """(epoch, position) of every micro-batch; Lightning calls `set_epoch`, and counts on the length of a whole
+    epoch."""
 
     def __init__(self, *, len_epoch: int, start: tuple[int, int]) -> None:
         self.len_epoch, self.start = len_epoch, start
@@ -438,9 +456,7 @@ class _Evaluation(Dataset[MicroBatch]):
 
 def evaluation_tokens(data: SFTDataModule) -> int:
     """Tokens that one look at the model costs, over all ranks."""
-    return sum(
-        int(documents.sizes(np.ones(len(documents), bool))[0].sum()) for documents in data.evaluation.values()
-    )
+    return sum(int(documents.sizes(np.ones(len(documents), bool))[0].sum()) for documents in data.evaluation.values())
 
 
 def affordable_interval(evaluation: int, tokens_per_step: float, share: float = 0.05) -> int:

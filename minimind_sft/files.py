@@ -1,8 +1,8 @@
 """Where things lie: paths as a user writes them, the cache folder, and what is known of an input file.
 
 A path in a YAML means the current folder first and then the project's, so that `configs/sft.yaml` runs from anywhere.
-Hashing gigabytes at every start would cost a second each, so the hash of a file is remembered with its size, inode and
-times of change.
+Hashing gigabytes at every start would cost a second each, so the hash of a file is remembered with its size, inode
+and times of change.
 """
 
 from __future__ import annotations

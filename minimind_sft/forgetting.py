@@ -1,13 +1,13 @@
 """The meter: how well a model knows the chats and the pretraining text, and how much worse than its base it became.
 
 What is measured are sums over tokens, kept in float64 and divided once, so that the figure does not depend on how the
-documents were dealt into batches or over ranks. Forgetting is the rise of the loss on pretraining text, in nats per token,
-over the model that training started from:
+documents were dealt into batches or over ranks. Forgetting is the rise of the loss on pretraining text, in nats per
+token, over the model that training started from:
 
     val/forgetting = val/pretrain/loss - (the same at step 0)
 
-Bits per byte divide by the bytes of the scored text instead of its tokens, which makes models with different tokenizers
-comparable; a control token counts no bytes.
+Bits per byte divide by the bytes of the scored text instead of its tokens, which makes models with different
+tokenizers comparable; a control token counts no bytes.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Meter(nn.Module):
 
 
 def summary(before: Reading, after: Reading, best: Reading | None, seen: bool | None) -> dict[str, Any]:
-    """What `forgetting.json` holds: three readings, the forgetting of `after`, and whether the base had seen the text."""
+    """What `forgetting.json` holds: three readings, the forgetting of the last, whether the base had seen the text."""
     forgetting = None
     if before.pretrain_loss is not None and after.pretrain_loss is not None:
         forgetting = after.pretrain_loss - before.pretrain_loss

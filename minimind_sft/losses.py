@@ -1,8 +1,8 @@
 """Token losses as sums: every function returns (sum of nats, count of tokens), never a mean.
 
 Means are taken once, over a whole window (`module.py`), which is what makes 16 x 1 = 4 x 4 = 1 x 16. Only the hidden
-states that are asked for something reach the output layer: with 40 % of the tokens supervised and a vocabulary of 6,400,
-that saves more than half of the largest matrix product.
+states that are asked for something reach the output layer: with 40 % of the tokens supervised and a vocabulary of
+6,400, that saves more than half of the largest matrix product.
 
 Shapes: N tokens of a micro-batch, M of them targets, H hidden, V vocabulary.
 """

@@ -1,8 +1,8 @@
 """The LightningModule: one optimizer step per window, with an exact mean over all its supervised tokens.
 
-Losses travel as sums. A micro-batch's loss is its sum of nats over the *window's* number of targets, times what Lightning
-(the number of accumulated micro-batches) and DDP (the number of ranks) will divide by. So 16 x 1, 4 x 4, 1 x 16 and two
-processes give the same gradient within rounding; Lightning's own mean of micro-batch means does not.
+Losses travel as sums. A micro-batch's loss is its sum of nats over the *window's* number of targets, times what
+Lightning (the number of accumulated micro-batches) and DDP (the number of ranks) will divide by. So 16 x 1, 4 x 4, 1
+x 16 and two processes give the same gradient within rounding; Lightning's own mean of micro-batch means does not.
 
 The device is asked once per optimizer step, for the window's loss and the norm of its gradient together, before the
 weights change: what is logged, and what stops a run whose loss is no longer a number.
@@ -140,7 +140,7 @@ class SFTModule(LightningModule):
         data = self._data
         if not hasattr(self, "model"):
             make = ModelConfig.minimind2 if self._family == "minimind2" else ModelConfig.minimind3
-            shape = {name: value for name, value in self._shape.items() if value is not None}
+            shape: dict[str, Any] = {name: value for name, value in self._shape.items() if value is not None}
             self.model = Transformer(make(**{"vocab_size": data.template.vocab_size} | shape))
             self.model.initialise(self.seed)
             if self.reset_head:
@@ -156,8 +156,7 @@ class SFTModule(LightningModule):
 
     @property
     def _data(self) -> SFTDataModule:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        return data  # type: ignore[no-any-return]
+        return self.trainer.datamodule  # type: ignore[attr-defined]
 
     # ---- training
 
@@ -240,8 +239,10 @@ class SFTModule(LightningModule):
         store = self._data.train_store
         names = [store.where(number) for number in plan.window_documents(epoch, window).tolist()]
         return (
-            f"step {result.step}: loss {result.loss}, gradient norm {result.grad_norm}. The step was not taken. It learns "
-            f"from {len(names)} documents: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}. Look at them, or lower "
+            f"step {result.step}: loss {result.loss}, gradient norm {result.grad_norm}. The step was not taken. "
+            f"It learns "
+            f"from {len(names)} documents: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}. Look at "
+            f"them, or lower "
             "model.learning_rate; the last checkpoint is whole"
         )
 
@@ -312,11 +313,15 @@ class SFTModule(LightningModule):
         """
         ours = checkpoint.get("minimind_sft")
         if ours is None:
-            raise ValueError("the checkpoint was not written by minimind_sft; pass it as model.weights to start from it")
+            raise ValueError(
+                "the checkpoint was not written by minimind_sft; pass it as model.weights to start from it"
+            )
         if ours["base_sha256"] != self.base_sha256:
             raise ValueError(
-                f"the checkpoint was trained from another base (SHA-256 {str(ours['base_sha256'])[:12]}, model.weights has "
-                f"{str(self.base_sha256)[:12]}); its forgetting cannot be measured against this one. Set model.weights to "
+                f"the checkpoint was trained from another base (SHA-256 {str(ours['base_sha256'])[:12]}, "
+                f"model.weights has "
+                f"{str(self.base_sha256)[:12]}); its forgetting cannot be measured against this one. Set "
+                f"model.weights to "
                 "the base it started from, or start a new run from the checkpoint with model.weights"
             )
         self.baseline = Reading(**ours["baseline"]) if ours["baseline"] else None

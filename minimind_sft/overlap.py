@@ -1,8 +1,8 @@
 """How much of a held-out document the training chats already contain.
 
-Forgetting measured on text that the chats repeat would look like memory. Text is compared by its 50-character shingles,
-without white space: the share of a document's shingles that occur anywhere in the chats. Hashing is vectorised: 40 M
-characters (a 72 MB sample) take a few seconds, and the result is cached.
+Forgetting measured on text that the chats repeat would look like memory. Text is compared by its 50-character
+shingles, without white space: the share of a document's shingles that occur anywhere in the chats. Hashing is
+vectorised: 40 M characters (a 72 MB sample) take a few seconds, and the result is cached.
 """
 
 from __future__ import annotations

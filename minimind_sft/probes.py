@@ -1,8 +1,8 @@
 """Fact probes: does the model still know what it knew, asked as raw text and asked as a chat?
 
-A probe is a line of JSON: `prompt` (raw text that the answer continues), `question` (the same as a user would ask it),
-`answer`, and optionally `name` and `in_sft` (whether the training chats contain the fact). Both ways are answered
-greedily. Raw counts when the continuation begins with the answer, a chat when its reply contains it.
+A probe is a line of JSON: `prompt` (raw text that the answer continues), `question` (the same as a user would ask
+it), `answer`, and optionally `name` and `in_sft` (whether the training chats contain the fact). Both ways are
+answered greedily. Raw counts when the continuation begins with the answer, a chat when its reply contains it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def load_probes(path: Path) -> list[Probe]:
             fields = [row[name] for name in ("prompt", "question", "answer")]
             if not all(isinstance(value, str) and value for value in fields):
                 raise ValueError("prompt, question and answer must be text")
-            probes.append(Probe(*fields, name=str(row.get("name", fields[0])), in_sft=bool(row.get("in_sft", False))))
+            prompt, question, answer = fields
+            name, in_sft = str(row.get("name", prompt)), bool(row.get("in_sft", False))
+            probes.append(Probe(prompt, question, answer, name, in_sft))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}:{number}: not a probe ({type(error).__name__}: {error}); a line is an object with prompt, "
@@ -110,8 +112,8 @@ def compare(probes: Sequence[Probe], before: Sequence[Reply], after: Sequence[Re
     """Counts of kept, lost and gained facts, and the losses by name; what `probes.json` holds.
 
     Returns:
-        `groups`: for `raw` and `chat`, `in_sft` and `not_in_sft`: `probes`, `before`, `after`, `kept`, `lost`, `gained`;
-        `lost` and `gained`: rows with `name`, `way`, `in_sft`, `answer`, `said`; `replies`: all of them.
+        `groups`: for `raw` and `chat`, `in_sft` and `not_in_sft`: `probes`, `before`, `after`, `kept`, `lost`,
+        `gained`; `lost` and `gained`: rows with `name`, `way`, `in_sft`, `answer`, `said`; `replies`: all of them.
     """
     groups: dict[str, dict[str, Any]] = {}
     lost, gained = [], []

@@ -1,8 +1,8 @@
 """What a run leaves on disk besides its checkpoints: `metrics.csv`, written so that a crash cannot make it lie.
 
-One row per step that has something to say. A row is complete when the next step begins or when a checkpoint is about to be
-written, whichever comes first, and is then on disk; on resume, rows past the checkpoint's step are cut off. So the file of
-a run that was killed and resumed is the file of a run that was not (but for the times).
+One row per step that has something to say. A row is complete when the next step begins or when a checkpoint is about
+to be written, whichever comes first, and is then on disk; on resume, rows past the checkpoint's step are cut off. So
+the file of a run that was killed and resumed is the file of a run that was not (but for the times).
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What a person sees: the first screen, the table at the end, one picture. Text in, text out; printing is the caller's."""
+"""What a person sees: the first screen, the table at the end, one picture. Text in, text out; printing is the
+caller's.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = []
     for row in [head, ["-" * width for width in widths], *rows]:
-        cells = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
@@ -49,7 +54,12 @@ def forgetting_table(before: Reading, after: Reading, best: Reading | None, seen
         rows.append([f"{text}, perplexity", *(_number(r.pretrain_loss, perplexity, 1) for _, r in columns)])
         rows.append([f"{text}, bits per byte", *(_number(r.bits_per_byte) for _, r in columns)])
         start = before.pretrain_loss
-        rows.append(["forgotten, nats per token", *(_number(r.pretrain_loss, lambda loss: loss - start, 4, "+") for _, r in columns)])
+        rows.append(
+            [
+                "forgotten, nats per token",
+                *(_number(r.pretrain_loss, lambda loss: loss - start, 4, "+") for _, r in columns),
+            ]
+        )
     if not rows:
         return "nothing was measured: set data.val_path and data.heldout_path or data.pretrain_path"
     return table(["", *(name for name, _ in columns)], rows)
@@ -63,15 +73,27 @@ def _number(value: float | None, change: Any = None, digits: int = 4, sign: str 
 
 def probe_table(comparison: dict[str, Any], *, most: int = 12) -> str:
     """Facts known before and after, and the losses by name."""
-    names = {"raw": "continuing raw text", "chat": "asked as a chat", "in_sft": "in the chats", "not_in_sft": "not in the chats"}
+    names = {
+        "raw": "continuing raw text",
+        "chat": "asked as a chat",
+        "in_sft": "in the chats",
+        "not_in_sft": "not in the chats",
+    }
     rows = []
     for key, group in comparison["groups"].items():
         way, member = key.split("/")
-        rows.append([f"{names[way]}, {names[member]}", *(f"{group[c]:,}" for c in ("probes", "before", "after", "kept", "lost", "gained"))])
+        rows.append(
+            [
+                f"{names[way]}, {names[member]}",
+                *(f"{group[c]:,}" for c in ("probes", "before", "after", "kept", "lost", "gained")),
+            ]
+        )
     text = table(["facts", "asked", "before", "after", "kept", "lost", "gained"], rows)
     lost = [row for row in comparison["lost"] if row["way"] == "raw" and not row["in_sft"]]
     if lost:
-        named = "; ".join(f"{row['name']}, {row['answer']} -> {' '.join(row['said'].split())[:24]}" for row in lost[:most])
+        named = "; ".join(
+            f"{row['name']}, {row['answer']} -> {' '.join(row['said'].split())[:24]}" for row in lost[:most]
+        )
         text += f"\n\nforgot {len(lost)}: {named}{'; ...' if len(lost) > most else ''}"
     return text
 

@@ -1,9 +1,9 @@
 """Where a run stands, as Lightning's loops want to hear it.
 
 Every window is exactly one optimizer step, so the number of steps alone says which window comes next. Lightning's own
-counters, in contrast, depend on the hook that the checkpoint was written in, on the number of micro-batches per window and
-on whether an epoch had just ended (a position equal to the length makes the next epoch empty, and the run "succeeds").
-They are therefore rewritten when a checkpoint is loaded.
+counters, in contrast, depend on the hook that the checkpoint was written in, on the number of micro-batches per
+window and on whether an epoch had just ended (a position equal to the length makes the next epoch empty, and the run
+"succeeds"). They are therefore rewritten when a checkpoint is loaded.
 """
 
 from __future__ import annotations

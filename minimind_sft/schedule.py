@@ -11,8 +11,8 @@ import math
 def learning_rate_at(step: int, total: int, *, peak: float, warmup_ratio: float, min_lr_ratio: float) -> float:
     """Learning rate of optimizer step number `step`, counted from 1 to `total`.
 
-    Linear up to `peak` over the first `warmup_ratio` of the steps, then half a cosine down to `peak * min_lr_ratio`. With
-    `warmup_ratio` 0 and `min_lr_ratio` 0.1 this is MiniMind's `lr * (0.1 + 0.45 * (1 + cos(pi * step / total)))`.
+    Linear up to `peak` over the first `warmup_ratio` of the steps, then half a cosine down to `peak * min_lr_ratio`.
+    With `warmup_ratio` 0 and `min_lr_ratio` 0.1 this is MiniMind's `lr * (0.1 + 0.45 * (1 + cos(pi * step / total)))`.
     """
     warmup = math.ceil(warmup_ratio * total)
     if step <= warmup:

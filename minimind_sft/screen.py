@@ -44,19 +44,23 @@ class Record(Callback):
     def __init__(self, folder: Path, config: Callable[[], str], command: list[str]) -> None:
         self.folder, self.config, self.command = folder, config, command
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: SFTModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
         data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
         facts = {
             "command": self.command,
-            "versions": {name: version(name) for name in ("torch", "lightning", "tokenizers", "numpy")} | {"python": platform.python_version()},
+            "versions": {name: version(name) for name in ("torch", "lightning", "tokenizers", "numpy")}
+            | {"python": platform.python_version()},
             "threads": torch.get_num_threads(),
             "base": pl_module.description,
             "base_sha256": pl_module.base_sha256,
             "data": data.identity,
         }
-        sample = data.train_store.meta["note"] | {"rejected": data.train_store.rejected, "documents": len(data.train_store)}
+        sample = data.train_store.meta["note"] | {
+            "rejected": data.train_store.rejected,
+            "documents": len(data.train_store),
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, text in (
             ("config.yaml", self.config()),
@@ -79,7 +83,7 @@ class FirstScreen(Callback):
     def __init__(self, measure: Measure) -> None:
         self.measure = measure
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: SFTModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
             print(report.aligned(self._rows(trainer, pl_module)), flush=True)
             done, total = trainer.datamodule.start_step, pl_module.total_steps  # type: ignore[attr-defined]
@@ -94,21 +98,34 @@ class FirstScreen(Callback):
         ranks = f" on {trainer.world_size} processes" if trainer.world_size > 1 else ""
         return [
             ("base", pl_module.description),
-            ("parameters", f"{parameters:,}, all trained, precision {trainer.precision}, {pl_module.device}{ranks}, {pl_module.attention} attention"),
+            (
+                "parameters",
+                f"{parameters:,}, all trained, precision {trainer.precision}, {pl_module.device}{ranks}, "
+                f"{pl_module.attention} attention",
+            ),
             *_data_rows(data),
-            ("steps", f"{windows:,} per epoch, {total:,} in all; a step learns from {data.plan.window_size:,} documents, "
-                      f"{data.plan.epoch(0).window_tokens.mean():,.0f} tokens in the mean"),
-            ("log, look, save", f"every {intervals.log_every}, {intervals.val_every} and {intervals.save_every} steps, and after the last; "
-                                f"a look reads {evaluation_tokens(data):,} tokens"),
+            (
+                "steps",
+                f"{windows:,} per epoch, {total:,} in all; a step learns from {data.plan.window_size:,} documents, "
+                f"{data.plan.epoch(0).window_tokens.mean():,.0f} tokens in the mean",
+            ),
+            (
+                "log, look, save",
+                f"every {intervals.log_every}, {intervals.val_every} and {intervals.save_every} steps, and "
+                f"after the last; "
+                f"a look reads {evaluation_tokens(data):,} tokens",
+            ),
             ("disk", f"two checkpoints of {report.megabytes(weights_and_adam)} in {trainer.default_root_dir}"),
         ]
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: SFTModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
         if not trainer.is_global_zero:
             return
         if trainer.global_step:
-            print(f"resumed       after step {trainer.global_step:,}; the next is {trainer.global_step + 1:,}", flush=True)
+            print(
+                f"resumed       after step {trainer.global_step:,}; the next is {trainer.global_step + 1:,}", flush=True
+            )
             return
         reading = self.measure.readings[0]
         if pl_module.from_scratch:
@@ -136,18 +153,26 @@ def _data_rows(data: SFTDataModule) -> list[tuple[str, str]]:
     tokens, targets = int(epoch.lengths.sum()), int(epoch.targets.sum())
     cap = "no cap" if data.cap_mb is None else f"cap {data.cap_mb:g} MB, seed {data.seed}"
     rows = [
-        ("chats", f"{note['selected']:,} of {note['lines_seen'] - note['blank']:,} lines, {report.megabytes(note['bytes'])} ({cap}); "
-                  f"rejected: {report.rejected(store.rejected)}"),
-        ("", f"{len(documents):,} trained, {len(documents.nothing_to_learn):,} with no answer within {data.max_length} tokens; {documents.cut:,} cut, "
-             f"which loses {documents.targets_lost:.1%} of the supervised tokens"),
+        (
+            "chats",
+            f"{note['selected']:,} of {note['lines_seen'] - note['blank']:,} lines, "
+            f"{report.megabytes(note['bytes'])} ({cap}); "
+            f"rejected: {report.rejected(store.rejected)}",
+        ),
+        (
+            "",
+            f"{len(documents):,} trained, {len(documents.nothing_to_learn):,} with no answer within "
+            f"{data.max_length} tokens; {documents.cut:,} cut, "
+            f"which loses {documents.targets_lost:.1%} of the supervised tokens",
+        ),
         ("tokens", f"{tokens:,} per epoch, {targets / tokens:.1%} supervised"),
         ("SFT : text", report.ratio(note["bytes"], data.pretrain_bytes, RULE_OF_THUMB)),
     ]
     for name, what in ((CHAT, "validation"), (PRETRAIN, "held out" if data.seen is False else "text to keep")):
         if name in data.evaluation:
             found = data.evaluation[name]
-            rows.append((what, f"{len(found):,} documents{'' if name == CHAT else ', seen by the base' if data.seen else ', unseen by the base'}; "
-                               f"rejected: {report.rejected(found.store.rejected)}"))
+            known = "" if name == CHAT else ", seen by the base" if data.seen else ", unseen by the base"
+            rows.append((what, f"{len(found):,} documents{known}; rejected: {report.rejected(found.store.rejected)}"))
     return rows
 
 
@@ -156,7 +181,10 @@ def _text_line(text: float, chat: float | None, pl_module: SFTModule, data: SFTD
     if pl_module.from_scratch:
         return line
     if report.likely_not_pretrained(text, pl_module.model.config.vocab_size):
-        return f"{line}: no better than guessing, so this base looks as if it was not pretrained (or on text framed otherwise: data.document_format)"
+        return (
+            f"{line}: no better than guessing, so this base looks as if it was not pretrained (or on text framed "
+            "otherwise: data.document_format)"
+        )
     if chat is not None and abs(chat - text) < 0.3:
         line += f"; the chats' is within {abs(chat - text):.2f}: text so like the chats can hardly show forgetting"
     return line
@@ -178,11 +206,11 @@ class LastScreen(Callback):
         self.replies: list[Reply] = []
         self.answers: list[str] = []
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: SFTModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.global_step == 0 and not pl_module.from_scratch and trainer.is_global_zero:
             self.replies, self.answers = self._ask(trainer, pl_module)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: SFTModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero or not self.measure.readings:
             return
         data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
@@ -194,7 +222,11 @@ class LastScreen(Callback):
             report.plot(readings, self.folder / "forgetting.png")
         if not pl_module.from_scratch:
             self._compare(trainer, pl_module)
-        print(f"\nin {self.folder}: {', '.join(sorted(p.name for p in self.folder.iterdir() if not p.name.startswith('.')))}", flush=True)
+        print(
+            f"\nin {self.folder}: "
+            f"{', '.join(sorted(p.name for p in self.folder.iterdir() if not p.name.startswith('.')))}",
+            flush=True,
+        )
 
     def _compare(self, trainer: pl.Trainer, pl_module: SFTModule) -> None:
         replies, answers = self._ask(trainer, pl_module)
@@ -203,14 +235,25 @@ class LastScreen(Callback):
             write(self.folder / "probes.json", json.dumps(comparison, indent=1, ensure_ascii=False))
             print("\n" + report.probe_table(comparison), flush=True)
         for row, old, new in zip(self._samples(trainer), self.answers, answers, strict=True):
-            print(f"\nuser    {row['messages'][-1]['content'][:200]}\nbefore  {old[:200]}\nafter   {new[:200]}", flush=True)
+            print(
+                f"\nuser    {row['messages'][-1]['content'][:200]}\nbefore  {old[:200]}\nafter   {new[:200]}",
+                flush=True,
+            )
 
     def _ask(self, trainer: pl.Trainer, pl_module: SFTModule) -> tuple[list[Reply], list[str]]:
         data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
         with evaluating(trainer, pl_module):
-            replies = ask(pl_module.model, data.template, self.probes, document_format=self.document_format) if self.probes else []
+            replies = (
+                ask(pl_module.model, data.template, self.probes, document_format=self.document_format)
+                if self.probes
+                else []
+            )
             prompts = [row["prompt_ids"] for row in self._samples(trainer)]
-            ids = generate(pl_module.model, prompts, max_new_tokens=SAMPLE_TOKENS, stop_ids=data.template.stop_ids) if prompts else []
+            ids = (
+                generate(pl_module.model, prompts, max_new_tokens=SAMPLE_TOKENS, stop_ids=data.template.stop_ids)
+                if prompts
+                else []
+            )
         return replies, [" ".join(data.template.decode(answer).split()) for answer in ids]
 
     def _samples(self, trainer: pl.Trainer) -> list[dict[str, Any]]:
