@@ -47,7 +47,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def start(settings: list[str], run_dir: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "minimind_sft", "fit", *settings, f"--run_dir={run_dir}", *more]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=run_dir.parent, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=run_dir.parent, env=environment
+    )
 
 
 def finish(settings: list[str], run_dir: Path, *more: str) -> str:
@@ -59,7 +61,9 @@ def finish(settings: list[str], run_dir: Path, *more: str) -> str:
 
 def rows(run_dir: Path) -> list[dict[str, str]]:
     with open(run_dir / "metrics.csv", encoding="utf-8") as file:
-        return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in csv.DictReader(file)]
+        return [
+            {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in csv.DictReader(file)
+        ]
 
 
 def last_step(run_dir: Path) -> int:
@@ -98,7 +102,9 @@ def same(a: object, b: object) -> bool:
 
 # in mid-epoch; exactly at an epoch's end (step 6); past the short window; the last step but one
 @pytest.mark.parametrize("stop_after", [3, 6, 9, 15])
-def test_killed_and_resumed_equals_uninterrupted(settings: list[str], whole: Path, tmp_path: Path, stop_after: int) -> None:
+def test_killed_and_resumed_equals_uninterrupted(
+    settings: list[str], whole: Path, tmp_path: Path, stop_after: int
+) -> None:
     run_dir = tmp_path / "run"
     process = start(settings, run_dir)
     deadline = time.monotonic() + 120
@@ -133,7 +139,11 @@ def test_progress_is_derived_from_the_steps_alone() -> None:
         counters = {"ready": 9, "completed": 8, "started": 9, "processed": 9}
         return {
             "fit_loop": {
-                "epoch_loop.batch_progress": {"current": dict(counters), "total": dict(counters), "is_last_batch": True},
+                "epoch_loop.batch_progress": {
+                    "current": dict(counters),
+                    "total": dict(counters),
+                    "is_last_batch": True,
+                },
                 "epoch_progress": {"current": dict(counters), "total": dict(counters)},
             }
         }
@@ -142,9 +152,19 @@ def test_progress_is_derived_from_the_steps_alone() -> None:
     assert set_progress(middle, windows=5, accumulate=4) == 7
     assert middle["epoch"] == 1
     assert set(middle["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"].values()) == {8}
-    assert middle["loops"]["fit_loop"]["epoch_progress"]["current"] == {"ready": 2, "started": 2, "processed": 1, "completed": 1}
+    assert middle["loops"]["fit_loop"]["epoch_progress"]["current"] == {
+        "ready": 2,
+        "started": 2,
+        "processed": 1,
+        "completed": 1,
+    }
 
     end = {"global_step": 10, "loops": loops()}
     set_progress(end, windows=5, accumulate=4)
     assert set(end["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"].values()) == {0}
-    assert end["loops"]["fit_loop"]["epoch_progress"]["current"] == {"ready": 2, "started": 2, "processed": 2, "completed": 2}
+    assert end["loops"]["fit_loop"]["epoch_progress"]["current"] == {
+        "ready": 2,
+        "started": 2,
+        "processed": 2,
+        "completed": 2,
+    }
