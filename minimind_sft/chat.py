@@ -50,6 +50,19 @@ _THINKING_FLAGS = ("enable_thinking", "open_thinking", "thinking")
 _EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
 _MAX_PLANS = 4096
 
+# Chats that a template has to render in slots as it does in the open.
+_TEXT = " \n He said: {\"a\": '<b>&</b>'}\n\n\tÜber 12 % — 你好，世界。\\n " * 3
+_SYSTEM, _USER = {"role": "system", "content": _TEXT}, {"role": "user", "content": _TEXT}
+_CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": [1, _TEXT]}}}
+_TOOL = {"type": "function", "function": {"name": "f", "description": _TEXT, "parameters": {"type": "object"}}}
+_PROBES: list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = [
+    ([_USER, {"role": "assistant", "content": _TEXT}] * 2, None),
+    ([_SYSTEM, _USER, {"role": "assistant", "content": _TEXT, "reasoning_content": _TEXT}], None),
+    ([_USER, {"role": "assistant", "content": f"<think>\n{_TEXT}\n</think>\n\n{_TEXT}"}] * 2, None),
+    ([_SYSTEM, _USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}, {"role": "tool", "content": _TEXT},
+      {"role": "assistant", "content": _TEXT}], [_TOOL]),
+]
+
 
 class Span(NamedTuple):
     """Consecutive tokens of a document.
@@ -111,6 +124,11 @@ class ChatTemplate:
         self.bos_id, self.eos_id = (self._controls.get(variables.get(name, "")) for name in ("bos_token", "eos_token"))
         known = json.dumps([specification, template, variables, CODE_VERSION])
         self.fingerprint = hashlib.sha256(known.encode()).hexdigest()
+        if not self._is_faithful():
+            self._template.widen()
+            if not self._is_faithful():
+                raise ValueError("the chat template changes the text of messages, beyond stripping white space off it "
+                                 "and splitting it, so that no one can tell whose it is; use one that does not")
         self._learn_boundaries()
 
     @classmethod
@@ -288,6 +306,24 @@ class ChatTemplate:
         return [item for item in items if item]
 
     # ---- what is learned from the template
+
+    def _is_faithful(self) -> bool:
+        """Whether a few chats, filled in, are what the template makes of them in the open."""
+        for messages, tools in _PROBES:
+            flags = {"add_generation_prompt": False}
+            try:
+                plain = self._template.plain(messages, tools, flags)
+            except (jinja2.TemplateError, TypeError, ValueError):
+                continue  # not every template takes tools or a system prompt
+            outline, slots = self._template.outline(messages, tools)
+            try:
+                skeleton = self._template.skeleton(outline, flags)
+            except Touched:
+                outline, slots = self._template.outline(messages, tools)
+                skeleton = self._template.skeleton(outline, flags)
+            if skeleton.filled(slots) != plain:
+                return False
+        return True
 
     def _learn_boundaries(self) -> None:
         """Find the generation header, the end of a turn, and what may follow the header, by rendering a probe."""

@@ -64,6 +64,20 @@ class Skeleton(NamedTuple):
     jsons: Jsons
     tags: list[str]
 
+    def value(self, mark: re.Match[str], slots: list[Slot]) -> str:
+        """What a mark stands for."""
+        number = int(mark[2])
+        if mark[1] == OPEN:
+            return slots[number].value
+        if mark[1] == TAG_OPEN:
+            return self.tags[number]
+        slot, options = self.jsons[number]
+        return json_text(slots[slot].value, options)
+
+    def filled(self, slots: list[Slot]) -> str:
+        """The rendered text, people's text in its place."""
+        return MARK.sub(lambda mark: self.value(mark, slots), re.sub(f"[{BEGIN}{END}]", "", self.text))
+
 
 class Touched(Exception):
     """A template read inside a sealed object."""
@@ -136,12 +150,20 @@ class Template:
         self._seals = True
         self._jsons: Jsons = []
         self._control = either(controls)
-        searched, stripped, self._whole = _looked_at(tree)
-        live = {text for text in searched if self._control.search(text)}
+        searched, self._stripped, self._whole = _looked_at(tree)
         self._whole = {text for text in self._whole if not self._control.search(text)}
+        self._constants = {node.value for node in tree.find_all(nodes.Const) if _is_text(node.value)}
+        self._look_for(searched)
+
+    def _look_for(self, searched: set[str]) -> None:
+        live = {text for text in searched if self._control.search(text)}
         self._tag = either(live)
         self._quiet = either(searched - live) if searched - live else None
-        self._strip = "".join(stripped) + _SPACE if stripped - set(_SPACE) else None
+        self._strip = "".join(self._stripped) + _SPACE if self._stripped - set(_SPACE) else None
+
+    def widen(self) -> None:
+        """Leave every string that the source holds in the open: for a template that searches for a variable."""
+        self._look_for(self._constants)
 
     # ---- from a chat to what the template may see of it
 
@@ -152,10 +174,10 @@ class Template:
         for index, message in enumerate(messages):
             role = message["role"]
             content = self._open(message["content"], slots, index, "content", role == "assistant")
-            if len(message) <= 3:  # role, content, train
+            reasoning, calls = message.get("reasoning_content"), message.get("tool_calls")
+            if reasoning is None and calls is None:
                 seen.append((role, content))
                 continue
-            reasoning, calls = message.get("reasoning_content"), message.get("tool_calls")
             if reasoning is not None:
                 reasoning = self._open(reasoning, slots, index, "reasoning_content", False)
             if calls is not None:
@@ -285,7 +307,8 @@ class Template:
 
     def plain(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, flags: dict[str, Any]) -> str:
         """Render with people's text in the open, as everyone else does: to compare with."""
-        return self._render(messages=messages, tools=tools, documents=None, **(self._variables | flags))
+        text = self._render(messages=messages, tools=tools, documents=None, **(self._variables | flags))
+        return re.sub(f"[{BEGIN}{END}]", "", text)
 
 
 def json_text(value: Any, options: dict[str, Any]) -> str:
@@ -333,5 +356,8 @@ def _looked_at(tree: nodes.Template) -> tuple[set[str], set[str], set[str]]:
             searched |= texts
         elif name in _STRIPS:
             stripped |= {char for text in texts if isinstance(text, str) for char in text}
-    is_text = (lambda value: isinstance(value, str) and value != "")  # noqa: E731
-    return set(filter(is_text, searched)), stripped, set(filter(is_text, whole))
+    return set(filter(_is_text, searched)), stripped, set(filter(_is_text, whole))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
