@@ -429,7 +429,7 @@ def run(verb: str, argv: list[str]) -> int:
                 SFTDataModule,
                 save_config_callback=None,
                 parser_class=Parser,
-                parser_kwargs={name: {"allow_abbrev": False} for name in SFTCLI.subcommands()},
+                parser_kwargs={"allow_abbrev": False} | dict.fromkeys(SFTCLI.subcommands(), {"allow_abbrev": False}),
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
                 args=[verb, *argv],
