@@ -170,19 +170,27 @@ def _joined_pairs(vocabulary: Iterable[str]) -> set[str] | _Everything:
                     pairs.add(left.decode() + right.decode())
                 except UnicodeDecodeError:
                     torn.add((left, right))
-    known = [(char, char.encode()) for kind, chars in _classes().items() if kind != "?" for char in chars]
-    begins: dict[bytes, list[str]] = {}
-    ends: dict[bytes, list[str]] = {}
-    for char, data in known:
-        for cut in range(len(data)):
-            begins.setdefault(data[: cut + 1], []).append(char)
-            ends.setdefault(data[cut:], []).append(char)
     for left, right in torn:
-        before, after = ends.get(left, ()), begins.get(right, ())
+        before, after = _characters(left), _characters(right)
         if len(pairs) + len(before) * len(after) > _MAX_PAIRS:
             return _Everything()
         pairs.update(a + b for a in before for b in after)
     return pairs
+
+
+def _characters(part: bytes) -> list[str]:
+    """The characters of the basic plane that begin, or end, with these bytes of one."""
+    bits = 0
+    for byte in part[1:] if part[0] >= 0xC0 else part:
+        bits = bits << 6 | byte & 0x3F
+    if part[0] < 0x80:
+        return [chr(part[0])]
+    if part[0] < 0xC0:  # an end
+        return list(map(chr, range(bits, 0x10000, 64 ** len(part))))
+    size = 2 if part[0] < 0xE0 else 3 if part[0] < 0xF0 else 4
+    missing = 6 * (size - len(part))
+    start = ((part[0] & (0xFF >> size + 1)) << 6 * (len(part) - 1) | bits) << missing
+    return list(map(chr, range(start, min(start + (1 << missing), 0x10000))))
 
 
 def _letters(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def chat_template(source: str, tokens: list[str] = CHATML) -> ChatTemplate:
     return ChatTemplate(specification(tokens), source, variables={"bos_token": tokens[0], "eos_token": tokens[2]})
 
 
+@cache
 def family(name: str) -> ChatTemplate:
     return chat_template((TEMPLATES / f"{name}.jinja").read_text(), FAMILIES[name])
 
@@ -146,7 +148,7 @@ def test_generation_markers_are_taken_at_their_word():
 
 
 def test_qwen3_drops_the_reasoning_of_earlier_turns_and_says_so():
-    template = family("qwen3")
+    template = chat_template((TEMPLATES / "qwen3.jinja").read_text())
     spans = template.render(chat(("user", "U"), ("assistant", "<think>\nT\n</think>\n\nA"), ("user", "V"),
                                  ("assistant", "<think>\nR\n</think>\n\nB")))
     assert [text for text, supervised in texts(template, spans) if supervised] == [
@@ -291,14 +293,14 @@ fragments = st.lists(st.one_of(st.sampled_from([
     "<|buffer1|>", "<tts_pad>", "<|endoftext|>", "\\u003c", '"', "}"]), st.text(max_size=3)), max_size=8).map("".join)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=fragments, where=st.sampled_from(PLACES))
 def test_no_combination_of_control_strings_can_be_typed(minimind, text, where):
     check_harmless(minimind[1], f"x{text}x", where)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(text=fragments | st.sampled_from(LLAMA3), role=st.sampled_from(["system", "user"]))
 def test_no_family_lets_a_user_open_or_close_a_span(name, text, role):
     template = family(name)
@@ -414,7 +416,7 @@ def encoder(request, shared) -> TextEncoder:
     return encoder
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text() | st.text(st.characters(max_codepoint=0x2FF)) | fragments
        | st.text(st.sampled_from("的和选基清垃一是不了在人有我他这中大来上，。 \n'st漏洞作圾择者垃")))
 def test_words_from_the_dictionary_have_the_librarys_ids(encoder, text):
@@ -422,8 +424,11 @@ def test_words_from_the_dictionary_have_the_librarys_ids(encoder, text):
 
 
 def test_every_character_is_classified_as_the_library_does(encoder):
+    uniform = (range(0x3600, 0x4B00), range(0x5000, 0x9E00), range(0xAE00, 0xD500), range(0xD800, 0xF900),
+               range(0x10000, 0x1F000))  # of these, one character in 64 will do
     for start in range(0, 0x1FB00, 64):
-        chars = [chr(code) for code in range(start, start + 64) if not 0xD800 <= code < 0xE000]
+        chars = [chr(code) for code in range(start, start + (1 if any(start in r for r in uniform) else 64))
+                 if not 0xD800 <= code < 0xE000]
         text = "".join(f"a{char}1{char} {char}!{char}{char}\n{char}'s" for char in chars)
         assert encoder.encode(text) == encoder._general(text), hex(start)
 
