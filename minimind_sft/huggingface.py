@@ -234,14 +234,8 @@ def export_hf(
     if folder.exists() and not overwrite:
         raise ValueError(f"{folder} exists; pass --overwrite to replace it")
     special = _special_ids(Path(tokenizer)) if tokenizer else {}
-    dtype_name = str(dtype).removeprefix("torch.")
-    content = {**config_to_json(model.config), **special, "torch_dtype": dtype_name}
-    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    overflown = [name for name, tensor in state.items() if not tensor.isfinite().all()]
-    if overflown:
-        raise ValueError(f"cannot export to {folder}: not finite in {dtype_name}: {listing(overflown)}")
+    content = {**config_to_json(model.config), **special, "torch_dtype": str(dtype).removeprefix("torch.")}
+    state = _state(model, dtype, folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
@@ -257,6 +251,17 @@ def export_hf(
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _state(model: Transformer, dtype: torch.dtype, folder: Path) -> dict[str, Tensor]:
+    """What goes into the file: a tied head is named in `config.json`, not stored."""
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    overflown = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if overflown:
+        raise ValueError(f"cannot export to {folder}: not finite in {dtype}: {listing(overflown)}")
+    return state
 
 
 def _special_ids(tokenizer: Path) -> dict[str, int]:

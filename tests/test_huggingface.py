@@ -42,9 +42,7 @@ FOREIGN: dict[str, tuple[str, dict[str, Any]]] = {
 def one_document(ids: list[int], model: Transformer) -> Tensor:
     length = len(ids)
     with torch.no_grad():
-        return model(
-            torch.tensor(ids), torch.arange(length), torch.tensor([0, length], dtype=torch.int32), length
-        )
+        return model(torch.tensor(ids), torch.arange(length), torch.tensor([0, length], dtype=torch.int32), length)
 
 
 def enlarge(model: torch.nn.Module) -> None:
@@ -110,9 +108,7 @@ def test_an_exported_folder_opens_in_transformers_with_our_logits_and_our_greedy
     twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     wanted = {"minimind2": "LlamaForCausalLM", "minimind3_moe": "Qwen3MoeForCausalLM"}.get(name, "Qwen3ForCausalLM")
     assert type(twin).__name__ == wanted
-    torch.testing.assert_close(
-        twin(torch.tensor([IDS])).logits[0], one_document(IDS, model), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(twin(torch.tensor([IDS])).logits[0], one_document(IDS, model), rtol=1e-4, atol=1e-4)
     text = twin.generate(torch.tensor([IDS]), max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert [text[0, len(IDS) :].tolist()] == generate(model, [IDS], max_new_tokens=16)
 
@@ -219,7 +215,5 @@ def test_errors_name_the_folder(tmp_path: Path) -> None:
     ],
     ids=["minimind3", "minimind2_moe"],
 )  # fmt: skip
-def test_a_minimind_config_is_that_of_its_generation(
-    raw: dict[str, Any], names: set[str], wanted: ModelConfig
-) -> None:
+def test_a_minimind_config_is_that_of_its_generation(raw: dict[str, Any], names: set[str], wanted: ModelConfig) -> None:
     assert config_from_json(raw | {"model_type": "minimind"}, names) == wanted
