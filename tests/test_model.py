@@ -1,6 +1,7 @@
 """Parity with the original on golden data and with transformers; a document never notices its company."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,9 @@ def test_initialisation_is_a_function_of_the_seed() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), same.parameters(), strict=True))
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
     assert torch.equal(first.model.norm.weight, torch.ones(32))
+    with_biases = Transformer(replace(DENSE3, qkv_bias=True))
+    with_biases.initialise(seed=5)
+    assert not with_biases.model.layers[0].self_attn.q_proj.bias.any()
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
