@@ -123,7 +123,7 @@ def line_breaks(
     breaks = breaks[(units[breaks] == 0x0A) | (after != 0x0A)]  # \r\n counts at its \n; a last \r is its own `after`
     before = units[np.maximum(breaks - 1, 0)]
     pairs = (units[breaks] == 0x0A) & (before == 0x0D)
-    return breaks - pairs, breaks + 1
+    return breaks - pairs, breaks + 1  # without its \r a line needs no stripping, which is slow
 
 
 class LineTable(NamedTuple):

@@ -133,6 +133,8 @@ class Source:
                     read = stream.readinto(view[held : held + CHUNK])  # type: ignore[attr-defined]
                 if not read:
                     break
+                if raw.tell() > self.size:  # or a file that is being written to might never end
+                    raise self.changed()
                 size = held + read
                 keep = size - _unfinished(buffer, size)
                 if keep:
@@ -215,7 +217,7 @@ class Digests(threading.Thread):
             for source in self._sources:
                 digest = hashlib.sha256()
                 with source.path.open("rb", buffering=0) as file:
-                    while not self._cancelled and (size := file.readinto(buffer)):
+                    while not self._cancelled and file.tell() < source.size and (size := file.readinto(buffer)):
                         digest.update(view[:size])
                 source.check_unchanged()
                 self._digests.append(digest.hexdigest())

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minimind_sft import lines, sources
+from minimind_sft import lines, selection, sources
 from minimind_sft.sampling import Line, expand, main, manifest_path, read_lines, rebuild, sample, select
 from minimind_sft.shuffle import shuffled_indices
 
@@ -40,8 +40,8 @@ def write(path: Path, content: bytes | str) -> Path:
     return path
 
 
-def texts(selection) -> list[str]:
-    return [line.text for line in selection]
+def texts(chosen) -> list[str]:
+    return [line.text for line in chosen]
 
 
 @pytest.fixture(params=[1, 2, 3, 7, 1 << 19])
@@ -120,18 +120,19 @@ PIECES = st.sampled_from(
 )
 def test_any_text_gives_what_the_original_takes(tmp_path, monkeypatch, content, seed, cap, size, compressed):
     monkeypatch.setattr(sources, "CHUNK", size)
+    monkeypatch.setattr(selection, "CHUNK", size)
     plain = write(tmp_path / "in.jsonl", content)
     path = write(tmp_path / "in.gz", gzip.compress(content.encode())) if compressed else plain
     max_mb = None if cap is None else cap / MEBIBYTE
     expected = reference(plain, max_mb, seed)
-    selection = select([path], max_mb=max_mb, seed=seed)
-    assert texts(selection) == expected
+    chosen = select([path], max_mb=max_mb, seed=seed)
+    assert texts(chosen) == expected
     with plain.open(encoding="utf-8") as file:
         every = file.readlines()
-    assert selection.lines_seen == len(every)
-    assert selection.blank == sum(not line.strip() for line in every)
-    assert selection.bytes == sum(len(line.encode()) for line in expected)
-    assert all(every[line.number - 1].strip() == line.text for line in selection)
+    assert chosen.lines_seen == len(every)
+    assert chosen.blank == sum(not line.strip() for line in every)
+    assert chosen.bytes == sum(len(line.encode()) for line in expected)
+    assert all(every[line.number - 1].strip() == line.text for line in chosen)
     assert [line.text for line in read_lines([path])] == [line.strip() for line in every if line.strip()]
 
 
@@ -144,9 +145,9 @@ def test_newlines_are_those_of_text_mode_also_where_two_chunks_meet(tmp_path, ch
         (5, "four\u2028still four"),
         (7, "six"),
     ]
-    selection = select([path], max_mb=None, seed=0)
-    assert (selection.lines_seen, selection.blank) == (7, 2)
-    assert sorted(selection) == sorted(read_lines([path]))
+    chosen = select([path], max_mb=None, seed=0)
+    assert (chosen.lines_seen, chosen.blank) == (7, 2)
+    assert sorted(chosen) == sorted(read_lines([path]))
 
 
 def test_byte_order_mark_stays_part_of_the_text(tmp_path):
@@ -170,7 +171,15 @@ def test_more_files_than_may_be_open_at_once(tmp_path):
     parts = [write(tmp_path / f"{number:03}.jsonl", f"{number} a\n{number} b\n") for number in range(150)]
     expected = [f"{number} {letter}" for number in range(150) for letter in "ab"]
     random.Random(5).shuffle(expected)
-    assert texts(select(parts, max_mb=None, seed=5)) == expected
+    chosen = select(parts, max_mb=None, seed=5)
+    assert texts(chosen) == expected
+    if Path("/proc/self/fd").exists():
+        before = len(os.listdir("/proc/self/fd"))
+        blocks = chosen.blocks()
+        next(blocks)
+        assert len(os.listdir("/proc/self/fd")) <= before + selection.OPEN_FILES
+        blocks.close()
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_smaller_caps_sample_is_the_beginning_of_a_larger_ones(tmp_path):
@@ -192,10 +201,11 @@ def test_the_tighter_cap_wins_and_is_named(tmp_path):
         (10 / MEBIBYTE, 3): ("max_rows", 3),
         (None, 3): ("max_rows", 3),
         (1.0, 10): ("end", 10),
+        (4 / MEBIBYTE, 2): ("max_rows", 2),  # both at once
     }
     for (max_mb, max_rows), expected in named.items():
-        selection = select([path], max_mb=max_mb, max_rows=max_rows, seed=0)
-        assert (selection.stopped_by, selection.selected) == expected
+        chosen = select([path], max_mb=max_mb, max_rows=max_rows, seed=0)
+        assert (chosen.stopped_by, chosen.selected) == expected
 
 
 # ---- compressed input
@@ -207,9 +217,9 @@ def test_gzip_gives_the_same_as_plain_also_in_several_members(tmp_path):
     packed.write_bytes(gzip.compress(content[:30_001]) + gzip.compress(content[30_001:]))
     for max_mb in (0.01, None):
         assert texts(select([packed], max_mb=max_mb, seed=1)) == texts(select([plain], max_mb=max_mb, seed=1))
-    selection = select([packed], max_mb=0.01, seed=1)
-    assert list(selection) == list(selection)  # any number of times
-    assert selection.inputs[0]["sha256"] == hashlib.sha256(packed.read_bytes()).hexdigest()
+    chosen = select([packed], max_mb=0.01, seed=1)
+    assert list(chosen) == list(chosen)  # any number of times
+    assert chosen.inputs[0]["sha256"] == hashlib.sha256(packed.read_bytes()).hexdigest()
 
 
 def test_compression_is_seen_in_the_content_and_not_in_the_name(tmp_path):
@@ -320,9 +330,9 @@ def test_lines_longer_than_a_chunk_are_measured_and_read(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CHUNK", 100)
     long = "\u3000" * 200 + "é" * 1000 + " " * 500 + "x" * 301 + "\xa0" * 150
     path = write(tmp_path / "in.jsonl", f"{long}\nshort\n{' ' * 777}\n{long}")
-    selection = select([path], max_mb=None, seed=0)
-    assert (selection.lines_seen, selection.blank, selection.bytes) == (4, 1, 2 * 2801 + 5)
-    assert sorted(texts(selection)) == sorted([long.strip(), long.strip(), "short"])
+    chosen = select([path], max_mb=None, seed=0)
+    assert (chosen.lines_seen, chosen.blank, chosen.bytes) == (4, 1, 2 * 2801 + 5)
+    assert sorted(texts(chosen)) == sorted([long.strip(), long.strip(), "short"])
 
 
 # ---- what comes in
@@ -392,14 +402,25 @@ def test_invalid_utf8_at_the_very_end_is_found(tmp_path, chunk):
 
 def test_file_that_changes_between_the_passes_is_an_error(tmp_path):
     path = write(tmp_path / "in.jsonl", "aaa\nbbb\n")
-    selection = select([path], max_mb=None, seed=0)
-    assert len(list(selection)) == 2
+    chosen = select([path], max_mb=None, seed=0)
+    assert len(list(chosen)) == 2
     write(path, "aaa\nbbb\nccc\n")
     with pytest.raises(ValueError, match=r"in\.jsonl changed while it was being read"):
-        list(selection)
+        list(chosen)
     path.unlink()
     with pytest.raises(ValueError, match=r"in\.jsonl changed while it was being read"):
-        list(selection)
+        list(chosen)
+
+
+def test_file_that_grows_while_it_is_scanned_is_an_error(tmp_path):
+    path = write(tmp_path / "in.jsonl", "aaa\nbbb\n")
+
+    def append(done: int, total: int) -> None:
+        with path.open("a") as file:
+            file.write("x" * (total == 8))
+
+    with pytest.raises(ValueError, match=r"in\.jsonl changed while it was being read"):
+        select([path], max_mb=None, seed=0, progress=append)
 
 
 @pytest.mark.parametrize(("max_mb", "max_rows"), [(-1, None), (float("nan"), None), (float("inf"), None), (None, -1)])
@@ -411,9 +432,9 @@ def test_caps_that_are_none_are_refused(tmp_path, max_mb, max_rows):
 
 def test_empty_selection_says_why_and_its_remedy_works(tmp_path):
     path = write(tmp_path / "in.jsonl", "x" * 5000 + "\n")
-    selection = select([path], max_mb=0.001, seed=0)
+    chosen = select([path], max_mb=0.001, seed=0)
     with pytest.raises(ValueError, match=r"in\.jsonl: .*5,000 bytes; max_mb 0.001 allows 1,048") as raised:
-        selection.require_some()
+        chosen.require_some()
     enough = float(str(raised.value).split("Raise max_mb to ")[1].split()[0])
     select([path], max_mb=enough, seed=0).require_some()
     with pytest.raises(ValueError, match="max_rows is 0"):
@@ -640,7 +661,7 @@ def test_peak_memory_does_not_follow_the_file_and_torch_is_not_imported(tmp_path
 
 def test_table_and_order_take_sixteen_bytes_a_line(tmp_path):
     path = write(tmp_path / "in.jsonl", "ab\n" * 100_000)
-    selection = select([path], max_mb=None, seed=0)
-    table = selection._table
-    assert table.starts.nbytes + table.lengths.nbytes + selection._picked.nbytes == 16 * 100_000 + 8
+    chosen = select([path], max_mb=None, seed=0)
+    table = chosen._table
+    assert table.starts.nbytes + table.lengths.nbytes + chosen._picked.nbytes == 16 * 100_000 + 8
     assert table.starts.dtype == np.int64
