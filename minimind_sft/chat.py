@@ -175,7 +175,7 @@ class ChatTemplate:
             self.dropped.update(plan.dropped)
             plans.append(plan)
             texts += _filled(plan, slots)
-        encoded = map(self._encoder.encode, texts)
+        encoded = iter(self._encoder.encode_many(texts))
         return [
             [Span(_joined(items, encoded), supervised, optional) for supervised, optional, items in plan.spans]
             for plan in plans
@@ -187,7 +187,7 @@ class ChatTemplate:
         """What inference feeds: the messages and the header of the answer to come."""
         flags = {"add_generation_prompt": True} | {flag: thinking for flag in self._thinking_flags}
         plan, slots = self._plan(messages, tools, flags=flags)
-        encoded = map(self._encoder.encode, _filled(plan, slots))
+        encoded = iter(self._encoder.encode_many(_filled(plan, slots)))
         return [id for _, _, items in plan.spans for id in _joined(items, encoded)]
 
     def document(self, text: str, *, format: str) -> list[Span]:

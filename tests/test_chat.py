@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minimind_sft.chat import ChatTemplate, Span
-from minimind_sft.encoding import TextEncoder, _byte_letters
+from minimind_sft.encoding import TextEncoder
 from minimind_sft.formats import Conversation, Rejected, parse
+from minimind_sft.words import byte_letters
 
 TEMPLATES = Path(__file__).parent / "templates"
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>",
@@ -22,7 +23,7 @@ FAMILIES = {"chatml": CHATML, "generation": CHATML, "qwen3": CHATML, "llama3": L
 
 def specification(tokens: list[str], merges: list[str] = ()) -> str:
     """A byte-level tokenizer without merges: a byte is its own id, added tokens follow from 256 on."""
-    vocab = {letter: byte for byte, letter in _byte_letters().items()}
+    vocab = {letter: byte for byte, letter in byte_letters().items()}
     vocab |= {merge.replace(" ", ""): 256 + len(tokens) + number for number, merge in enumerate(merges)}
     flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
     added = [{"id": 256 + number, "content": token, "special": token.startswith("<|"), **flags}
@@ -416,28 +417,51 @@ def encoder(request, shared) -> TextEncoder:
     return encoder
 
 
+def check_words(encoder: TextEncoder, texts: list[str]) -> int:
+    """All texts have the library's ids; returns how many were left to it."""
+    found = encoder._words.encode(texts)
+    assert [encoder.encode(text) for text, ids in zip(texts, found, strict=True) if ids is not None] == [
+        ids for ids in found if ids is not None]
+    return found.count(None)
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.text() | st.text(st.characters(max_codepoint=0x2FF)) | fragments
-       | st.text(st.sampled_from("的和选基清垃一是不了在人有我他这中大来上，。 \n'st漏洞作圾择者垃")))
-def test_words_from_the_dictionary_have_the_librarys_ids(encoder, text):
-    assert encoder.encode(text) == encoder._general(text)
+@given(texts=st.lists(st.text() | st.text(st.characters(max_codepoint=0x2FF)) | fragments
+                      | st.text(st.sampled_from(" \t\n'strevldmx1²!")) | st.from_regex("(的和选基清|[漏洞作圾择者垃，。 ])*"),
+                      min_size=1, max_size=6))
+def test_any_texts_together_have_the_librarys_ids(encoder, texts):
+    check_words(encoder, texts)
 
 
 def test_every_character_is_classified_as_the_library_does(encoder):
-    uniform = (range(0x3600, 0x4B00), range(0x5000, 0x9E00), range(0xAE00, 0xD500), range(0xD800, 0xF900),
+    chars = [chr(code) for code in range(0x1FB00) if not 0xD800 <= code < 0xE000]
+    texts = [f"a{char}1{char} {char}!{char}\n{char}'s" for char in chars]
+    uniform = (range(0x3600, 0x4B00), range(0x5000, 0x9E00), range(0xAE00, 0xD500), range(0xE000, 0xF900),
                range(0x10000, 0x1F000))  # of these, one character in 64 will do
-    for start in range(0, 0x1FB00, 64):
-        chars = [chr(code) for code in range(start, start + (1 if any(start in r for r in uniform) else 64))
-                 if not 0xD800 <= code < 0xE000]
-        text = "".join(f"a{char}1{char} {char}!{char}{char}\n{char}'s" for char in chars)
-        assert encoder.encode(text) == encoder._general(text), hex(start)
+    texts = [text for char, text in zip(chars, texts, strict=True)
+             if ord(char) % 64 == 0 or not any(ord(char) in codes for codes in uniform)]
+    left = check_words(encoder, texts)
+    assert 0 < left < len(texts) / 2
 
 
 def test_real_text_has_the_librarys_ids(encoder, shared):
     with gzip.open(shared / "data" / "pretrain_heldout.jsonl.gz", "rt") as file:
-        for line in file:
-            text = json.loads(line)["text"]
-            assert encoder.encode(text) == encoder._general(text)
+        texts = [json.loads(line)["text"] for line in file]
+    assert check_words(encoder, texts) < 0.15 * len(texts)
+
+
+def test_pieces_are_forgotten_before_they_fill_the_memory(encoder, monkeypatch):
+    monkeypatch.setattr("minimind_sft.words._MAX_PIECES", 10)
+    for start in range(0, 300, 20):
+        check_words(encoder, [f"word{number} 漏{chr(0x4E00 + number)}" for number in range(start, start + 20)])
+        assert len(encoder._words._index_of) < 100
+
+
+def test_many_texts_are_split_into_batches_and_a_giant_one_goes_alone(encoder, monkeypatch):
+    monkeypatch.setattr("minimind_sft.encoding._MANY", 3000)
+    texts = ["的确 " * 200, "", "x" * 5000, "don't " * 300, "𠀀 rare", "", "a b " * 400]
+    assert encoder.encode_many(texts) == [encoder.encode(text) for text in texts]
+    assert encoder.encode_many([]) == []
 
 
 def test_a_tokenizer_whose_merges_build_a_control_string_still_never_makes_one_of_text():
