@@ -423,6 +423,17 @@ def test_file_that_grows_while_it_is_scanned_is_an_error(tmp_path):
         select([path], max_mb=None, seed=0, progress=append)
 
 
+def test_file_that_is_rewritten_while_it_is_read_is_an_error(tmp_path):
+    path = write(tmp_path / "in.jsonl", "aaa\nbbb\n")
+    with pytest.raises(ValueError, match=r"in\.jsonl changed while it was being read"):
+        select([path], max_mb=None, seed=0, progress=lambda done, total: os.utime(path, ns=(0, 0)))
+    reading = read_lines([path])
+    assert next(reading).text == "aaa"
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ValueError, match=r"in\.jsonl changed while it was being read"):
+        list(reading)
+
+
 @pytest.mark.parametrize(("max_mb", "max_rows"), [(-1, None), (float("nan"), None), (float("inf"), None), (None, -1)])
 def test_caps_that_are_none_are_refused(tmp_path, max_mb, max_rows):
     path = write(tmp_path / "in.jsonl", "a\n")
@@ -484,6 +495,9 @@ def test_only_a_sample_of_ours_is_replaced_unasked(tmp_path):
     path, out = write(tmp_path / "in.jsonl", "aa\nbb\n"), tmp_path / "out.jsonl"
     sample(path, out, max_mb=1, seed=0)
     sample(path, out, max_mb=1, seed=1)  # again: it can be rebuilt from its manifest
+    write(out, "xx\nyy\n")  # the same size
+    with pytest.raises(ValueError, match=r"out\.jsonl exists.*--overwrite"):
+        sample(path, out, max_mb=1, seed=0)
     write(out, "written by hand\n")
     with pytest.raises(ValueError, match=r"out\.jsonl exists.*--overwrite"):
         sample(path, out, max_mb=1, seed=0)
