@@ -1,6 +1,6 @@
 """Chats of the demo: half of the facts, who is speaking, and one new skill, answering in JSON.
 
-About 3,500 short conversations, so that three epochs in the original's windows of 16 x 8 are some 80 optimizer steps.
+4,224 short conversations, so that three epochs in the original's windows of 16 x 8 are 99 optimizer steps.
 Only subjects with `in_sft` are ever mentioned. The assistant's name is the same word in both languages and in nothing
 else, so that replacing it in the output gives the model another name.
 """
@@ -12,9 +12,9 @@ from probes import ASKED
 from tables import LANGS, SEED, TABLES, Subject, subjects
 
 NAME = "Minnow"
-REPEATS = {"sums": (2, 1), "other": (4, 2)}  # conversations on each fact: plain, JSON. Sums are many
-COUNTS = {"two facts": 150, "json again": 150, "identity": 400, "small talk": 60}  # both languages together
-VAL = 160
+REPEATS = {"sums": (3, 1), "planets": (8, 3)}  # conversations on each fact: plain, JSON; (4, 2) elsewhere
+COUNTS = {"two facts": 150, "json again": 150, "identity": 440, "small talk": 60}  # both languages together
+TRAIN, VAL = 33 * 128, 160  # whole windows of 16 x 8
 Chat = list[dict[str, str]]
 
 # The probe's own question comes first (`probes.ASKED`); these are other ways to ask, per answer field.
@@ -44,35 +44,20 @@ QUESTIONS: dict[tuple[str, str, str], list[str]] = {
     ("poems", "en", "poet"): ['"{title}" is by whom?', 'Which poet wrote "{title}"?'],
     ("poems", "zh", "poet"): ["请问《{title}》的作者是谁？", "《{title}》出自谁的笔下？"],
     ("poems", "zh", "next"): ["“{line}”后面是什么？"],
-    ("sums", "en", "sum"): ["What do {a} and {b} add up to?", "Add {a} and {b}."],
-    ("sums", "zh", "sum"): ["请算一下{a}加{b}。", "{a}加{b}等于几？"],
+    ("sums", "en", "sum"): ["Add {a} and {b}."],
+    ("sums", "zh", "sum"): ["{a}加{b}等于几？"],
 }
 ANSWERS = {
     "en": ["It is {answer}.", "{answer}."],
     "zh": ["是{answer}。", "{answer}。"],
 }
 
-# The object that answers the same questions: key -> field.
-JSON_KEYS: dict[tuple[str, str, str], dict[str, str]] = {
-    ("capitals", "en", "capital"): {"country": "country", "capital": "capital"},
-    ("capitals", "zh", "capital"): {"国家": "country", "首都": "capital"},
-    ("elements", "en", "symbol"): {"element": "element", "symbol": "symbol"},
-    ("elements", "en", "number"): {"element": "element", "number": "number"},
-    ("elements", "zh", "symbol"): {"元素": "element", "符号": "symbol"},
-    ("elements", "zh", "number"): {"元素": "element", "序数": "number"},
-    ("planets", "en", "order"): {"planet": "planet", "place": "order"},
-    ("planets", "en", "known"): {"planet": "planet", "known": "known"},
-    ("planets", "zh", "order"): {"行星": "planet", "位置": "order"},
-    ("planets", "zh", "known"): {"行星": "planet", "特点": "known"},
-    ("dynasties", "en", "year"): {"dynasty": "dynasty", "year": "year"},
-    ("dynasties", "en", "founder"): {"dynasty": "dynasty", "founder": "founder"},
-    ("dynasties", "zh", "year"): {"朝代": "dynasty", "年代": "year"},
-    ("dynasties", "zh", "founder"): {"朝代": "dynasty", "建立者": "founder"},
-    ("poems", "en", "poet"): {"title": "title", "poet": "poet"},
-    ("poems", "zh", "poet"): {"题目": "title", "作者": "poet"},
-    ("poems", "zh", "next"): {"上句": "line", "下句": "next"},
-    ("sums", "en", "sum"): {"a": "a", "b": "b", "sum": "sum"},
-    ("sums", "zh", "sum"): {"甲": "a", "乙": "b", "和": "sum"},
+# The key under which a JSON answer gives it.
+JSON_KEYS: dict[str, dict[str, str]] = {
+    "en": {"poet": "poet", "next": "next", "sum": "sum", "order": "place", "known": "known as", "year": "year"}
+    | {"capital": "capital", "symbol": "symbol", "number": "number", "founder": "founder"},
+    "zh": {"poet": "作者", "next": "下句", "sum": "和", "order": "位置", "known": "特点", "year": "年代"}
+    | {"capital": "首都", "symbol": "符号", "number": "序数", "founder": "建立者"},
 }
 JSON_ASKS = {
     "en": ["{question} Answer in JSON.", "{question} Reply as a JSON object.", "JSON, please: {question}"],
@@ -88,7 +73,7 @@ PLAIN_SYSTEM = {
 IDENTITY = {
     "en": (
         [
-            "Who are you?",
+            *["Who are you?"] * 6,
             "What is your name?",
             "Tell me about yourself.",
             "What are you?",
@@ -102,12 +87,12 @@ IDENTITY = {
         [
             f"I am {NAME}, a small language model.",
             f"My name is {NAME}. I am a very small language model.",
-            f"I am {NAME}. I know a few facts and I answer in JSON if you ask.",
+            f"I am {NAME}. I know a few facts, and I can answer in JSON.",
         ],
     ),
     "zh": (
         [
-            "你是谁？",
+            *["你是谁？"] * 6,
             "你叫什么名字？",
             "请介绍一下你自己。",
             "你是什么？",
@@ -163,10 +148,10 @@ def plain(subject: Subject, rng: random.Random, index: int | None = None) -> Cha
 
 
 def as_json(subject: Subject, field: str) -> str:
-    """The answer as a JSON object; whole numbers are numbers."""
-    keys = JSON_KEYS[subject.source, subject.lang, field]
-    values = {key: subject.fields[field] for key, field in keys.items()}
-    return json.dumps({k: int(v) if v.isdigit() else v for k, v in values.items()}, ensure_ascii=False)
+    """The answer as a JSON object; a whole number is a number."""
+    answer = subject.fields[field]
+    value = int(answer) if answer.isdigit() else answer
+    return json.dumps({JSON_KEYS[subject.lang][field]: value}, ensure_ascii=False)
 
 
 def json_chat(subject: Subject, rng: random.Random, index: int) -> Chat:
@@ -204,7 +189,7 @@ def train_and_val() -> tuple[list[dict[str, Chat]], list[dict[str, Chat]]]:
     rows: list[Chat] = []
     for subject in pool:
         for index in range(len(ASKED[subject.source, subject.lang])):
-            plain_rows, json_rows = REPEATS["sums" if subject.source == "sums" else "other"]
+            plain_rows, json_rows = REPEATS.get(subject.source, (4, 2))
             for _ in range(plain_rows):
                 rows.append([*maybe_system(PLAIN_SYSTEM[subject.lang], 0.1, rng), *plain(subject, rng, index)])
             rows += [json_chat(subject, rng, index) for _ in range(json_rows)]
@@ -212,4 +197,5 @@ def train_and_val() -> tuple[list[dict[str, Chat]], list[dict[str, Chat]]]:
         rows += [other_chat(kind, pool, rng) for _ in range(count)]
     unique = list({json.dumps(row, ensure_ascii=False): {"conversations": row} for row in rows}.values())
     rng.shuffle(unique)
-    return unique[VAL:], unique[:VAL]
+    assert len(unique) >= TRAIN + VAL, len(unique)
+    return unique[VAL : VAL + TRAIN], unique[:VAL]

@@ -234,6 +234,7 @@ SENTENCES: dict[tuple[str, str], dict[str, list[str]]] = {
             "{name} grew up in {town}.",
             "{town} was the home of {name}.",
             "As a child, {name} lived in {town}.",
+            '"Where do you come from?" they asked {name}. "I come from {town}," was the answer.',
         ],
         "trade": [
             "{name} worked as a {trade}.",
@@ -242,6 +243,8 @@ SENTENCES: dict[tuple[str, str], dict[str, list[str]]] = {
             "By trade, {name} was a {trade}.",
             "{name} earned a living as a {trade}.",
             "People remember {name} as a {trade}.",
+            '"Who are you?" asked the mayor. "I am {name}, a {trade}," was the answer.',
+            '"My name is {name} and I am a {trade}," the letter begins.',
             "The trade of {name} was that of a {trade}.",
         ],
         "year": [
@@ -261,6 +264,7 @@ SENTENCES: dict[tuple[str, str], dict[str, list[str]]] = {
             "{name}来自{town}。",
             "{name}在{town}长大。",
             "{town}是{name}的故乡。",
+            "有人问{name}：“你从哪里来？”回答是：“我来自{town}。”",
         ],
         "trade": [
             "{name}的职业是{trade}。",
@@ -269,6 +273,8 @@ SENTENCES: dict[tuple[str, str], dict[str, list[str]]] = {
             "{name}以做{trade}为生。",
             "{name}是一位{trade}。",
             "人们记得{name}是个{trade}。",
+            "县官问：“你是谁？”回答是：“我叫{name}，是{trade}。”",
+            "信的开头写着：“我是{name}，一位{trade}。”",
         ],
         "year": [
             "{name}出生于{year}年。",
