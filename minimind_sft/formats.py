@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 FORMATS = ("minimind", "openai", "sharegpt", "alpaca", "completion", "text")
@@ -66,8 +66,8 @@ class PlainText:
     """A document of raw text, with the row's `source` and `parent` where it names them."""
 
     text: str
-    source: str | None = field(default=None)
-    parent: str | None = field(default=None)
+    source: str | None = None
+    parent: str | None = None
 
 
 def parse(text: str, *, format: str = "auto") -> Conversation | PlainText:
@@ -155,21 +155,20 @@ def _detect(row: dict[str, Any]) -> str:
 # ---- one reader per format
 
 
-def _read_minimind(row: dict[str, Any]) -> Conversation:
-    key = "messages" if "conversations" not in row else "conversations"
+def _read_messages(row: dict[str, Any]) -> Conversation:
+    key = "messages" if "messages" in row else "conversations"
     return _conversation(row.get(key), where=key, tools=row.get("tools"))
 
 
-def _read_openai(row: dict[str, Any]) -> Conversation:
-    key = "conversations" if "messages" not in row else "messages"
-    return _conversation(row.get(key), where=key, tools=row.get("tools") or row.get("functions"))
+def _system(row: dict[str, Any]) -> list[Any]:
+    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
 
 
 def _read_sharegpt(row: dict[str, Any]) -> Conversation:
     turns = row.get("conversations")
     if not isinstance(turns, list):
         raise Rejected("not_a_list", f"conversations is {_name(turns)}; it must be a list of messages")
-    messages: list[Any] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    messages = _system(row)
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
             raise Rejected("not_an_object", f"message {number} is {_name(turn)}; it must be an object")
@@ -182,7 +181,7 @@ def _read_sharegpt(row: dict[str, Any]) -> Conversation:
 
 
 def _read_alpaca(row: dict[str, Any]) -> Conversation:
-    messages: list[Any] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    messages = _system(row)
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise Rejected("bad_history", "history must be a list of [question, answer] pairs")
@@ -199,7 +198,7 @@ def _read_alpaca(row: dict[str, Any]) -> Conversation:
 
 def _read_completion(row: dict[str, Any]) -> Conversation:
     prompt, answer = row.get("prompt"), row.get("completion", row.get("response"))
-    messages: list[Any] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    messages = _system(row)
     messages += prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     messages += answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
     return _conversation(messages, where="prompt, completion", tools=row.get("tools"))
@@ -216,7 +215,7 @@ def _read_text(row: dict[str, Any]) -> PlainText:
 
 
 _READERS: dict[str, Callable[[dict[str, Any]], Conversation | PlainText]] = {
-    "minimind": _read_minimind, "openai": _read_openai, "sharegpt": _read_sharegpt, "alpaca": _read_alpaca,
+    "minimind": _read_messages, "openai": _read_messages, "sharegpt": _read_sharegpt, "alpaca": _read_alpaca,
     "completion": _read_completion, "text": _read_text,
 }
 

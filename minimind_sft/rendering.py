@@ -17,25 +17,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
-from datetime import datetime
+from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn
 
-import jinja2
 import jinja2.meta
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from minimind_sft.sandbox import BEGIN, END, compile_template, looked_at
 
 # Marks are Unicode noncharacters: no template's source holds them, and people's text never stands beside them.
-OPEN, JSON_OPEN, TAG_OPEN, CLOSE, BEGIN, END = "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4\ufdd5"
+OPEN, JSON_OPEN, TAG_OPEN, CLOSE = "\ufdd0\ufdd1\ufdd2\ufdd3"
 MARK = re.compile(f"([{OPEN}{JSON_OPEN}{TAG_OPEN}])([0-9]+){CLOSE}")
 _STRAY = re.compile(f"[{OPEN}{JSON_OPEN}{TAG_OPEN}{CLOSE}]")
 _SPACE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())
 _PLAIN_KEY = re.compile(r"[A-Za-z_$][\w$.-]*")
-_SEARCHES = {"split", "rsplit", "startswith", "endswith", "replace", "find", "rfind", "index", "partition",
-             "rpartition", "count", "removeprefix", "removesuffix"}
-_STRIPS = {"strip", "lstrip", "rstrip", "trim"}
 _FIELDS = ("content", "reasoning_content", "tool_calls")
 
 Jsons = list[tuple[int, dict[str, Any]]]
@@ -101,24 +95,6 @@ class Sealed(dict[str, Any]):
         return True
 
 
-class _Generation(Extension):
-    """`{% generation %}` ... `{% endgeneration %}`: what the template itself calls the assistant's part."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Callable[[], str]) -> str:
-        return f"{BEGIN}{caller()}{END}"
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
 class Template:
     """A compiled chat template.
 
@@ -132,27 +108,14 @@ class Template:
     """
 
     def __init__(self, source: str, *, controls: Iterable[str], variables: dict[str, Any]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
-        environment.filters["tojson"] = self._tojson
-        environment.globals |= {
-            "raise_exception": _raise_exception,
-            "strftime_now": lambda form: datetime.now().strftime(form),
-        }
-        try:
-            tree = environment.parse(source)
-            self._render = environment.from_string(source).render
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"the chat template is not valid Jinja, line {error.lineno}: {error.message}") from None
+        self._render, tree = compile_template(source, tojson=self._tojson)
         self.undeclared = jinja2.meta.find_undeclared_variables(tree)
         self._variables = variables
         self._seals = True
         self._jsons: Jsons = []
         self._control = either(controls)
-        searched, self._stripped, self._whole = _looked_at(tree)
-        self._whole = {text for text in self._whole if not self._control.search(text)}
-        self._constants = {node.value for node in tree.find_all(nodes.Const) if _is_text(node.value)}
+        searched, self._stripped, whole, self._constants = looked_at(tree)
+        self._whole = {text for text in whole if not self._control.search(text)}
         self._look_for(searched)
 
     def _look_for(self, searched: set[str]) -> None:
@@ -337,27 +300,3 @@ def _rebuilt(value: Any) -> Any:
     if kind == "list":
         return [_rebuilt(item) for item in held]
     return {key: _rebuilt(item) for key, item in held}
-
-
-def _looked_at(tree: nodes.Template) -> tuple[set[str], set[str], set[str]]:
-    """What a template searches texts for, the characters it strips off them, and what it compares whole texts with."""
-    searched: set[str] = set()
-    stripped: set[str] = set()
-    whole: set[str] = set()
-    for compare in tree.find_all(nodes.Compare):
-        if isinstance(compare.expr, nodes.Const) and any(operand.op in ("in", "notin") for operand in compare.ops):
-            searched.add(compare.expr.value)
-        whole |= {node.value for node in compare.find_all(nodes.Const)}
-    call: Any
-    for call in tree.find_all((nodes.Call, nodes.Filter)):
-        name = call.name if isinstance(call, nodes.Filter) else getattr(call.node, "attr", None)
-        texts = {arg.value for arg in call.args if isinstance(arg, nodes.Const)}
-        if name in _SEARCHES:
-            searched |= texts
-        elif name in _STRIPS:
-            stripped |= {char for text in texts if isinstance(text, str) for char in text}
-    return set(filter(_is_text, searched)), stripped, set(filter(_is_text, whole))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""

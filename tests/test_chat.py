@@ -107,7 +107,8 @@ def test_every_real_chat_is_rendered_and_tokenized_as_transformers_does(minimind
 
 def test_boundaries_are_learned_from_the_template(minimind):
     _, template, _ = minimind
-    assert (template._header, template._end, template.stop_ids) == ("<|im_start|>assistant\n", "<|im_end|>\n", (2,))
+    assert (template.turns.header, template.turns.end) == ("<|im_start|>assistant\n", "<|im_end|>\n")
+    assert template.stop_ids == (2,)
     assert (template.vocab_size, template.bos_id, template.eos_id) == (6400, 1, 2)
 
 
@@ -183,15 +184,16 @@ CONVERSATIONS = [
     chat(("system", " S\n"), ("user", "\n U "), ("assistant", "  \n A\n\n"), ("user", ""), ("assistant", "")),
     chat(("user", "\ufdd00\ufdd3 {{ x }} {% if %}"), ("assistant", "\ufdd4ü—你好\ufdd5\ufdd00\ufdd3"), ("user", "user"),
          ("assistant", "assistant")),
-    chat(("user", "U"), ("assistant", "A", ), ("user", "V"), ("assistant", "B"), reasoning_content="\nbecause\n"),
+    chat(("user", "U"), ("assistant", "A"), ("user", "V"), ("assistant", "B"), reasoning_content="\nbecause\n"),
     chat(("user", "U"), ("assistant", "x\n<think>\n\n T\n</think>\n\n A"), ("user", "V"), ("assistant", "</think>B")),
-    chat(("user", "U"), ("assistant", "a</think>b</think>c"), ("user", "V"), ("assistant", "<think>a</think>b<think>c")),
+    chat(("user", "U"), ("assistant", "a</think>b</think>c"), ("user", "V"),
+         ("assistant", "<think>a</think>b<think>c")),
     Conversation([{"role": "user", "content": "U"},
                   {"role": "assistant", "content": "", "tool_calls": [
                       {"type": "function", "function": {"name": "f", "arguments": {"ключ": [1, None, "\"é\n"]}}}]},
                   {"role": "tool", "content": "\"2\"\n"}, {"role": "assistant", "content": "A"}],
                  [{"type": "function", "function": {"name": "f", "parameters": {"ü": {"type": "string"}}}}]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
@@ -290,8 +292,8 @@ def test_no_control_or_added_token_can_be_typed(minimind, where):
 
 fragments = st.lists(st.one_of(st.sampled_from([
     "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "<tool_response>", "</tool_response>", "\n",
-    "<|im_start|>assistant\n", "<|im_", "end|>", "<", "|>", " ", "assistant", "\ufdd0", "0", "\ufdd3", "\ufdd4", "\ufdd5",
-    "<|buffer1|>", "<tts_pad>", "<|endoftext|>", "\\u003c", '"', "}"]), st.text(max_size=3)), max_size=8).map("".join)
+    "<|im_start|>assistant\n", "<|im_", "end|>", "<", "|>", " ", "assistant", "\ufdd0", "0", "\ufdd3", "\ufdd4",
+    "\ufdd5", "<|buffer1|>", "<tts_pad>", "<|endoftext|>", "\\u003c", '"', "}"]), st.text(max_size=3)), max_size=8).map("".join)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -397,14 +399,27 @@ def test_the_fingerprint_changes_with_template_and_tokenizer():
 
 
 def test_documents_are_framed_as_pretraining_framed_them():
-    template = family("chatml")
-    bos, eos = 256, 258
-    assert template.document("a<|im_end|>", format="minimind3") == [
-        Span([bos], False), Span([97, *b"<|im_end|>"], True), Span([eos], True)]
-    assert template.document("<|im_start|>a<|im_end|>", format="minimind2") == [Span([257], False), Span([97, 258], True)]
-    assert template.document("ab", format="bare") == [Span([97], False), Span([98], True)]
+    template, end = family("chatml"), [*b"<|im_end|>"]
+    assert template.documents(["a<|im_end|>", ""], format="minimind3") == [
+        [Span([257], False), Span([97, *end], True), Span([258], True)], [Span([257], False), Span([258], True)]]
+    assert template.document("<|im_start|>a<|im_end|>", format="minimind2") == [
+        Span([257], False), Span([97, 258], True)]
+    assert template.document("<|im_end|>", format="bare") == [Span(end[:1], False), Span(end[1:], True)]
+    assert template.document("ab", format="qwen3") == [Span([97], False), Span([98], True), Span([256], True)]
+    with pytest.raises(ValueError, match="'llama3' needs <|begin_of_text|>, which this tokenizer does not have"):
+        template.document("a", format="llama3")
     with pytest.raises(ValueError, match="data.document_format 'gpt' is not known"):
         template.document("a", format="gpt")
+
+
+def test_a_token_that_swallows_white_space_does_so_in_the_template_only():
+    text = json.loads(specification(CHATML))
+    for token in text["added_tokens"][1:3]:
+        token["rstrip"] = True
+    source = (TEMPLATES / "chatml.jinja").read_text()
+    template = ChatTemplate(json.dumps(text), source, variables={})
+    ids = flat(template.render(chat(("system", "S"), ("user", "<|im_end|>\n"), ("assistant", "A"))))["input_ids"]
+    assert bytes(id for id in ids if id < 256) == b"system\nSuser\n<|im_end|>\nassistant\nA"
 
 
 # ---- the encoder
@@ -427,8 +442,8 @@ def check_words(encoder: TextEncoder, texts: list[str]) -> int:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text() | st.text(st.characters(max_codepoint=0x2FF)) | fragments
-                      | st.text(st.sampled_from(" \t\n'strevldmx1²!")) | st.from_regex("(的和选基清|[漏洞作圾择者垃，。 ])*"),
-                      min_size=1, max_size=6))
+                      | st.text(st.sampled_from(" \t\n'strevldmx1²!"))
+                      | st.text(st.sampled_from("的和选基清垃漏洞作圾择者，。 \n")), min_size=1, max_size=6))
 def test_any_texts_together_have_the_librarys_ids(encoder, texts):
     check_words(encoder, texts)
 

@@ -1,0 +1,176 @@
+"""Where the assistant's turns lie in a rendered chat, learned from the template itself.
+
+A template says how an answer begins (its generation prompt, the *header*) and how it ends, if one renders a probe. A
+turn's span is what lies behind a header up to and including the next end. Both are looked for in the template's own
+text, where everything that people wrote is a slot, so nobody opens or closes a span by typing. A template with
+`{% generation %}` markers is taken at its word instead.
+
+Behind the header a prompt may go on (`<think>\\n`, or an empty think block, which is then the *optional* part of an
+answer). Text is cut there too, so that a prompt is a prefix of what was trained, token by token.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import jinja2
+
+from minimind_sft.rendering import MARK, OPEN, Skeleton, Slot, Template, Touched
+from minimind_sft.sandbox import BEGIN, END
+
+THINKING_FLAGS = ("enable_thinking", "open_thinking", "thinking")
+_EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
+
+# Chats that a template has to render in slots as it does in the open.
+_TEXT = " \n He said: {\"a\": '<b>&</b>'}\n\n\tÜber 12 % — 你好，世界。\\n " * 3
+_SYSTEM, _USER = {"role": "system", "content": _TEXT}, {"role": "user", "content": _TEXT}
+_CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": [1, _TEXT]}}}
+_TOOL = {"type": "function", "function": {"name": "f", "description": _TEXT, "parameters": {"type": "object"}}}
+_PROBES: list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = [
+    ([_USER, {"role": "assistant", "content": _TEXT}] * 2, None),
+    ([_SYSTEM, _USER, {"role": "assistant", "content": _TEXT, "reasoning_content": _TEXT}], None),
+    ([_USER, {"role": "assistant", "content": f"<think>\n{_TEXT}\n</think>\n\n{_TEXT}"}] * 2, None),
+    ([_SYSTEM, _USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}, {"role": "tool", "content": _TEXT},
+      {"role": "assistant", "content": _TEXT}], [_TOOL]),
+]
+
+
+class Segment(NamedTuple):
+    """A stretch of marked text. `message` is the assistant message whose turn it is part of; None between turns."""
+
+    text: str
+    message: int | None
+    optional: bool = False
+
+
+class Turns(NamedTuple):
+    """How a template begins and ends the assistant's turns.
+
+    Attributes:
+        header: What stands before an answer, such as `<|im_start|>assistant\\n`.
+        end: What stands behind it, such as `<|im_end|>\\n`.
+        tails: What a prompt may hold behind the header, the longest first.
+        blocks: Those of them that are an empty think block.
+        flags: The names under which the template asks whether to think.
+    """
+
+    header: str
+    end: str
+    tails: list[str]
+    blocks: set[str]
+    flags: list[str]
+
+    def cut(self, skeleton: Skeleton, slots: list[Slot], answers: list[int]) -> list[Segment]:
+        """Cut a skeleton at the boundaries of turns, and within turns where a prompt may end.
+
+        Args:
+            skeleton: The rendered chat.
+            slots: Its slots, which tell whose turn it is; only their messages matter.
+            answers: The indices of the assistant's messages, for turns without slots.
+        """
+        text, turns = self._find(skeleton.text)
+        segments, position = [], 0
+        for number, (start, end) in enumerate(turns):
+            mark = next((mark for mark in MARK.finditer(text, start, end) if mark[1] == OPEN), None)
+            message = slots[int(mark[2])].message if mark else answers[number] if len(turns) == len(answers) else -1
+            head = next((tail for tail in self.tails if text.startswith(tail, start)), "")
+            segments += [
+                Segment(text[position:start], None),
+                Segment(text[start : start + len(head)], message, head in self.blocks),
+                Segment(text[start + len(head) : end], message),
+            ]
+            position = end
+        return [segment for segment in [*segments, Segment(text[position:], None)] if segment.text]
+
+    def _find(self, text: str) -> tuple[str, list[tuple[int, int]]]:
+        """Marked text without BEGIN and END, and where the turns lie in it."""
+        if BEGIN in text:
+            parts = re.split(f"[{BEGIN}{END}]", text)
+            edges = list(accumulate(map(len, parts)))
+            return "".join(parts), [(edges[i], edges[i + 1]) for i in range(0, len(parts) - 1, 2)]
+        turns, position = [], 0
+        while (found := text.find(self.header, position)) >= 0:
+            start = found + len(self.header)
+            following = text.find(self.header, start)
+            limit = len(text) if following < 0 else following
+            found = text.find(self.end, start, limit)
+            position = limit if found < 0 else found + len(self.end)
+            turns.append((start, position))
+        return text, turns
+
+
+def learn_turns(template: Template, control: re.Pattern[str]) -> Turns:
+    """Find out how a template begins and ends turns.
+
+    Args:
+        template: The template.
+        control: Matches the control strings.
+
+    Raises:
+        ValueError: The template changes what people wrote, or does not begin and end turns in a way that can be found.
+    """
+    if not _is_faithful(template):
+        template.widen()
+        if not _is_faithful(template):
+            raise ValueError("the chat template changes the text of messages, beyond stripping white space off it and "
+                             "splitting it, so that no one can tell whose it is; use one that does not")
+    probe = [{"role": role, "content": f"probe {number}"}
+             for number, role in enumerate(("user", "assistant", "user", "assistant"))]
+    text = _render(template, probe, {})
+    marks = list(MARK.finditer(text))
+    if [int(mark[2]) for mark in marks] != [0, 1, 2, 3]:
+        raise ValueError("the chat template does not render two questions and two answers in order")
+    between, lead = text[marks[1].end() : marks[2].start()], text[marks[2].end() : marks[3].start()]
+    end = _common_prefix([between, text[marks[3].end() :]])
+    if not control.search(end):
+        raise ValueError("the chat template does not end the assistant's turns with a control token, so nothing would "
+                         f"teach the model to stop (behind an answer it writes {between!r}); add eos_token to it")
+    flags = sorted(template.undeclared.intersection(THINKING_FLAGS))
+    asked = _render(template, probe[:1], {})
+    prompts = [_render(template, probe[:1], {"add_generation_prompt": True} | {flag: value for flag in flags})
+               for value in (True, False)]
+    if not all(prompt.startswith(asked) for prompt in prompts):
+        raise ValueError("the chat template's generation prompt changes what stands before it")
+    prompts = [prompt.removeprefix(asked) for prompt in prompts]
+    header = (_common_prefix(prompts) or lead).split("<think>")[0].removeprefix(end)
+    if not header or header not in lead:
+        raise ValueError(f"the chat template's generation prompt {prompts[1]!r} is not how answers begin ({lead!r})")
+    tails = {prompt.removeprefix(header) for prompt in prompts if prompt} | {lead.split(header)[-1]}
+    blocks = {tail for tail in tails if _EMPTY_THINK.fullmatch(tail)}
+    return Turns(header, end, sorted(filter(None, tails), key=len, reverse=True), blocks, flags)
+
+
+def _is_faithful(template: Template) -> bool:
+    """Whether a few chats, rendered in slots and filled in, are what the template makes of them in the open."""
+    for messages, tools in _PROBES:
+        flags = {"add_generation_prompt": False}
+        try:
+            plain = template.plain(messages, tools, flags)
+        except (jinja2.TemplateError, TypeError, ValueError):
+            continue  # not every template takes tools or a system prompt
+        outline, slots = template.outline(messages, tools)
+        try:
+            skeleton = template.skeleton(outline, flags)
+        except Touched:
+            outline, slots = template.outline(messages, tools)
+            skeleton = template.skeleton(outline, flags)
+        if skeleton.filled(slots) != plain:
+            return False
+    return True
+
+
+def _render(template: Template, messages: list[dict[str, Any]], flags: dict[str, Any]) -> str:
+    outline, _ = template.outline(messages, None)
+    try:
+        text = template.skeleton(outline, {"add_generation_prompt": False} | flags).text
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template refuses a question and an answer: {error}") from None
+    return re.sub(f"[{BEGIN}{END}]", "", text)
+
+
+def _common_prefix(texts: list[str]) -> str:
+    first, last = min(texts), max(texts)
+    same = next((index for index, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[:same]
