@@ -51,16 +51,17 @@ class MicroBatch(NamedTuple):
         Tensor  # (M,) int64: where batch.labels is not -100; found on the host, so that the device need not be asked
     )
     window_targets: int  # supervised tokens of the whole window, over all micro-batches and ranks
+    window_tokens: int = 1  # all its tokens, likewise
     target_bytes: int = 0  # bytes of text behind the targets; counted for evaluation only
 
 
-def pack(rows: list[tuple[np.ndarray, np.ndarray]], window_targets: int = 0) -> MicroBatch:
+def pack(rows: list[tuple[np.ndarray, np.ndarray]], *, window_targets: int = 0, window_tokens: int = 0) -> MicroBatch:
     """Lay documents end to end.
 
     Args:
         rows: per document its token ids and whether each one is supervised, both (L,). No rows give one token without a
             target, so that a rank without documents still takes part in every collective call.
-        window_targets: see `MicroBatch`; 0 stands for these rows' own number of targets.
+        window_targets, window_tokens: see `MicroBatch`; 0 stands for these rows' own number.
     """
     import torch
 
@@ -83,7 +84,7 @@ def pack(rows: list[tuple[np.ndarray, np.ndarray]], window_targets: int = 0) -> 
         cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
         max_length=max(lengths),
     )
-    return MicroBatch(batch, torch.from_numpy(targets), window_targets or len(targets))
+    return MicroBatch(batch, torch.from_numpy(targets), window_targets or len(targets), window_tokens or len(labels))
 
 
 class Documents:
@@ -266,7 +267,11 @@ class Plan:
         window, share = divmod(position, self.accumulate)
         members = epoch.deal(window)[share * self.ranks + rank]
         rows = [self.documents.row(number, bool(epoch.keep[number])) for number in members]
-        return pack(rows, int(epoch.window_targets[window]))
+        return pack(
+            rows,
+            window_targets=int(epoch.window_targets[window]),
+            window_tokens=int(epoch.window_tokens[window]),
+        )
 
     def window_documents(self, epoch_number: int, window: int) -> np.ndarray:
         """The store's numbers of a window's documents, for messages that name them."""

@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,6 +117,10 @@ class SFTCLI(LightningCLI):
             "validate": {"model", "dataloaders", "datamodule", "verbose", "weights_only"},
             "predict": {"model", "dataloaders", "datamodule", "return_predictions", "weights_only"},
         }
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """The command line as given to us, whatever `sys.argv` holds (Lightning would warn)."""
+        self.config = parser.parse_args(args)
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One seed for everything: `data.seed`."""
@@ -418,22 +421,44 @@ def quiet() -> Iterator[None]:
 
 def run(verb: str, argv: list[str]) -> int:
     """Run a training verb; see `__main__.main`."""
-    argv = find_config(argv)
-    before = sys.argv
-    sys.argv = [f"minimind_sft {verb}"]  # the arguments are given as `args`
-    SFTCLI.command = [verb, *argv]
-    try:
-        with quiet():
-            SFTCLI(
-                SFTModule,
-                SFTDataModule,
-                save_config_callback=None,
-                parser_class=Parser,
-                parser_kwargs={"allow_abbrev": False} | dict.fromkeys(SFTCLI.subcommands(), {"allow_abbrev": False}),
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-                args=[verb, *argv],
-            )
-    finally:
-        sys.argv = before
+    with quiet():
+        SFTCLI(**_ours([verb, *argv]))
     return 0
+
+
+def check_config(argv: list[str]) -> Any:
+    """Parse the settings of `fit` without running it.
+
+    Raises:
+        ValueError: a setting that is not known or has the wrong type.
+    """
+
+    class OnlyParse(SFTCLI):
+        def _parse_ckpt_path(self) -> NoReturn:
+            raise _Parsed(self.config["fit"])
+
+    try:
+        OnlyParse(**_ours(["fit", *argv]))
+    except _Parsed as parsed:
+        return parsed.args[0]
+    raise AssertionError("LightningCLI did not ask for the checkpoint")
+
+
+class _Parsed(Exception):
+    """Carries settings out of LightningCLI's constructor."""
+
+
+def _ours(command: list[str]) -> dict[str, Any]:
+    """The arguments of LightningCLI."""
+    SFTCLI.command = command
+    no_abbreviations = {"allow_abbrev": False}
+    return {
+        "model_class": SFTModule,
+        "datamodule_class": SFTDataModule,
+        "save_config_callback": None,
+        "parser_class": Parser,
+        "parser_kwargs": no_abbreviations | dict.fromkeys(SFTCLI.subcommands(), no_abbreviations),
+        "auto_configure_optimizers": False,
+        "load_from_checkpoint_support": False,
+        "args": find_config(command),
+    }

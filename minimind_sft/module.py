@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -29,6 +29,7 @@ from minimind_sft.generate import generate
 from minimind_sft.losses import cross_entropy
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
+from minimind_sft.probes import answer_text
 from minimind_sft.resume import set_progress
 from minimind_sft.schedule import learning_rate_at
 
@@ -65,6 +66,9 @@ class SFTModule(LightningModule):
         num_hidden_layers: depth; likewise.
         num_attention_heads: needed where the weights leave it open (minimind2); null for MiniMind's 8.
         num_key_value_heads: null for the family's default.
+        num_experts_per_tok: experts per token of an MoE model, which its weights leave open; null for the family's default.
+        aux_scope: the experts' balance loss is taken per document, which splits over micro-batches, or per batch, as
+            the original does.
         vocab_size: for `scratch`; null for the tokenizer's size.
         seed: of everything that is initialised at random.
 
@@ -86,6 +90,8 @@ class SFTModule(LightningModule):
         num_hidden_layers: int | None = None,
         num_attention_heads: int | None = None,
         num_key_value_heads: int | None = None,
+        num_experts_per_tok: int | None = None,
+        aux_scope: Literal["document", "batch"] = "document",
         vocab_size: int | None = None,
         seed: int = 42,
     ) -> None:
@@ -106,7 +112,7 @@ class SFTModule(LightningModule):
             "num_key_value_heads": num_key_value_heads,
             "vocab_size": vocab_size,
         }
-        self._family = family
+        self._family, self._num_experts_per_tok, self.aux_scope = family, num_experts_per_tok, aux_scope
         self.base_sha256: str | None = None  # None: there is no base
         self.description = "random weights"
         self.baseline: Reading | None = None
@@ -126,6 +132,7 @@ class SFTModule(LightningModule):
             family=self._family,
             num_attention_heads=self._shape["num_attention_heads"],
             num_key_value_heads=self._shape["num_key_value_heads"],
+            num_experts_per_tok=self._num_experts_per_tok,
         )
         for name, wanted in self._shape.items():
             found = getattr(loaded.config, name)
@@ -185,12 +192,23 @@ class SFTModule(LightningModule):
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """The micro-batch's share of the window's mean loss; see the module's docstring for its scale."""
         accumulate = self.trainer.accumulate_grad_batches
-        nats = self._nats(batch)
+        nats, balance = self._nats_and_balance(batch) if self.model.config.num_experts else (self._nats(batch), None)
         if batch_idx % accumulate == 0:
             self._window_nats = torch.zeros((), dtype=torch.float64, device=nats.device)
         self._window_nats += nats.detach()
         self._window_targets = batch.window_targets
-        return nats / batch.window_targets * accumulate * self.trainer.world_size
+        loss = nats / batch.window_targets
+        if balance is not None and len(batch.targets):  # a rank without documents has one token that is nobody's
+            loss = loss + balance / batch.window_tokens
+        return loss * accumulate * self.trainer.world_size
+
+    def _nats_and_balance(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        flat = batch.batch
+        hidden, balance = self.model.hidden_and_balance(
+            flat.input_ids, flat.positions, flat.cu_seqlens, flat.max_length, aux_scope=self.aux_scope
+        )
+        vocab_size = self.model.config.vocab_size
+        return cross_entropy(hidden, flat.labels, batch.targets, self.model.logits, vocab_size), balance
 
     def _nats(self, batch: MicroBatch) -> Tensor:
         flat = batch.batch
@@ -274,7 +292,7 @@ class SFTModule(LightningModule):
             stop_ids=template.stop_ids,
         )
         return [
-            {name: row[name] for name in ("where", "messages", "reference")} | {"answer": template.decode(ids).strip()}
+            {name: row[name] for name in ("where", "messages", "reference")} | {"answer": answer_text(template, ids)}
             for row, ids in zip(batch, answers, strict=True)
         ]
 

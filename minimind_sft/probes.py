@@ -79,9 +79,14 @@ def ask(model: Transformer, template: ChatTemplate, probes: Sequence[Probe], *, 
     chat = generate(model, chat_prompts, max_new_tokens=CHAT_TOKENS, stop_ids=template.stop_ids)
     replies = []
     for probe, raw_ids, chat_ids in zip(probes, raw, chat, strict=True):
-        said, reply = template.decode(raw_ids).strip(), template.decode(chat_ids).strip()
+        said, reply = answer_text(template, raw_ids), answer_text(template, chat_ids)
         replies.append(Reply(said, begins_with(said, probe.answer), reply, contains(reply, probe.answer)))
     return replies
+
+
+def answer_text(template: ChatTemplate, ids: list[int]) -> str:
+    """The text of generated ids without the token that ended them."""
+    return template.decode([id for id in ids if id not in template.stop_ids]).strip()
 
 
 def begins_with(said: str, answer: str) -> bool:

@@ -23,7 +23,7 @@ from minimind_sft.callbacks import Measure, duration, evaluating
 from minimind_sft.data import RULE_OF_THUMB, evaluation_tokens
 from minimind_sft.forgetting import CHAT, PRETRAIN, summary
 from minimind_sft.generate import generate
-from minimind_sft.probes import Probe, Reply, ask, compare, load_probes
+from minimind_sft.probes import Probe, Reply, answer_text, ask, compare, load_probes
 
 if TYPE_CHECKING:
     from minimind_sft.data import SFTDataModule
@@ -254,7 +254,7 @@ class LastScreen(Callback):
                 if prompts
                 else []
             )
-        return replies, [" ".join(data.template.decode(answer).split()) for answer in ids]
+        return replies, [" ".join(answer_text(data.template, answer).split()) for answer in ids]
 
     def _samples(self, trainer: pl.Trainer) -> list[dict[str, Any]]:
         data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]

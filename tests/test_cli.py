@@ -1,0 +1,255 @@
+"""The command line: what it accepts, and what it says of mistakes."""
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from wandb.proto import wandb_internal_pb2
+
+from minimind_sft.__main__ import main
+
+PROJECT = Path(__file__).resolve().parents[1]
+GOOD = '{"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there."}]}\n'
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    """Enough for a tiny run; a test changes what it is about."""
+    (tmp_path / "train.jsonl").write_text(GOOD * 12, encoding="utf-8")
+    (tmp_path / "text.jsonl").write_text('{"text": "The capital of Peru is Lima."}\n' * 3, encoding="utf-8")
+    return {
+        "model.weights": "scratch",
+        "model.hidden_size": 16,
+        "model.num_hidden_layers": 1,
+        "data.train_path": tmp_path / "train.jsonl",
+        "data.val_path": tmp_path / "train.jsonl",
+        "data.heldout_path": tmp_path / "text.jsonl",
+        "data.tokenizer": PROJECT / "data" / "tokenizer",
+        "data.cache_dir": tmp_path / "cache",
+        "data.batch_size": 4,
+        "trainer.max_epochs": 1,
+        "run_dir": tmp_path / "run",
+        "device": "cpu",
+        "log_every_steps": 1,
+    }
+
+
+def run(verb: str, settings: dict[str, Any], *more: str) -> int:
+    return main([verb, *(f"--{name}={value}" for name, value in settings.items()), *more])
+
+
+def refused(capsys: pytest.CaptureFixture[str], verb: str, settings: dict[str, Any], *more: str) -> str:
+    """What is said of a mistake: one line, exit status 2."""
+    assert run(verb, settings, *more) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("minimind_sft: error: ") and said.count("\n") == 1, said
+    return said
+
+
+def test_help_needs_neither_torch_nor_lightning() -> None:
+    code = (
+        "import sys; from minimind_sft.__main__ import main; main(['--help']); "
+        "print({'torch', 'lightning'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=True)
+    assert done.stdout.endswith("set()\n")
+    for verb in ("fit", "validate", "predict", "sample"):
+        assert f"\n  {verb} " in done.stdout
+
+
+def test_an_unknown_verb_is_told_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fitt"]) == 2
+    assert "did you mean fit?" in capsys.readouterr().err
+
+
+def test_fit_leaves_the_record_that_the_readme_lists(settings: dict[str, Any], tmp_path: Path) -> None:
+    assert run("fit", settings) == 0
+    run_dir = tmp_path / "run"
+    for name in ("config.yaml", "run.json", "sample.json", "metrics.csv", "forgetting.json", "forgetting.png"):
+        assert (run_dir / name).is_file(), name
+    for name in ("last.ckpt", "best.ckpt"):
+        assert (run_dir / "checkpoints" / name).is_file(), name
+    table = json.loads((run_dir / "forgetting.json").read_text())
+    assert table.keys() == {"before", "after", "best", "forgetting", "seen"}
+    assert table["before"].keys() == {"step", "chat_loss", "pretrain_loss", "bits_per_byte"}
+    assert table["seen"] is False
+    with open(run_dir / "metrics.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
+    assert float(rows[-1]["val/chat/loss"]) < float(rows[0]["val/chat/loss"])
+    sample = json.loads((run_dir / "sample.json").read_text())
+    assert (sample["selected"], sample["documents"], sample["rejected"]) == (12, 12, {})
+
+
+def test_the_saved_config_gives_the_same_run(settings: dict[str, Any], tmp_path: Path) -> None:
+    assert run("fit", settings) == 0
+    assert main(["fit", f"--config={tmp_path / 'run' / 'config.yaml'}", f"--run_dir={tmp_path / 'again'}"]) == 0
+    columns = ("step", "train/loss", "lr", "grad_norm", "val/chat/loss", "val/pretrain/loss")
+    both = []
+    for name in ("run", "again"):
+        with open(tmp_path / name / "metrics.csv", encoding="utf-8") as file:
+            both.append([[row[column] for column in columns] for row in csv.DictReader(file)])
+    assert both[0] == both[1]
+
+
+def test_validate_and_predict_read_a_checkpoint(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("fit", settings) == 0
+    after = json.loads((tmp_path / "run" / "forgetting.json").read_text())["after"]
+    capsys.readouterr()
+    assert run("validate", settings, "--ckpt_path=last") == 0
+    assert f"{after['chat_loss']:.4f}"[:5] in capsys.readouterr().out
+    assert run("predict", settings, "--ckpt_path=best") == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 12
+    assert rows[0].keys() == {"where", "messages", "reference", "answer"}
+    assert rows[0]["reference"] == "Hello there." and rows[0]["where"].endswith("train.jsonl:1")
+
+
+def test_a_run_directory_with_checkpoints_is_not_written_over(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("fit", settings) == 0
+    said = refused(capsys, "fit", settings)
+    assert "--ckpt_path last" in said and "--overwrite" in said
+    assert run("fit", settings, "--overwrite") == 0
+
+
+def test_a_missing_checkpoint_is_an_error_for_last_and_a_fresh_start_for_auto(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "there is no" in refused(capsys, "fit", settings, "--ckpt_path=last")
+    assert run("fit", settings, "--ckpt_path=auto") == 0
+
+
+def test_a_resumed_run_refuses_other_data(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fit", settings) == 0
+    said = refused(capsys, "fit", settings | {"data.seed": 7}, "--ckpt_path=last")
+    assert "seed was 42, is 7" in said
+
+
+def test_a_damaged_checkpoint_is_named_with_the_whole_ones_beside_it(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("fit", settings) == 0
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    whole = last.read_bytes()
+    last.unlink()  # it may be a link to best.ckpt
+    last.write_bytes(whole[: len(whole) // 2])
+    said = refused(capsys, "fit", settings, "--ckpt_path=last")
+    assert "last.ckpt cannot be read" in said and "best.ckpt" in said.split("Whole ones")[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"data.max_m": "4"}, "data.max_mb"),
+        ({"data.batchsize": "4"}, "data.batch_size"),
+        ({"data.batch_size": "many"}, "data.batch_size"),
+        ({"trainer.val_check_interval": "10"}, "val_every_steps"),
+        ({"trainer.limit_train_batches": "3"}, "trainer.max_steps"),
+        ({"trainer.precision": "16"}, "use precision"),
+        ({"device": "cuda:99"}, "--device cpu"),
+        ({"device": "gpu"}, "cuda:7"),
+        ({"model.weights": "nowhere.pth"}, "nowhere.pth"),
+        ({"data.train_path": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"data.tokenizer": "configs"}, "tokenizer.json"),
+        ({"data.max_mb": "0.00001"}, "Raise max_mb"),
+        ({"data.max_ratio": "0.001", "data.pretrain_path": "null"}, "data.pretrain_mb"),
+        ({"model.warmup_ratio": "2"}, "model.warmup_ratio"),
+        ({"val_every_steps": "0"}, "val_every_steps"),
+        ({"data.max_length": "1"}, "data.max_length"),
+        ({"data.document_format": "odd"}, "minimind3"),
+        ({"config": "nowhere.yaml"}, "sft.yaml"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_with_a_remedy(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str], change: dict[str, str], says: str
+) -> None:
+    assert says in refused(capsys, "fit", settings | change)
+
+
+def test_bad_lines_are_counted_up_to_the_bound_and_named_past_it(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(GOOD * 3 + "{not json\n" + GOOD * 8, encoding="utf-8")
+    changed = settings | {"data.train_path": bad}
+    said = refused(capsys, "fit", changed)
+    assert "1 of 12 lines cannot be used (1 not_json)" in said and f"{bad}:4" in said and "data.max_bad_ratio" in said
+    assert run("fit", changed, "--data.max_bad_ratio=0.1") == 0
+    assert "rejected: 1 not_json" in capsys.readouterr().out
+
+
+def test_held_out_text_that_the_chats_contain_is_refused(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared_text = "Lima lies on the coast of the Pacific and was founded in the year 1535 by people who came by sea."
+    row = {"conversations": [{"role": "user", "content": "Tell me"}, {"role": "assistant", "content": shared_text}]}
+    (tmp_path / "train.jsonl").write_text((json.dumps(row) + "\n") * 4, encoding="utf-8")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": shared_text}) + "\n", encoding="utf-8")
+    said = refused(capsys, "fit", settings)
+    assert "50-character" in said and "text.jsonl:1" in said and "data.max_overlap" in said
+    assert run("fit", settings, "--data.max_overlap=1.0") == 0
+
+
+def test_a_config_is_found_among_the_shipped_ones_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from minimind_sft.cli import find_config
+
+    monkeypatch.chdir(tmp_path)
+    shipped = str(PROJECT / "configs" / "sft.yaml")
+    assert find_config(["--config", "sft.yaml", "--x", "1"]) == ["--config", shipped, "--x", "1"]
+    assert find_config(["--config=sft.yaml"]) == [f"--config={shipped}"]
+    assert find_config(["-c", "sft.yaml"]) == ["-c", shipped]
+    assert f"using {shipped}" in capsys.readouterr().out
+    (tmp_path / "sft.yaml").touch()
+    assert find_config(["--config", "sft.yaml"]) == ["--config", "sft.yaml"]
+
+
+def test_wandb_offline_writes_what_the_real_client_can_read_back(settings: dict[str, Any], tmp_path: Path) -> None:
+    assert run("fit", settings, "--wandb=offline") == 0
+    wandb.finish()
+    (log,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
+    seen: dict[str, list[float]] = {}
+    for data in leveldb_records(log.read_bytes()[7:]):
+        record = wandb_internal_pb2.Record.FromString(data)
+        for item in record.history.item:
+            seen.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
+    with open(tmp_path / "run" / "metrics.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for name in ("train/loss", "lr", "val/chat/loss", "val/pretrain/loss"):
+        assert seen[name] == [float(row[name]) for row in rows if row[name]], name
+
+
+def leveldb_records(log: bytes) -> Iterator[bytes]:
+    """Records of a LevelDB log: blocks of 32 KiB; per piece a checksum (4), a length (2) and a type (1: whole, 4: last)."""
+    position, record = 7, b""  # the first block begins before the 7 bytes that the client writes first
+    while position - 7 + 7 <= len(log):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        start = position - 7
+        size, kind = int.from_bytes(log[start + 4 : start + 6], "little"), log[start + 6]
+        record += log[start + 7 : start + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):
+            yield record
+            record = b""
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (PROJECT / "configs").glob("*.yaml")))
+def test_every_shipped_config_parses(name: str) -> None:
+    from minimind_sft.cli import check_config
+
+    overlay = name in ("original.yaml", "minimind2_2048x20.yaml")
+    check_config([*(["--config", "sft.yaml"] if overlay else []), "--config", name])

@@ -1,0 +1,119 @@
+"""The same training, however it is dealt; and the original's own training, step by step. Through `fit` itself."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minimind_sft.__main__ import main
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def fit(run_dir: Path, **settings: Any) -> tuple[list[dict[str, str]], dict[str, torch.Tensor]]:
+    """Run `fit`; the rows of its metrics and its final weights."""
+    arguments = [f"--{name.replace('__', '.')}={value}" for name, value in settings.items()]
+    assert main(["fit", f"--run_dir={run_dir}", "--device=cpu", "--log_every_steps=1", *arguments]) == 0
+    with open(run_dir / "metrics.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    return rows, {name.removeprefix("model."): tensor for name, tensor in checkpoint["state_dict"].items()}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """43 of the demo's chats: windows of 16, 16 and 11."""
+    folder = tmp_path_factory.mktemp("equivalence")
+    lines = (PROJECT / "data" / "sft_train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(lines[:43]), encoding="utf-8")
+    return {
+        "model__weights": "scratch",
+        "model__hidden_size": 32,
+        "model__num_hidden_layers": 2,
+        "data__train_path": folder / "train.jsonl",
+        "data__tokenizer": PROJECT / "data" / "tokenizer",
+        "data__cache_dir": folder / "cache",
+        "trainer__max_epochs": 7,
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return fit(tmp_path_factory.mktemp("reference"), **tiny, data__batch_size=16, trainer__accumulate_grad_batches=1)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(4, 4), (1, 16)])
+def test_how_a_window_is_dealt_does_not_change_the_run(
+    tiny: dict[str, Any], reference: Any, tmp_path: Path, batch_size: int, accumulate: int
+) -> None:
+    rows, weights = fit(tmp_path, **tiny, data__batch_size=batch_size, trainer__accumulate_grad_batches=accumulate)
+    assert len(rows) == len(reference[0]) == 22  # step 0, and 21 steps
+    for row, expected in zip(rows[1:], reference[0][1:], strict=True):
+        assert row["lr"] == expected["lr"]
+        assert float(row["train/loss"]) == pytest.approx(float(expected["train/loss"]), rel=2e-6)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(
+            tensor, reference[1][name], rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def test_experts_train_alike_however_a_window_is_dealt(shared: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
+    settings = {
+        **{name: value for name, value in tiny.items() if name.startswith("data__") or name.startswith("trainer__")},
+        "model__weights": shared / "golden" / "minimind3_moe" / "weights.pth",
+        "data__tokenizer": shared / "minimind_tokenizer",
+        "trainer__max_epochs": 2,
+    }
+    one, _ = fit(tmp_path / "one", **settings, data__batch_size=16)
+    many, _ = fit(tmp_path / "many", **settings, data__batch_size=2, trainer__accumulate_grad_batches=8)
+    for row, expected in zip(many[1:], one[1:], strict=True):
+        assert float(row["train/loss"]) == pytest.approx(float(expected["train/loss"]), rel=1e-5)
+        assert float(row["grad_norm"]) == pytest.approx(float(expected["grad_norm"]), rel=1e-3)
+    other, _ = fit(tmp_path / "other", **settings, data__batch_size=16, model__aux_scope="batch")
+    assert float(other[1]["grad_norm"]) != pytest.approx(float(one[1]["grad_norm"]), rel=1e-9)
+
+
+def test_the_order_of_an_epoch_does_matter(tiny: dict[str, Any], reference: Any, tmp_path: Path) -> None:
+    rows, _ = fit(tmp_path, **tiny, data__batch_size=16, data__shuffle=False)
+    assert float(rows[1]["train/loss"]) != pytest.approx(float(reference[0][1]["train/loss"]), rel=1e-4)
+
+
+@pytest.mark.parametrize(("variant", "decay"), [("adamw_wd0.01_all", 0.01), ("adamw_wd0", 0.0)])
+def test_fit_follows_the_originals_training(shared: Path, tmp_path: Path, variant: str, decay: float) -> None:
+    golden = json.loads((shared / "golden" / "trajectory_minimind3.json").read_text(encoding="utf-8"))
+    lines = (shared / "golden" / "chats_minimind3.jsonl").read_text(encoding="utf-8").splitlines()
+    with open(tmp_path / "chats.jsonl", "w", encoding="utf-8") as file:
+        for number in golden["chats"]:
+            file.write(json.dumps({"conversations": json.loads(lines[number])["conversations"]}) + "\n")
+    rows, weights = fit(
+        tmp_path / "run",
+        model__weights=shared / "golden" / "minimind3_dense" / "weights.pth",
+        model__weight_decay=decay,
+        model__decay_all="true",
+        data__train_path=tmp_path / "chats.jsonl",
+        data__tokenizer=shared / "minimind_tokenizer",
+        data__cache_dir=tmp_path / "cache",
+        data__max_mb="null",
+        data__max_length=4096,
+        data__batch_size=golden["batch_size"],
+        data__shuffle="false",
+        data__empty_think_ratio=1.0,
+        trainer__max_epochs=golden["epochs"],
+    )
+    expected = golden[variant]
+    steps = [row for row in rows if row["train/loss"]]
+    assert len(steps) == len(expected["losses"]) == 12
+    for row, loss, rate, norm in zip(
+        steps, expected["losses"], expected["learning_rates"], expected["grad_norms"], strict=True
+    ):
+        assert float(row["train/loss"]) == pytest.approx(loss, abs=1e-4)
+        assert float(row["lr"]) == pytest.approx(rate, rel=1e-9)
+        assert float(row["grad_norm"]) == pytest.approx(norm, rel=1e-3)
+    if decay:
+        final = load_file(shared / "golden" / "trajectory_minimind3_final_weights.safetensors")
+        for name, tensor in final.items():
+            torch.testing.assert_close(weights[name], tensor.float(), rtol=0, atol=5e-4)
