@@ -293,7 +293,8 @@ def test_no_control_or_added_token_can_be_typed(minimind, where):
 fragments = st.lists(st.one_of(st.sampled_from([
     "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "<tool_response>", "</tool_response>", "\n",
     "<|im_start|>assistant\n", "<|im_", "end|>", "<", "|>", " ", "assistant", "\ufdd0", "0", "\ufdd3", "\ufdd4",
-    "\ufdd5", "<|buffer1|>", "<tts_pad>", "<|endoftext|>", "\\u003c", '"', "}"]), st.text(max_size=3)), max_size=8).map("".join)
+    "\ufdd5", "<|buffer1|>", "<tts_pad>", "<|endoftext|>", "\\u003c", '"', "}"]), st.text(max_size=3)),
+    max_size=8).map("".join)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
