@@ -26,7 +26,18 @@ from tokenizers import Tokenizer
 
 from minimind_sft.encoding import TextEncoder
 from minimind_sft.formats import Conversation, Rejected
-from minimind_sft.rendering import JSON_OPEN, MARK, OPEN, Outline, Skeleton, Slot, Template, Touched, json_text
+from minimind_sft.rendering import (
+    JSON_OPEN,
+    MARK,
+    OPEN,
+    CutError,
+    Outline,
+    Skeleton,
+    Slot,
+    Template,
+    Touched,
+    json_text,
+)
 from minimind_sft.turns import learn_turns
 
 CODE_VERSION = 1  # part of every cache key: raise it when the ids that come out change
@@ -85,9 +96,9 @@ class ChatTemplate:
     def __init__(self, specification: str, template: str, *, variables: dict[str, str]) -> None:
         self.tokenizer = Tokenizer.from_str(specification)
         parsed = json.loads(specification)
-        self._controls: dict[str, int] = {token["content"]: token["id"] for token in parsed["added_tokens"]}
+        self._controls = {token.content: id for id, token in self.tokenizer.get_added_tokens_decoder().items()}
         self._control = _control_pattern(parsed["added_tokens"])
-        self._encoder = TextEncoder(parsed)
+        self._encoder = TextEncoder(parsed, controls=self._controls)
         self._template = Template(template, controls=self._controls, variables=variables)
         self._plans: dict[Any, _Plan] = {}
         self.dropped: Counter[str] = Counter()
@@ -139,7 +150,7 @@ class ChatTemplate:
             supervise: `all` assistant turns, or the `last`.
 
         Raises:
-            Rejected: The template refuses a conversation (`template_refused`).
+            Rejected: The template refuses a conversation (`template_refused`, `template_cuts_text`).
         """
         plans: list[_Plan] = []
         texts: list[str] = []
@@ -208,7 +219,10 @@ class ChatTemplate:
             answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
             context = sorted({*context, *answers[:-1]})
         flags = flags or {"add_generation_prompt": False}
-        outline, slots = self._template.outline(messages, tools)
+        try:
+            outline, slots = self._template.outline(messages, tools)
+        except CutError as error:
+            raise Rejected("template_cuts_text", str(error)) from None
         key = (outline, tuple(context), tuple(flags.values()))
         plan = self._plans.get(key)
         if plan is None:
@@ -218,6 +232,8 @@ class ChatTemplate:
                 return self._plan(messages, tools, supervise=supervise, flags=flags)
             except jinja2.TemplateError as error:
                 raise Rejected("template_refused", f"the chat template says: {error}") from None
+            except CutError as error:
+                raise Rejected("template_cuts_text", str(error)) from None
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
             plan = self._plans[key] = self._compile(skeleton, outline, slots, context)

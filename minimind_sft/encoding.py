@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -29,15 +30,16 @@ class TextEncoder:
 
     Args:
         specification: The parsed `tokenizer.json`.
+        controls: The strings of the added tokens, and their ids.
     """
 
-    def __init__(self, specification: dict[str, Any]) -> None:
-        model, added = specification["model"], specification["added_tokens"]
+    def __init__(self, specification: dict[str, Any], *, controls: dict[str, int]) -> None:
+        model = specification["model"]
         plain = {**specification, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
         plain["model"] = {**model, "dropout": None} if model["type"] == "BPE" else model
         self._tokenizer = Tokenizer.from_str(json.dumps(plain))
-        self._forbidden = {token["id"] for token in added} if _may_forge(model, added) else set()
-        contents = sorted((token["content"] for token in added), key=len, reverse=True)
+        self._forbidden = set(controls.values()) if _may_forge(model, controls) else set()
+        contents = sorted(controls, key=len, reverse=True)
         self._control = re.compile("(" + "|".join(map(re.escape, contents)) + ")")
         self._words: Words | None = None
         if _is_gpt2(specification) and not self._forbidden:
@@ -78,12 +80,12 @@ class TextEncoder:
         return encoded
 
 
-def _may_forge(model: dict[str, Any], added: list[dict[str, Any]]) -> bool:
+def _may_forge(model: dict[str, Any], controls: Iterable[str]) -> bool:
     """Whether the model alone could produce an added token: yes, unless it is a BPE whose merges never do."""
     if model["type"] != "BPE" or model.get("ignore_merges"):
         return True
     made = {"".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1) for merge in model["merges"]}
-    texts = [text for token in added for text in (token["content"], letters(token["content"]))]
+    texts = [text for control in controls for text in (control, letters(control))]
     return any(text in made or len(text) == 1 for text in texts)
 
 

@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn
 
+import jinja2
 import jinja2.meta
 
 from minimind_sft.sandbox import BEGIN, END, compile_template, looked_at
@@ -77,6 +78,10 @@ class Touched(Exception):
     """A template read inside a sealed object."""
 
 
+class CutError(ValueError):
+    """A template does not pass people's text on whole."""
+
+
 class Sealed(dict[str, Any]):
     """An object that a template can only hand to `tojson`."""
 
@@ -112,6 +117,7 @@ class Template:
         self.undeclared = jinja2.meta.find_undeclared_variables(tree)
         self._variables = variables
         self._seals = True
+        self.changes_tools = False  # whether it rewrites them, so that chats with tools are refused
         self._jsons: Jsons = []
         self._control = either(controls)
         searched, self._stripped, whole, self._constants = looked_at(tree)
@@ -132,6 +138,9 @@ class Template:
 
     def outline(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> tuple[Outline, list[Slot]]:
         """What the template can see of a chat, hashable, and the slots for what it cannot."""
+        if self.changes_tools and (tools or any(message.get("tool_calls") for message in messages)):
+            raise CutError("the chat template rewrites tools and calls, so that no one can tell whose text it is; use "
+                           "another template for chats with tools")
         slots: list[Slot] = []
         seen: list[Any] = [None if tools is None else tuple([self._object(tool, slots, -1, "tools") for tool in tools])]
         for index, message in enumerate(messages):
@@ -212,7 +221,7 @@ class Template:
         Raises:
             Touched: The template reads inside tools or arguments: make the outline again, it will be an opened one.
             jinja2.TemplateError: The template refuses the chat.
-            ValueError: The template takes people's text apart.
+            CutError: The template takes people's text apart.
         """
         tools, *messages = outline
         shown = [dict(zip(("role", *_FIELDS), map(_rebuilt, message), strict=False)) for message in messages]
@@ -239,19 +248,24 @@ class Template:
                     message["content"] = content
                     tags.pop()
         if _STRAY.search(MARK.sub("", text)):
-            raise ValueError("the chat template cuts the text of messages into pieces, so that no one can tell them "
-                             "from its own; use a template that passes the text on whole")
+            raise CutError("the chat template cuts the text of messages into pieces, so that no one can tell them from "
+                           "its own; use a template that passes the text on whole")
         return Skeleton(text, jsons, tags)
 
     def _marked(self, messages: list[dict[str, Any]], tools: Any, flags: dict[str, Any]) -> tuple[str, Jsons]:
         self._jsons = []
-        schemas = None if tools is None else [_rebuilt(tool) for tool in tools]
+        return self._run(messages, None if tools is None else [_rebuilt(tool) for tool in tools], flags), self._jsons
+
+    def _run(self, messages: list[dict[str, Any]], tools: list[Any] | None, flags: dict[str, Any]) -> str:
         try:
-            text = self._render(messages=messages, tools=schemas, documents=None, **(self._variables | flags))
+            return self._render(messages=messages, tools=tools, documents=None, **(self._variables | flags))
         except Touched:
             self._seals = False
             raise
-        return text, self._jsons
+        except jinja2.TemplateError:
+            raise
+        except Exception as error:  # a template is a stranger's code: whatever it raises is its refusal
+            raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
 
     def _tojson(self, value: Any, ensure_ascii: bool = False, indent: int | str | None = None,
                 separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
@@ -270,8 +284,9 @@ class Template:
 
     def plain(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, flags: dict[str, Any]) -> str:
         """Render with people's text in the open, as everyone else does: to compare with."""
-        text = self._render(messages=messages, tools=tools, documents=None, **(self._variables | flags))
-        return re.sub(f"[{BEGIN}{END}]", "", text)
+        shown = [{**message, "thinking": message["reasoning_content"]} if "reasoning_content" in message else message
+                 for message in messages]
+        return re.sub(f"[{BEGIN}{END}]", "", self._run(shown, tools, flags))
 
 
 def json_text(value: Any, options: dict[str, Any]) -> str:

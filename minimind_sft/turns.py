@@ -28,13 +28,15 @@ _TEXT = " \n He said: {\"a\": '<b>&</b>'}\n\n\tÜber 12 % — 你好，世界。
 _SYSTEM, _USER = {"role": "system", "content": _TEXT}, {"role": "user", "content": _TEXT}
 _CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": [1, _TEXT]}}}
 _TOOL = {"type": "function", "function": {"name": "f", "description": _TEXT, "parameters": {"type": "object"}}}
-_PROBES: list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = [
+_Probe = tuple[list[dict[str, Any]], list[dict[str, Any]] | None]
+_PROBES: list[_Probe] = [
     ([_USER, {"role": "assistant", "content": _TEXT}] * 2, None),
     ([_SYSTEM, _USER, {"role": "assistant", "content": _TEXT, "reasoning_content": _TEXT}], None),
     ([_USER, {"role": "assistant", "content": f"<think>\n{_TEXT}\n</think>\n\n{_TEXT}"}] * 2, None),
-    ([_SYSTEM, _USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}, {"role": "tool", "content": _TEXT},
-      {"role": "assistant", "content": _TEXT}], [_TOOL]),
 ]
+_TOOL_PROBE: _Probe = (
+    [_SYSTEM, _USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}, {"role": "tool", "content": _TEXT},
+     {"role": "assistant", "content": _TEXT}], [_TOOL])
 
 
 class Segment(NamedTuple):
@@ -75,11 +77,14 @@ class Turns(NamedTuple):
         for number, (start, end) in enumerate(turns):
             mark = next((mark for mark in MARK.finditer(text, start, end) if mark[1] == OPEN), None)
             message = slots[int(mark[2])].message if mark else answers[number] if len(turns) == len(answers) else -1
-            head = next((tail for tail in self.tails if text.startswith(tail, start)), "")
+            header = text.find(self.header, max(0, start - len(self.header)), start + len(self.header))
+            asked = start if header < 0 else header + len(self.header)  # behind `start` where a marker stands too early
+            head = next((tail for tail in self.tails if text.startswith(tail, asked)), "")
             segments += [
                 Segment(text[position:start], None),
-                Segment(text[start : start + len(head)], message, head in self.blocks),
-                Segment(text[start + len(head) : end], message),
+                Segment(text[start:asked], message),
+                Segment(text[asked : asked + len(head)], message, head in self.blocks),
+                Segment(text[asked + len(head) : end], message),
             ]
             position = end
         return [segment for segment in [*segments, Segment(text[position:], None)] if segment.text]
@@ -111,11 +116,12 @@ def learn_turns(template: Template, control: re.Pattern[str]) -> Turns:
     Raises:
         ValueError: The template changes what people wrote, or does not begin and end turns in a way that can be found.
     """
-    if not _is_faithful(template):
+    if not _is_faithful(template, _PROBES):
         template.widen()
-        if not _is_faithful(template):
+        if not _is_faithful(template, _PROBES):
             raise ValueError("the chat template changes the text of messages, beyond stripping white space off it and "
                              "splitting it, so that no one can tell whose it is; use one that does not")
+    template.changes_tools = not _is_faithful(template, [_TOOL_PROBE])
     probe = [{"role": role, "content": f"probe {number}"}
              for number, role in enumerate(("user", "assistant", "user", "assistant"))]
     text = _render(template, probe, {})
@@ -123,18 +129,17 @@ def learn_turns(template: Template, control: re.Pattern[str]) -> Turns:
     if [int(mark[2]) for mark in marks] != [0, 1, 2, 3]:
         raise ValueError("the chat template does not render two questions and two answers in order")
     between, lead = text[marks[1].end() : marks[2].start()], text[marks[2].end() : marks[3].start()]
-    end = _common_prefix([between, text[marks[3].end() :]])
+    end = _common_prefix([between, text[marks[3].end() :]], control)
     if not control.search(end):
         raise ValueError("the chat template does not end the assistant's turns with a control token, so nothing would "
                          f"teach the model to stop (behind an answer it writes {between!r}); add eos_token to it")
     flags = sorted(template.undeclared.intersection(THINKING_FLAGS))
-    asked = _render(template, probe[:1], {})
-    prompts = [_render(template, probe[:1], {"add_generation_prompt": True} | {flag: value for flag in flags})
-               for value in (True, False)]
-    if not all(prompt.startswith(asked) for prompt in prompts):
-        raise ValueError("the chat template's generation prompt changes what stands before it")
-    prompts = [prompt.removeprefix(asked) for prompt in prompts]
-    header = (_common_prefix(prompts) or lead).split("<think>")[0].removeprefix(end)
+    prompts = []
+    for value in (True, False):
+        asked = _render(template, probe[:1], dict.fromkeys(flags, value))
+        prompt = _render(template, probe[:1], {"add_generation_prompt": True} | dict.fromkeys(flags, value))
+        prompts.append(prompt.removeprefix(_common_prefix([asked, prompt], control)))
+    header = (_common_prefix(prompts, control) or lead).split("<think>")[0].removeprefix(end)
     if not header or header not in lead:
         raise ValueError(f"the chat template's generation prompt {prompts[1]!r} is not how answers begin ({lead!r})")
     tails = {prompt.removeprefix(header) for prompt in prompts if prompt} | {lead.split(header)[-1]}
@@ -142,13 +147,13 @@ def learn_turns(template: Template, control: re.Pattern[str]) -> Turns:
     return Turns(header, end, sorted(filter(None, tails), key=len, reverse=True), blocks, flags)
 
 
-def _is_faithful(template: Template) -> bool:
-    """Whether a few chats, rendered in slots and filled in, are what the template makes of them in the open."""
-    for messages, tools in _PROBES:
-        flags = {"add_generation_prompt": False}
+def _is_faithful(template: Template, probes: list[_Probe]) -> bool:
+    """Whether some chats, rendered in slots and filled in, are what the template makes of them in the open."""
+    flags = {"add_generation_prompt": False}
+    for messages, tools in probes:
         try:
             plain = template.plain(messages, tools, flags)
-        except (jinja2.TemplateError, TypeError, ValueError):
+        except jinja2.TemplateError:
             continue  # not every template takes tools or a system prompt
         outline, slots = template.outline(messages, tools)
         try:
@@ -170,7 +175,9 @@ def _render(template: Template, messages: list[dict[str, Any]], flags: dict[str,
     return re.sub(f"[{BEGIN}{END}]", "", text)
 
 
-def _common_prefix(texts: list[str]) -> str:
+def _common_prefix(texts: list[str], control: re.Pattern[str]) -> str:
+    """What all texts begin with, no control string cut in two."""
     first, last = min(texts), max(texts)
     same = next((index for index, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return first[:same]
+    whole = (match.span("token") for match in control.finditer(first))
+    return first[: next((start for start, end in whole if start < same < end), same)]

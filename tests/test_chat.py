@@ -22,11 +22,11 @@ FAMILIES = {"chatml": CHATML, "generation": CHATML, "qwen3": CHATML, "llama3": L
 
 
 def specification(tokens: list[str], merges: list[str] = ()) -> str:
-    """A byte-level tokenizer without merges: a byte is its own id, added tokens follow from 256 on."""
+    """A byte-level tokenizer: a byte is its own id; merges and then added tokens follow from 256 on."""
     vocab = {letter: byte for byte, letter in byte_letters().items()}
-    vocab |= {merge.replace(" ", ""): 256 + len(tokens) + number for number, merge in enumerate(merges)}
+    vocab |= {merge.replace(" ", ""): 256 + number for number, merge in enumerate(merges)}
     flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
-    added = [{"id": 256 + number, "content": token, "special": token.startswith("<|"), **flags}
+    added = [{"id": len(vocab) + number, "content": token, "special": token.startswith("<|"), **flags}
              for number, token in enumerate(tokens)]
     return json.dumps({
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
@@ -356,6 +356,44 @@ def test_a_template_that_takes_text_apart_is_refused(change, complaint):
         chat_template(source)
 
 
+def test_a_template_that_rewrites_only_tools_is_taken_without_them():
+    source = "{% for tool in tools or [] %}{{ tool.function.description | upper }}{% endfor %}"
+    template = chat_template(source + (TEMPLATES / "chatml.jinja").read_text())
+    turns = [("user", "U"), ("assistant", "A")]
+    assert texts(template, template.render(chat(*turns)))[1] == ("A<|im_end|>\n", True)
+    with pytest.raises(Rejected, match="template_cuts_text: the chat template rewrites tools"):
+        template.render(chat(*turns, tools=[{"function": {"description": "d"}}]))
+
+
+def test_an_end_of_text_that_only_the_last_turn_has_is_no_part_of_a_turn():
+    source = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+              "{{ '<|im_start|>assistant\n' if add_generation_prompt else eos_token }}")
+    template = ChatTemplate(specification(CHATML), source, variables={"eos_token": "<|endoftext|>"})
+    spans = template.render(chat(("user", "U"), ("assistant", "A"), ("user", "V"), ("assistant", "B")))
+    assert texts(template, spans)[1::2] == [("A<|im_end|>\n", True), ("B<|im_end|>\n", True)]
+    assert texts(template, spans)[-1] == ("<|endoftext|>", False)
+    assert template.decode(template.prompt([{"role": "user", "content": "U"}])).endswith("<|im_start|>assistant\n")
+
+
+def test_a_marker_that_begins_before_the_header_ends_does_not_join_header_and_answer():
+    source = ("{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}{% generation %}"
+              "{{ '\n' + m.content }}<|im_end|>{% endgeneration %}{% else %}{{ '\n' + m.content }}<|im_end|>{% endif %}"
+              "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    two_newlines_are_one_token = specification(CHATML, ["\u010a \u010a"])
+    template = ChatTemplate(two_newlines_are_one_token, source, variables={})
+    conversation = chat(("user", "U"), ("assistant", "\n\nA"))
+    ids, prompt = flat(template.render(conversation))["input_ids"], template.prompt(conversation.messages[:1])
+    assert ids[: len(prompt)] == prompt
+    assert texts(template, template.render(conversation))[1] == ("\n\n\nA<|im_end|>", True)
+
+
+def test_a_template_that_fails_on_a_chat_refuses_it_whatever_it_raises():
+    source = "{% for m in messages %}{% if m.role == 'tool' %}{{ 1 + m.content }}{% endif %}{% endfor %}"
+    template = chat_template(source + (TEMPLATES / "chatml.jinja").read_text())
+    with pytest.raises(Rejected, match="template_refused: the chat template says: TypeError"):
+        template.render(chat(("user", "U"), ("tool", "T"), ("assistant", "A")))
+
+
 def test_a_template_that_searches_for_a_variable_is_followed():
     source = ("{% set tag = '</think>' %}{% for message in messages %}<|im_start|>{{ message.role }}\n"
               "{{ message.content.split(tag)[-1] }}<|im_end|>\n{% endfor %}")
@@ -428,7 +466,7 @@ def test_a_token_that_swallows_white_space_does_so_in_the_template_only():
 
 @pytest.fixture(scope="module", params=["minimind_tokenizer", "minimind2_tokenizer"])
 def encoder(request, shared) -> TextEncoder:
-    encoder = TextEncoder(json.loads((shared / request.param / "tokenizer.json").read_text()))
+    encoder = TextEncoder(json.loads((shared / request.param / "tokenizer.json").read_text()), controls={"<x>": 0})
     assert encoder._words is not None
     return encoder
 
@@ -481,8 +519,19 @@ def test_many_texts_are_split_into_batches_and_a_giant_one_goes_alone(encoder, m
 
 
 def test_a_tokenizer_whose_merges_build_a_control_string_still_never_makes_one_of_text():
-    merges = ["< s", "<s >"]
-    text = json.loads(specification(["<s>"], merges))
-    text["added_tokens"][0]["id"] = text["model"]["vocab"]["<s>"] = 257
-    encoder = TextEncoder(text)
-    assert encoder.encode("a<s>") == [97, *b"<s>"]
+    text = json.loads(specification([], ["< s", "<s >"]))
+    text["added_tokens"] = [{"id": 257, "content": "<s>", "special": True, "single_word": False, "lstrip": False,
+                             "rstrip": False, "normalized": False}]
+    text["pre_tokenizer"]["use_regex"] = False  # with GPT-2's pattern, < and s never meet
+    encoder = TextEncoder(text, controls={"<s>": 257})
+    assert encoder.encode("a<s>b<s") == [97, *b"<s>", 98, 256]
+
+
+def test_ids_are_those_that_the_library_gives_where_the_file_disagrees():
+    text = json.loads(specification(CHATML))
+    for token in text["added_tokens"]:
+        token["id"] += 7
+    template = ChatTemplate(json.dumps(text), (TEMPLATES / "chatml.jinja").read_text(), variables={})
+    assert template.stop_ids == (template.tokenizer.token_to_id("<|im_end|>"),)
+    ids = flat(template.render(chat(("user", "U"), ("assistant", "A"))))["input_ids"]
+    assert template.decode(ids).endswith("A<|im_end|>\n")
