@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,18 +26,9 @@ from tokenizers import Tokenizer
 
 from minimind_sft.encoding import TextEncoder
 from minimind_sft.formats import Conversation, Rejected
-from minimind_sft.rendering import (
-    JSON_OPEN,
-    MARK,
-    OPEN,
-    CutError,
-    Outline,
-    Skeleton,
-    Slot,
-    Template,
-    Touched,
-    json_text,
-)
+from minimind_sft.plans import Plan, PlannedSpan, dropped_fields, planned_items
+from minimind_sft.rendering import Template
+from minimind_sft.skeleton import CutError, Outline, Skeleton, Slot, Touched
 from minimind_sft.turns import learn_turns
 
 CODE_VERSION = 1  # part of every cache key: raise it when the ids that come out change
@@ -67,19 +58,6 @@ class Span(NamedTuple):
     optional: bool = False
 
 
-class _Text(NamedTuple):
-    """Text to be encoded as one: strings, slots (int), and slots as JSON (slot, options)."""
-
-    parts: tuple[Any, ...]
-
-
-class _Plan(NamedTuple):
-    """How to fill chats of one shape: per span, lists of ids and texts; and the fields that the template drops."""
-
-    spans: list[tuple[bool, bool, list[list[int] | _Text]]]
-    dropped: list[str]
-
-
 class ChatTemplate:
     """A tokenizer and its chat template.
 
@@ -100,7 +78,7 @@ class ChatTemplate:
         self._control = _control_pattern(parsed["added_tokens"])
         self._encoder = TextEncoder(parsed, controls=self._controls)
         self._template = Template(template, controls=self._controls, variables=variables)
-        self._plans: dict[Any, _Plan] = {}
+        self._plans: dict[Any, Plan] = {}
         self.dropped: Counter[str] = Counter()
         self.vocab_size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
         self.bos_id, self.eos_id = (self._controls.get(variables.get(name, "")) for name in ("bos_token", "eos_token"))
@@ -127,8 +105,13 @@ class ChatTemplate:
         values = {name: value["content"] if isinstance(value, dict) else value
                   for name, value in config.items() if name.endswith("_token")}
         try:
-            return cls(file.read_text(encoding="utf-8"), template,
+            made = cls(file.read_text(encoding="utf-8"), template,
                        variables={name: value for name, value in values.items() if isinstance(value, str)})
+            for token in config.get("added_tokens_decoder", {}).values():
+                if token["content"] not in made._controls:
+                    raise ValueError(f"tokenizer_config.json adds {token['content']!r}, which tokenizer.json lacks; "
+                                     "load the tokenizer with transformers and save it again")
+            return made
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
         except Exception as error:  # the tokenizers library raises nothing more particular
@@ -152,19 +135,16 @@ class ChatTemplate:
         Raises:
             Rejected: The template refuses a conversation (`template_refused`, `template_cuts_text`).
         """
-        plans: list[_Plan] = []
+        plans: list[Plan] = []
         texts: list[str] = []
         for conversation in conversations:
             plan, slots = self._plan(conversation.messages, conversation.tools, supervise=supervise)
             if plan.dropped:
                 self.dropped.update(plan.dropped)
             plans.append(plan)
-            _fill(plan, slots, texts)
+            texts += plan.texts(slots)
         encoded = iter(self._encoder.encode_many(texts))
-        return [
-            [Span(_joined(items, encoded), supervised, optional) for supervised, optional, items in plan.spans]
-            for plan in plans
-        ]
+        return [[Span(span.ids(encoded), span.supervised, span.optional) for span in plan.spans] for plan in plans]
 
     def prompt(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, *, thinking: bool = False
@@ -172,10 +152,8 @@ class ChatTemplate:
         """What inference feeds: the messages and the header of the answer to come."""
         flags = {"add_generation_prompt": True} | {flag: thinking for flag in self.turns.flags}
         plan, slots = self._plan(messages, tools, flags=flags)
-        texts: list[str] = []
-        _fill(plan, slots, texts)
-        encoded = iter(self._encoder.encode_many(texts))
-        return [id for _, _, items in plan.spans for id in _joined(items, encoded)]
+        encoded = iter(self._encoder.encode_many(list(plan.texts(slots))))
+        return [id for span in plan.spans for id in span.ids(encoded)]
 
     def document(self, text: str, *, format: str) -> list[Span]:
         """The spans of one raw text; see `documents`."""
@@ -213,7 +191,7 @@ class ChatTemplate:
     # ---- plans
 
     def _plan(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, *, supervise: str = "all",
-              flags: dict[str, Any] | None = None) -> tuple[_Plan, list[Slot]]:
+              flags: dict[str, Any] | None = None) -> tuple[Plan, list[Slot]]:
         context = [index for index, message in enumerate(messages) if not message.get("train", True)]
         if supervise == "last":
             answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -239,67 +217,16 @@ class ChatTemplate:
             plan = self._plans[key] = self._compile(skeleton, outline, slots, context)
         return plan, slots
 
-    def _compile(self, skeleton: Skeleton, outline: Outline, slots: list[Slot], context: list[int]) -> _Plan:
+    def _compile(self, skeleton: Skeleton, outline: Outline, slots: list[Slot], context: list[int]) -> Plan:
         roles = [message[0] for message in outline[1:]]
         answers = [index for index, role in enumerate(roles) if role == "assistant"]
-        spans = [(segment.message is not None and segment.message not in context, segment.optional,
-                  self._items(segment.text, skeleton)) for segment in self.turns.cut(skeleton, slots, answers)]
-        used = {int(mark[2]) if mark[1] == OPEN else skeleton.jsons[int(mark[2])][0]
-                for mark in MARK.finditer(skeleton.text) if mark[1] in (OPEN, JSON_OPEN)}
-        lost = {"tools" if slot.message < 0 else f"{roles[slot.message]} {slot.field}"
-                for number, slot in enumerate(slots) if number not in used}
-        return _Plan(spans, sorted(lost))
-
-    def _items(self, text: str, skeleton: Skeleton) -> list[list[int] | _Text]:
-        """Marked text as ids where they are known, and texts to be filled."""
-        items: list[list[int] | _Text] = []
-        position = 0
-        for control in [*self._control.finditer(text), None]:
-            parts = _parts(text[position : control.start() if control else len(text)], skeleton)
-            known = all(isinstance(part, str) for part in parts)
-            items.append(self.encode_text("".join(parts)) if known else _Text(tuple(parts)))
-            if control:
-                items.append([self._controls[control["token"]]])
-                position = control.end()
-        merged: list[list[int] | _Text] = []
-        for item in items:
-            if merged and isinstance(item, list) and isinstance(merged[-1], list):
-                merged[-1] += item
-            elif item:
-                merged.append(item)
-        return merged
-
-
-def _fill(plan: _Plan, slots: list[Slot], texts: list[str]) -> None:
-    """Append the texts of a plan, filled in, in order."""
-    for _, _, items in plan.spans:
-        for item in items:
-            if isinstance(item, _Text):
-                texts.append("".join([
-                    slots[part].value if isinstance(part, int) else part if isinstance(part, str)
-                    else json_text(slots[part[0]].value, part[1]) for part in item.parts
-                ]))
-
-
-def _joined(items: list[list[int] | _Text], encoded: Iterator[list[int]]) -> list[int]:
-    first, *rest = items
-    ids = next(encoded) if isinstance(first, _Text) else first[:]
-    for item in rest:
-        ids += next(encoded) if isinstance(item, _Text) else item
-    return ids
-
-
-def _parts(text: str, skeleton: Skeleton) -> list[Any]:
-    """Marked text as strings, slots, and slots as JSON."""
-    parts: list[Any] = []
-    position = 0
-    for mark in MARK.finditer(text):
-        number = int(mark[2])
-        parts.append(text[position : mark.start()])
-        parts.append(number if mark[1] == OPEN else skeleton.jsons[number] if mark[1] == JSON_OPEN
-                     else skeleton.tags[number])
-        position = mark.end()
-    return [part for part in [*parts, text[position:]] if part != ""]
+        spans = []
+        for segment in self.turns.cut(skeleton, slots, answers):
+            items = planned_items(segment.text, skeleton, control=self._control, ids=self._controls,
+                                  encode=self.encode_text)
+            supervised = segment.message is not None and segment.message not in context
+            spans.append(PlannedSpan(supervised, segment.optional, items))
+        return Plan(spans, dropped_fields(skeleton, slots, roles))
 
 
 def _control_pattern(tokens: list[dict[str, Any]]) -> re.Pattern[str]:

@@ -1,10 +1,9 @@
 """One line of any chat format in; a `Conversation`, a `PlainText`, or `Rejected` with a reason out.
 
 Every format ends in one shape: messages with `role` (system, user, assistant, tool), `content` (a string), `train` (a
-bool) and, where an assistant message has them, `reasoning_content` (a string) and `tool_calls` (parsed). What the rest
-of the program must never meet is refused here, under a short stable reason to count by and with a sentence for people:
-JSON that says two things (duplicate keys), numbers that JSON does not have (NaN), text that UTF-8 cannot hold (lone
-surrogates), content that is not text. The format is told by the keys of each line, so a file may mix them.
+bool) and, where an assistant message has them, `reasoning_content` (a string) and `tool_calls` (parsed). What cannot be
+used is refused here, under a short stable reason to count by and with a sentence for people. The format is told by the
+keys of each line, so a file may mix them.
 
     minimind    {"conversations": [{"role": "user", "content": "..."}, ...]}; `tools`, `tool_calls` as JSON strings
     openai      {"messages": [...], "tools": [...]}; content may be a list of text parts, `weight` 0 or 1
@@ -16,11 +15,11 @@ surrogates), content that is not text. The format is told by the keys of each li
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
+
+from minimind_sft.strict_json import Rejected, describe, load
 
 FORMATS = ("minimind", "openai", "sharegpt", "alpaca", "completion", "text")
 ROLES = ("system", "user", "assistant", "tool")
@@ -30,22 +29,6 @@ _ROLE_NAMES = {role: role for role in ROLES} | {
     "function_response": "tool", "ipython": "tool",
 }
 _REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-class Rejected(Exception):
-    """A line that cannot be used.
-
-    Attributes:
-        reason: A short stable name to count by, such as `not_json` or `no_assistant_turn`.
-        detail: The value that was met and what to do about it, for people.
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
 
 
 @dataclass(slots=True)
@@ -83,55 +66,10 @@ def parse(text: str, *, format: str = "auto") -> Conversation | PlainText:
     """
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"format {format!r} is not known; choose one of auto, {', '.join(FORMATS)}")
-    row = _load(text)
+    row = load(text)
     if not isinstance(row, dict):
-        raise Rejected("not_an_object", f"the line is {_name(row)}; each line must be one JSON object")
+        raise Rejected("not_an_object", f"the line is {describe(row)}; each line must be one JSON object")
     return _READERS[_detect(row) if format == "auto" else format](row)
-
-
-def _load(text: str) -> Any:
-    if not text or text.isspace():
-        raise Rejected("empty", "the line is blank")
-    if not text.isascii() and (found := _SURROGATE.search(text)):
-        raise Rejected("lone_surrogate", f"the line holds {found[0]!r}, which UTF-8 cannot hold; re-encode the file")
-    try:
-        row = _DECODER.decode(text)
-    except RecursionError:
-        raise Rejected("too_deep", "the JSON is nested too deeply to be a chat; flatten it") from None
-    except ValueError as error:
-        raise Rejected("not_json", f"{error}; the line begins {text[:40]!r}") from None
-    if "\\u" in text and _SURROGATE_ESCAPE.search(text):
-        _refuse_surrogates(row)
-    return row
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise Rejected("duplicate_key", f"key {twice!r} stands twice in one object; keep one of them")
-    return mapping
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise Rejected("not_a_number", f"{name} is not JSON; write null or a string")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
-
-
-def _refuse_surrogates(value: Any) -> None:
-    pending = [value]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, str):
-            if found := _SURROGATE.search(value):
-                raise Rejected("lone_surrogate", f"half a character, {found[0]!r}; write both halves or remove it")
-        elif isinstance(value, dict):
-            pending += [*value.keys(), *value.values()]
-        elif isinstance(value, list):
-            pending += value
 
 
 def _detect(row: dict[str, Any]) -> str:
@@ -167,11 +105,11 @@ def _system(row: dict[str, Any]) -> list[Any]:
 def _read_sharegpt(row: dict[str, Any]) -> Conversation:
     turns = row.get("conversations")
     if not isinstance(turns, list):
-        raise Rejected("not_a_list", f"conversations is {_name(turns)}; it must be a list of messages")
+        raise Rejected("not_a_list", f"conversations is {describe(turns)}; it must be a list of messages")
     messages = _system(row)
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
-            raise Rejected("not_an_object", f"message {number} is {_name(turn)}; it must be an object")
+            raise Rejected("not_an_object", f"message {number} is {describe(turn)}; it must be an object")
         message = {key: value for key, value in turn.items() if key not in ("from", "value")}
         message |= {"role": turn.get("from"), "content": turn.get("value")}
         if turn.get("from") == "function_call":
@@ -189,7 +127,7 @@ def _read_alpaca(row: dict[str, Any]) -> Conversation:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     question, extra = row.get("instruction"), row.get("input")
     if extra is not None and not isinstance(extra, str):
-        raise Rejected("content_not_a_string", f"input is {_name(extra)}; write it as a string")
+        raise Rejected("content_not_a_string", f"input is {describe(extra)}; write it as a string")
     if extra and isinstance(question, str):
         question = f"{question}\n{extra}" if question else extra
     messages += [{"role": "user", "content": question}, {"role": "assistant", "content": row.get("output")}]
@@ -207,7 +145,7 @@ def _read_completion(row: dict[str, Any]) -> Conversation:
 def _read_text(row: dict[str, Any]) -> PlainText:
     text = row.get("text")
     if not isinstance(text, str):
-        raise Rejected("content_not_a_string", f"text is {_name(text)}; write it as a string")
+        raise Rejected("content_not_a_string", f"text is {describe(text)}; write it as a string")
     if not text or text.isspace():
         raise Rejected("empty", "text is blank")
     source, parent = (value if isinstance(value, str) else None for value in (row.get("source"), row.get("parent")))
@@ -225,13 +163,13 @@ _READERS: dict[str, Callable[[dict[str, Any]], Conversation | PlainText]] = {
 
 def _conversation(turns: Any, *, where: str, tools: Any) -> Conversation:
     if not isinstance(turns, list):
-        raise Rejected("not_a_list", f"{where} is {_name(turns)}; it must be a list of messages")
+        raise Rejected("not_a_list", f"{where} is {describe(turns)}; it must be a list of messages")
     if not turns:
         raise Rejected("empty", f"{where} holds no message")
     messages = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
-            raise Rejected("not_an_object", f"message {number} is {_name(turn)}; it must be an object")
+            raise Rejected("not_an_object", f"message {number} is {describe(turn)}; it must be an object")
         message = _message(turn, number)
         messages.append(message)
         if message["role"] == "system" and turn.get("tools"):  # MiniMind keeps the schemas here, as a JSON string
@@ -245,7 +183,7 @@ def _message(turn: dict[str, Any], number: int) -> dict[str, Any]:
     named = turn.get("role")
     role = _ROLE_NAMES.get(named) if isinstance(named, str) else None
     if role is None:
-        raise Rejected("bad_role", f"message {number}: role is {_name(named)}; use one of {', '.join(ROLES)}")
+        raise Rejected("bad_role", f"message {number}: role is {describe(named)}; use one of {', '.join(ROLES)}")
     calls = _tool_calls(turn["tool_calls"], number) if role == "assistant" and turn.get("tool_calls") else None
     content = turn.get("content")
     if not isinstance(content, str):
@@ -266,11 +204,11 @@ def _text_parts(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise Rejected("content_not_a_string", f"{where} is {_name(content)}; write it as a string")
+        raise Rejected("content_not_a_string", f"{where} is {describe(content)}; write it as a string")
     texts: list[Any] = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
                         for part in content]
     if wrong := [text for text in texts if not isinstance(text, str)]:
-        raise Rejected("content_not_text", f"{where} has a part that is not text, {_name(wrong[0])}; remove it")
+        raise Rejected("content_not_text", f"{where} has a part that is not text, {describe(wrong[0])}; remove it")
     return "".join(texts)
 
 
@@ -278,7 +216,7 @@ def _train(turn: dict[str, Any], number: int) -> bool:
     train = turn.get("train", turn.get("weight"))
     if train is None or train in (True, False):  # 1 and 0 are equal to these
         return train is None or bool(train)
-    raise Rejected("bad_train", f"message {number}: train or weight is {_name(train)}; write true or false")
+    raise Rejected("bad_train", f"message {number}: train or weight is {describe(train)}; write true or false")
 
 
 def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
@@ -298,7 +236,7 @@ def _objects(value: Any, reason: str, where: str) -> list[dict[str, Any]]:
     """A list of objects, or a JSON string of one; a single object counts as a list of one."""
     if isinstance(value, str) and value.strip():
         try:
-            value = _load(value)
+            value = load(value)
         except Rejected as error:
             raise Rejected(reason, f"{where} is a string that is not JSON ({error.reason}); write it as JSON") from None
     if isinstance(value, dict):
@@ -308,13 +246,3 @@ def _objects(value: Any, reason: str, where: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise Rejected(reason, f"{where} must be a list of objects")
     return value
-
-
-def _name(value: Any) -> str:
-    """What was met, for a message: its kind and its beginning."""
-    kind = {"NoneType": "missing", "dict": "an object", "list": "a list", "bool": "a boolean", "str": "a string",
-            "int": "a number", "float": "a number"}[type(value).__name__]
-    if value is None:
-        return kind
-    text = json.dumps(value, ensure_ascii=False)
-    return f"{kind}, {text if len(text) <= 60 else text[:57] + '...'}"

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from minimind_sft.rendering import MARK, OPEN, Skeleton, Slot, Template, Touched
+from minimind_sft.rendering import Template
 from minimind_sft.sandbox import BEGIN, END
+from minimind_sft.skeleton import MARK, OPEN, Skeleton, Slot, Touched
 
 THINKING_FLAGS = ("enable_thinking", "open_thinking", "thinking")
 _EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")

@@ -424,6 +424,12 @@ def test_a_folder_without_tokenizer_or_template_is_refused_with_a_remedy(tmp_pat
     (tmp_path / "chat_template.jinja").write_text((TEMPLATES / "chatml.jinja").read_text())
     template = ChatTemplate.from_folder(tmp_path)
     assert (template.bos_id, template.eos_id) == (None, 258)
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"300": {"content": "<new>"}}}')
+    with pytest.raises(ValueError, match="adds '<new>', which tokenizer.json lacks"):
+        ChatTemplate.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": {}}')
+    with pytest.raises(ValueError, match="is not a tokenizer that the tokenizers library reads"):
+        ChatTemplate.from_folder(tmp_path)
 
 
 def test_the_fingerprint_changes_with_template_and_tokenizer():
