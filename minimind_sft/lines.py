@@ -26,6 +26,8 @@ SOLID_FIRST, SOLID_LAST = np.ones(256, dtype=bool), np.ones(256, dtype=bool)
 SOLID_FIRST[[white[0] for white in WHITE]] = False
 SOLID_LAST[[white[-1] for white in WHITE]] = False
 
+WORKSPACE = (BUFFER + 3 + 7) // 8 * 8
+
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
 
@@ -43,7 +45,7 @@ def is_utf8(buffer: bytearray, size: int, wanted: bytearray, mask: bytearray) ->
     Args:
         buffer: any bytes.
         size: how many of them.
-        wanted: working space, as long as ``mask``, and at least ``size + 3``.
+        wanted: working space, as long as ``mask``: a multiple of 8, and at least ``size + 3``.
         mask: working space.
     """
     if buffer.isascii():  # stops at the first byte that is not; what lies past `size` can only cost time
@@ -82,14 +84,21 @@ def is_utf8(buffer: bytearray, size: int, wanted: bytearray, mask: bytearray) ->
 
 
 def _positions(mask: NDArray[np.bool_], memory: bytearray) -> NDArray[np.int64]:
-    """``np.flatnonzero(mask)``, five times as fast where there is little to find; ``memory`` is where the mask lies."""
+    """`_nonzero` of a mask where little is expected; ``memory`` is where it lies."""
     found, at = list[int](), memory.find(1)
     while at >= 0:
         if len(found) == 128:
-            return np.flatnonzero(mask)
+            return _nonzero(mask)
         found.append(at)
         at = memory.find(1, at + 1)
     return np.array(found, dtype=np.int64)
+
+
+def _nonzero(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """``np.flatnonzero`` of a mask with gaps, (8 * N,), in half the time: it looks for words of eight first."""
+    words = np.flatnonzero(mask.view(np.uint64) != 0)
+    inner = np.flatnonzero(mask.reshape(-1, 8)[words])
+    return (words[inner >> 3] << 3) + (inner & 7)
 
 
 def _not_utf8(source: Source, data: bytes, *, lines_before: int) -> ValueError:
@@ -112,9 +121,12 @@ def line_breaks(
 
     Args:
         units: (N,) bytes.
-        mask: (N,) working space.
+        mask: working space, a multiple of 8 long, and at least N.
     """
-    breaks = np.flatnonzero(np.less(units, 0x0E, out=mask))  # \n and \r, and four that are rare in text
+    mask = np.empty((units.size + 7) // 8 * 8, dtype=bool) if mask is None else mask
+    np.less(units, 0x0E, out=mask[: units.size])  # \n and \r, and others that are rare in text
+    mask[units.size :] = False
+    breaks = _nonzero(mask)
     marks = units[breaks]
     if (marks == 0x0A).all():
         return breaks, breaks + 1
@@ -145,7 +157,7 @@ class _Scanner:
 
     def feed(self, piece: memoryview, mask: NDArray[np.bool_]) -> None:
         units = np.frombuffer(piece, dtype=np.uint8)
-        ends, nexts = line_breaks(units, mask[: units.size])
+        ends, nexts = line_breaks(units, mask)
         if not ends.size:
             self._extend(bytes(piece))
         else:
@@ -199,7 +211,7 @@ def scan_lines(sources: Sequence[Source], *, progress: Progress | None = None) -
     Raises:
         ValueError: for invalid UTF-8 (with file and line), damaged compressed data, or a file that changes meanwhile.
     """
-    buffer, wanted, mask = bytearray(BUFFER), bytearray(BUFFER + 3), bytearray(BUFFER + 3)
+    buffer, wanted, mask = bytearray(BUFFER), bytearray(WORKSPACE), bytearray(WORKSPACE)
     view, flags = memoryview(buffer), np.frombuffer(mask, dtype=bool)
     scanner, done = _Scanner(), 0
     first_line, first_byte, total = [0], [0], sum(source.size for source in sources)
