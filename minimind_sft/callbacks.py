@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from minimind_sft.data import affordable_interval, evaluation_tokens
+from minimind_sft.evaluation import affordable_interval, evaluation_tokens
 from minimind_sft.forgetting import Reading
 from minimind_sft.records import MetricsFile
 
@@ -54,7 +54,7 @@ class Intervals:
                 raise ValueError(f"{name}_every_steps is {value}; it counts optimizer steps and must be at least 1")
         plan = data.plan
         save = save_every or max(1, min(100, plan.windows // 4))
-        affordable = affordable_interval(evaluation_tokens(data), float(plan.epoch(0).window_tokens.mean()))
+        affordable = affordable_interval(evaluation_tokens(data.evaluation), float(plan.epoch(0).window_tokens.mean()))
         return cls(log_every, val_every or min(max(affordable, save), plan.windows), save)
 
 

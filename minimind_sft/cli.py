@@ -13,24 +13,24 @@ import json
 import logging
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 
 from minimind_sft.callbacks import Measure, StepLog
-from minimind_sft.checkpoints import BEST, LAST, AtomicCheckpointIO, Checkpoints
+from minimind_sft.checkpoints import AtomicCheckpointIO, Checkpoints
 from minimind_sft.data import SFTDataModule
+from minimind_sft.devices import pin_device, resolve_precision
 from minimind_sft.files import PROJECT
 from minimind_sft.module import SFTModule
 from minimind_sft.records import MetricsFile
+from minimind_sft.rundir import find_checkpoint, prepare_run_dir, wandb_logger
 from minimind_sft.screen import FirstScreen, LastScreen, Record
 
 NOT_OFFERED = {
@@ -58,18 +58,6 @@ NOT_OFFERED = {
     "enable_autolog_hparams": "nothing: settings are in config.yaml",
     "inference_mode": "nothing: looking at a model never needs gradients",
 }
-OUR_FILES = (
-    "checkpoints",
-    "metrics.csv",
-    "forgetting.json",
-    "forgetting.png",
-    "probes.json",
-    "predictions.jsonl",
-    "run.json",
-    "sample.json",
-    "config.yaml",
-)
-
 OptionalInt = Union[int, None]  # noqa: UP007 (jsonargparse wants an object)
 Precision = Literal["auto", "32", "bf16-mixed", "16-mixed"]
 
@@ -279,103 +267,6 @@ class WritePredictions(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._file.close()
         print(f"answers in {self.path}", flush=True)
-
-
-def find_checkpoint(asked: str | None, run_dir: Path, verb: str) -> str | None:
-    """`last`, `best`, `auto` or a path -> the file, or None for a fresh start.
-
-    Raises:
-        ValueError: the checkpoint is not there.
-    """
-    if asked is None:
-        return None
-    folder = run_dir / "checkpoints"
-    if asked == "auto":
-        return str(folder / LAST) if (folder / LAST).is_file() else None
-    path = folder / {"last": LAST, "best": BEST}[asked] if asked in ("last", "best") else Path(asked)
-    if not path.is_file():
-        there = ", ".join(sorted(str(p) for p in folder.glob("*.ckpt"))) or "none"
-        start = "; leave --ckpt_path out, or use auto, to start afresh" if verb == "fit" else ""
-        raise ValueError(f"--ckpt_path {asked}: there is no {path} (checkpoints of this run: {there}){start}")
-    return str(path)
-
-
-def prepare_run_dir(run_dir: Path, *, resuming: bool, overwrite: bool) -> None:
-    """Refuse to write over another run, or clear it away when asked to.
-
-    Raises:
-        ValueError: the folder holds checkpoints, or cannot be written.
-    """
-    if not resuming and any((run_dir / "checkpoints").glob("*.ckpt")) and not overwrite:
-        raise ValueError(
-            f"{run_dir} holds the checkpoints of a run. Go on with it (--ckpt_path last), choose another folder "
-            "(--run_dir), or replace it (--overwrite)"
-        )
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / ".writable").touch()
-        (run_dir / ".writable").unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write run_dir {run_dir} ({error.strerror}); choose another with --run_dir") from error
-    if not resuming:  # what a run without a checkpoint left behind would be taken for this run's
-        for name in OUR_FILES:
-            path = run_dir / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
-
-def pin_device(device: str, accelerator: str, devices: Any) -> dict[str, Any]:
-    """`device` as the Trainer's `accelerator` and `devices`; `trainer.devices` decides where it was set.
-
-    Raises:
-        ValueError: a device that is not there, or two settings that contradict each other.
-    """
-    if device != "auto" and (devices != "auto" or accelerator != "auto"):
-        raise ValueError(f"device ({device}) and trainer.accelerator/devices are both set; leave one of them out")
-    if device == "auto":
-        if accelerator == "auto":
-            accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-        return {"accelerator": accelerator, "devices": 1 if devices == "auto" else devices}
-    if device == "cpu":
-        return {"accelerator": "cpu", "devices": 1}
-    found = re.fullmatch(r"cuda(?::(\d+(?:,\d+)*))?", device)
-    if found is None:
-        raise ValueError(f"device {device!r} is not known; use auto, cpu, cuda, cuda:7 or cuda:0,1")
-    numbers = [int(number) for number in (found.group(1) or "0").split(",")]
-    there = torch.cuda.device_count()
-    if max(numbers) >= there:
-        have = f"cuda:0 to cuda:{there - 1}" if there else "no GPU that this PyTorch can use"
-        raise ValueError(f"device {device}: this machine has {have}; use --device cpu or another number")
-    return {"accelerator": "cuda", "devices": numbers}
-
-
-def resolve_precision(precision: str, accelerator: str) -> str:
-    """What `auto` means on this device."""
-    if precision != "auto":
-        return {"32": "32-true"}.get(precision, precision)
-    if accelerator in ("cuda", "gpu"):
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-    return "32-true"
-
-
-def wandb_logger(run_dir: Path, *, offline: bool, resuming: bool) -> WandbLogger:
-    """A W&B run that keeps its id when the run is resumed."""
-    import uuid
-
-    note = run_dir / "wandb_id"
-    if not (resuming and note.is_file()):
-        note.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
-    name = run_dir.resolve().name
-    return WandbLogger(
-        name=name,
-        project="minimind_sft",
-        save_dir=run_dir,
-        id=note.read_text(encoding="utf-8").strip(),
-        offline=offline,
-        resume="allow",
-    )
 
 
 def find_config(argv: list[str]) -> list[str]:

@@ -14,28 +14,25 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from minimind_sft import corpus, overlap
-from minimind_sft.batching import Documents, MicroBatch, Plan, in_order, pack
+from minimind_sft.batching import Documents, MicroBatch, Plan
 from minimind_sft.chat import ChatTemplate
 from minimind_sft.corpus import Store
+from minimind_sft.evaluation import EvaluationBatches, bytes_of_tokens, prompts
 from minimind_sft.files import Files, default_cache, resolve
 from minimind_sft.forgetting import CHAT, PRETRAIN
-from minimind_sft.formats import Conversation, Rejected, parse
 from minimind_sft.progress import track
 from minimind_sft.sampling import Line, read_lines, select
 
 RULE_OF_THUMB = (1_000, 10_000)  # SFT : pretraining, 1 : N
-EVALUATION_TOKENS = 8_192  # of one evaluation batch; nothing is kept for a backward pass
 MEBIBYTE = 1 << 20
 
 
@@ -325,7 +322,17 @@ class SFTDataModule(LightningDataModule):
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
         token_bytes = bytes_of_tokens(self.template)
         return [
-            _loader(_Evaluation(documents, self, token_bytes, rank, ranks)) for documents in self.evaluation.values()
+            _loader(
+                EvaluationBatches(
+                    documents,
+                    token_bytes=token_bytes,
+                    empty_think_ratio=self.empty_think_ratio,
+                    seed=self.seed,
+                    rank=rank,
+                    ranks=ranks,
+                )
+            )
+            for documents in self.evaluation.values()
         ]
 
     def predict_dataloader(self) -> DataLoader[list[dict[str, Any]]]:
@@ -343,19 +350,6 @@ class SFTDataModule(LightningDataModule):
         return prompts(read_lines(self.files.expand(self.val_path, "data.val_path")), self.template, self.max_length)
 
 
-def bytes_of_tokens(template: ChatTemplate) -> np.ndarray:
-    """Bytes of text that each id stands for, (V,) int64; a control token counts none."""
-    tokenizer = template.tokenizer
-    added = set(tokenizer.get_added_tokens_decoder())
-    byte_level = "ByteLevel" in repr(tokenizer.decoder)  # then a token is written with one character per byte
-    sizes = np.zeros(template.vocab_size, np.int64)
-    for id in range(template.vocab_size):
-        token = tokenizer.id_to_token(id)
-        if token is not None and id not in added:
-            sizes[id] = len(token) if byte_level else len(tokenizer.decode([id]).encode())
-    return sizes
-
-
 def choose_by_hash(lines: Iterator[Line], count: int) -> list[Line]:
     """The `count` lines whose content hash is smallest: the same ones however the file is ordered or grows
     elsewhere."""
@@ -365,31 +359,6 @@ def choose_by_hash(lines: Iterator[Line], count: int) -> list[Line]:
             yield hashlib.blake2b(line.text.encode(), digest_size=8).digest(), number, line
 
     return [line for _, _, line in heapq.nsmallest(count, keyed())]
-
-
-def prompts(lines: Iterator[Line], template: ChatTemplate, max_length: int) -> Iterator[dict[str, Any]]:
-    """What the model is asked in a chat: everything before its last assistant turn.
-
-    Yields:
-        `where` (file:line), `messages`, `prompt_ids` and `reference`; chats that cannot be read or that do not fit in
-        `max_length` are left out.
-    """
-    for line in lines:
-        try:
-            chat = parse(line.text)
-        except Rejected:
-            continue
-        if not isinstance(chat, Conversation):
-            continue
-        last = max(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
-        ids = template.prompt(chat.messages[:last], chat.tools)
-        if len(ids) < max_length:
-            yield {
-                "where": f"{line.file}:{line.number}",
-                "messages": chat.messages[:last],
-                "prompt_ids": ids,
-                "reference": chat.messages[last]["content"],
-            }
 
 
 def _loader(dataset: Dataset[MicroBatch], sampler: Sampler[Any] | None = None) -> DataLoader[MicroBatch]:
@@ -426,39 +395,3 @@ class _Positions(Sampler[tuple[int, int]]):
         first = self.start[1] if self.epoch == self.start[0] else 0
         for position in range(first, self.len_epoch):
             yield self.epoch, position
-
-
-class _Evaluation(Dataset[MicroBatch]):
-    """A rank's share of the documents to evaluate, in batches of about `EVALUATION_TOKENS`."""
-
-    def __init__(
-        self, documents: Documents, data: SFTDataModule, token_bytes: np.ndarray, rank: int, ranks: int
-    ) -> None:
-        self.documents, self.token_bytes = documents, token_bytes
-        draws = np.random.default_rng([data.seed, 0, 2]).random(len(documents))
-        self.keep = draws < data.empty_think_ratio  # the same ones at every step
-        lengths, _ = documents.sizes(self.keep)
-        self.groups = in_order(lengths, max_tokens=EVALUATION_TOKENS)[rank::ranks]
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, index: int) -> MicroBatch:
-        rows = [self.documents.row(number, bool(self.keep[number])) for number in self.groups[index]]
-        packed = pack(rows)
-        wanted = packed.batch.labels[packed.targets].numpy()
-        return packed._replace(target_bytes=int(self.token_bytes[wanted].sum()))
-
-    @property
-    def tokens(self) -> int:
-        return int(self.documents.sizes(self.keep)[0].sum())
-
-
-def evaluation_tokens(data: SFTDataModule) -> int:
-    """Tokens that one look at the model costs, over all ranks."""
-    return sum(int(documents.sizes(np.ones(len(documents), bool))[0].sum()) for documents in data.evaluation.values())
-
-
-def affordable_interval(evaluation: int, tokens_per_step: float, share: float = 0.05) -> int:
-    """Steps between two looks that cost about `share` of the time; a token trained costs as much as three looked at."""
-    return max(1, math.ceil(evaluation / (3 * tokens_per_step * share))) if tokens_per_step else 1

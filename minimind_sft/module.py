@@ -66,7 +66,7 @@ class SFTModule(LightningModule):
         num_hidden_layers: depth; likewise.
         num_attention_heads: needed where the weights leave it open (minimind2); null for MiniMind's 8.
         num_key_value_heads: null for the family's default.
-        num_experts_per_tok: experts per token of an MoE model, which its weights leave open; null for the family's default.
+        num_experts_per_tok: experts per token of an MoE model, which weights leave open; null for the family's default.
         aux_scope: the experts' balance loss is taken per document, which splits over micro-batches, or per batch, as
             the original does.
         vocab_size: for `scratch`; null for the tokenizer's size.

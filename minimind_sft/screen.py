@@ -20,10 +20,12 @@ from lightning.pytorch.callbacks import Callback
 
 from minimind_sft import report
 from minimind_sft.callbacks import Measure, duration, evaluating
-from minimind_sft.data import RULE_OF_THUMB, evaluation_tokens
+from minimind_sft.data import RULE_OF_THUMB
+from minimind_sft.evaluation import evaluation_tokens
 from minimind_sft.forgetting import CHAT, PRETRAIN, summary
 from minimind_sft.generate import generate
 from minimind_sft.probes import Probe, Reply, answer_text, ask, compare, load_probes
+from minimind_sft.weights import export_minimind
 
 if TYPE_CHECKING:
     from minimind_sft.data import SFTDataModule
@@ -113,7 +115,7 @@ class FirstScreen(Callback):
                 "log, look, save",
                 f"every {intervals.log_every}, {intervals.val_every} and {intervals.save_every} steps, and "
                 f"after the last; "
-                f"a look reads {evaluation_tokens(data):,} tokens",
+                f"a look reads {evaluation_tokens(data.evaluation):,} tokens",
             ),
             ("disk", f"two checkpoints of {report.megabytes(weights_and_adam)} in {trainer.default_root_dir}"),
         ]
@@ -137,7 +139,7 @@ class FirstScreen(Callback):
             rows.append(("text now", _text_line(reading.pretrain_loss, reading.chat_loss, pl_module, data)))
         elif not pl_module.from_scratch:
             rows.append(("forgetting", "not measured: set data.heldout_path or data.pretrain_path"))
-        tokens = evaluation_tokens(data)
+        tokens = evaluation_tokens(data.evaluation)
         if self.measure.seconds and tokens:
             # a token trained costs about as much as three looked at
             step = 3 * self.measure.seconds / tokens * float(data.plan.epoch(0).window_tokens.mean())
@@ -222,6 +224,8 @@ class LastScreen(Callback):
             report.plot(readings, self.folder / "forgetting.png")
         if not pl_module.from_scratch:
             self._compare(trainer, pl_module)
+        if pl_module.model.config.tie_word_embeddings:  # MiniMind's format cannot hold an untied head
+            export_minimind(pl_module.model, self.folder / "last.pth")
         print(
             f"\nin {self.folder}: "
             f"{', '.join(sorted(p.name for p in self.folder.iterdir() if not p.name.startswith('.')))}",

@@ -231,7 +231,7 @@ def test_wandb_offline_writes_what_the_real_client_can_read_back(settings: dict[
 
 
 def leveldb_records(log: bytes) -> Iterator[bytes]:
-    """Records of a LevelDB log: blocks of 32 KiB; per piece a checksum (4), a length (2) and a type (1: whole, 4: last)."""
+    """Records of a LevelDB log: blocks of 32 KiB; a piece is a checksum (4), a length (2), a type (1: whole, 4: last)."""
     position, record = 7, b""  # the first block begins before the 7 bytes that the client writes first
     while position - 7 + 7 <= len(log):
         left = 32768 - position % 32768

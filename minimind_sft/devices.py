@@ -1,0 +1,42 @@
+"""`device` and `precision` as the Trainer wants to hear them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+
+def pin_device(device: str, accelerator: str, devices: Any) -> dict[str, Any]:
+    """`device` as the Trainer's `accelerator` and `devices`; `trainer.devices` decides where it was set.
+
+    Raises:
+        ValueError: a device that is not there, or two settings that contradict each other.
+    """
+    if device != "auto" and (devices != "auto" or accelerator != "auto"):
+        raise ValueError(f"device ({device}) and trainer.accelerator/devices are both set; leave one of them out")
+    if device == "auto":
+        if accelerator == "auto":
+            accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+        return {"accelerator": accelerator, "devices": 1 if devices == "auto" else devices}
+    if device == "cpu":
+        return {"accelerator": "cpu", "devices": 1}
+    found = re.fullmatch(r"cuda(?::(\d+(?:,\d+)*))?", device)
+    if found is None:
+        raise ValueError(f"device {device!r} is not known; use auto, cpu, cuda, cuda:7 or cuda:0,1")
+    numbers = [int(number) for number in (found.group(1) or "0").split(",")]
+    there = torch.cuda.device_count()
+    if max(numbers) >= there:
+        have = f"cuda:0 to cuda:{there - 1}" if there else "no GPU that this PyTorch can use"
+        raise ValueError(f"device {device}: this machine has {have}; use --device cpu or another number")
+    return {"accelerator": "cuda", "devices": numbers}
+
+
+def resolve_precision(precision: str, accelerator: str) -> str:
+    """What `auto` means on this device."""
+    if precision != "auto":
+        return {"32": "32-true"}.get(precision, precision)
+    if accelerator in ("cuda", "gpu"):
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+    return "32-true"

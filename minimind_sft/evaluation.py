@@ -1,0 +1,99 @@
+"""What a look at a model reads: evaluation batches, prompts to answer, and how often a look is affordable.
+
+Evaluation keeps nothing for a backward pass, so its batches are larger than training's; documents of like length go
+together. Every document goes to exactly one rank, and what is drawn for it (whether its empty think block stays) is the
+same at every step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from minimind_sft.batching import Documents, MicroBatch, in_order, pack
+from minimind_sft.chat import ChatTemplate
+from minimind_sft.formats import Conversation, Rejected, parse
+from minimind_sft.sampling import Line
+
+EVALUATION_TOKENS = 8_192  # of one batch
+
+
+class EvaluationBatches(Dataset[MicroBatch]):
+    """A rank's share of the documents to evaluate, in batches of about `EVALUATION_TOKENS`."""
+
+    def __init__(
+        self,
+        documents: Documents,
+        *,
+        token_bytes: np.ndarray,
+        empty_think_ratio: float,
+        seed: int,
+        rank: int,
+        ranks: int,
+    ) -> None:
+        self.documents, self.token_bytes = documents, token_bytes
+        draws = np.random.default_rng([seed, 0, 2]).random(len(documents))
+        self.keep = draws < empty_think_ratio  # the same ones at every step
+        lengths, _ = documents.sizes(self.keep)
+        self.groups = in_order(lengths, max_tokens=EVALUATION_TOKENS)[rank::ranks]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> MicroBatch:
+        rows = [self.documents.row(number, bool(self.keep[number])) for number in self.groups[index]]
+        packed = pack(rows)
+        wanted = packed.batch.labels[packed.targets].numpy()
+        return packed._replace(target_bytes=int(self.token_bytes[wanted].sum()))
+
+
+def bytes_of_tokens(template: ChatTemplate) -> np.ndarray:
+    """Bytes of text that each id stands for, (V,) int64; a control token counts none."""
+    tokenizer = template.tokenizer
+    added = set(tokenizer.get_added_tokens_decoder())
+    byte_level = "ByteLevel" in repr(tokenizer.decoder)  # then a token is written with one character per byte
+    sizes = np.zeros(template.vocab_size, np.int64)
+    for id in range(template.vocab_size):
+        token = tokenizer.id_to_token(id)
+        if token is not None and id not in added:
+            sizes[id] = len(token) if byte_level else len(tokenizer.decode([id]).encode())
+    return sizes
+
+
+def prompts(lines: Iterator[Line], template: ChatTemplate, max_length: int) -> Iterator[dict[str, Any]]:
+    """What the model is asked in a chat: everything before its last assistant turn.
+
+    Yields:
+        `where` (file:line), `messages`, `prompt_ids` and `reference`; chats that cannot be read or that do not fit in
+        `max_length` are left out.
+    """
+    for line in lines:
+        try:
+            chat = parse(line.text)
+        except Rejected:
+            continue
+        if not isinstance(chat, Conversation):
+            continue
+        last = max(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
+        ids = template.prompt(chat.messages[:last], chat.tools)
+        if len(ids) < max_length:
+            yield {
+                "where": f"{line.file}:{line.number}",
+                "messages": chat.messages[:last],
+                "prompt_ids": ids,
+                "reference": chat.messages[last]["content"],
+            }
+
+
+def evaluation_tokens(evaluation: Mapping[str, Documents]) -> int:
+    """Tokens that one look at the model costs, over all ranks."""
+    return sum(int(documents.sizes(np.ones(len(documents), bool))[0].sum()) for documents in evaluation.values())
+
+
+def affordable_interval(evaluation: int, tokens_per_step: float, share: float = 0.05) -> int:
+    """Steps between two looks that cost about `share` of the time; a token trained costs as much as three looked at."""
+    return max(1, math.ceil(evaluation / (3 * tokens_per_step * share))) if tokens_per_step else 1

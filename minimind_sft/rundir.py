@@ -1,0 +1,85 @@
+"""The run directory: which checkpoint to go on from, what may be written over, and the W&B run that belongs to it."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from pathlib import Path
+
+from lightning.pytorch.loggers import WandbLogger
+
+from minimind_sft.checkpoints import BEST, LAST
+
+OUR_FILES = (
+    "checkpoints",
+    "metrics.csv",
+    "forgetting.json",
+    "forgetting.png",
+    "probes.json",
+    "predictions.jsonl",
+    "run.json",
+    "last.pth",
+    "sample.json",
+    "config.yaml",
+)
+
+
+def find_checkpoint(asked: str | None, run_dir: Path, verb: str) -> str | None:
+    """`last`, `best`, `auto` or a path -> the file, or None for a fresh start.
+
+    Raises:
+        ValueError: the checkpoint is not there.
+    """
+    if asked is None:
+        return None
+    folder = run_dir / "checkpoints"
+    if asked == "auto":
+        return str(folder / LAST) if (folder / LAST).is_file() else None
+    path = folder / {"last": LAST, "best": BEST}[asked] if asked in ("last", "best") else Path(asked)
+    if not path.is_file():
+        there = ", ".join(sorted(str(p) for p in folder.glob("*.ckpt"))) or "none"
+        start = "; leave --ckpt_path out, or use auto, to start afresh" if verb == "fit" else ""
+        raise ValueError(f"--ckpt_path {asked}: there is no {path} (checkpoints of this run: {there}){start}")
+    return str(path)
+
+
+def prepare_run_dir(run_dir: Path, *, resuming: bool, overwrite: bool) -> None:
+    """Refuse to write over another run, or clear it away when asked to.
+
+    Raises:
+        ValueError: the folder holds checkpoints, or cannot be written.
+    """
+    if not resuming and any((run_dir / "checkpoints").glob("*.ckpt")) and not overwrite:
+        raise ValueError(
+            f"{run_dir} holds the checkpoints of a run. Go on with it (--ckpt_path last), choose another folder "
+            "(--run_dir), or replace it (--overwrite)"
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / ".writable").touch()
+        (run_dir / ".writable").unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write run_dir {run_dir} ({error.strerror}); choose another with --run_dir") from error
+    if not resuming:  # what a run without a checkpoint left behind would be taken for this run's
+        for name in OUR_FILES:
+            path = run_dir / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def wandb_logger(run_dir: Path, *, offline: bool, resuming: bool) -> WandbLogger:
+    """A W&B run that keeps its id when the run is resumed."""
+    note = run_dir / "wandb_id"
+    if not (resuming and note.is_file()):
+        note.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    name = run_dir.resolve().name
+    return WandbLogger(
+        name=name,
+        project="minimind_sft",
+        save_dir=run_dir,
+        id=note.read_text(encoding="utf-8").strip(),
+        offline=offline,
+        resume="allow",
+    )

@@ -1,0 +1,174 @@
+"""The small pure parts of training and reporting: schedule, losses, meter, records, probes, tables."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minimind_sft import losses
+from minimind_sft.checkpoints import link
+from minimind_sft.evaluation import affordable_interval
+from minimind_sft.forgetting import CHAT, PRETRAIN, Meter, Reading, summary
+from minimind_sft.model import Transformer
+from minimind_sft.model_config import ModelConfig
+from minimind_sft.module import SFTModule
+from minimind_sft.probes import Probe, Reply, begins_with, compare, contains, load_probes
+from minimind_sft.records import MetricsFile, read_metrics
+from minimind_sft.report import forgetting_table, ratio
+from minimind_sft.schedule import learning_rate_at
+from minimind_sft.weights import export_minimind
+
+
+def test_the_schedule_is_the_originals() -> None:
+    rates = [learning_rate_at(k, 12, peak=5e-4, warmup_ratio=0.0, min_lr_ratio=0.1) for k in (1, 6, 12)]
+    assert rates == pytest.approx([0.0004923333109150403, 0.000275, 5e-05])
+
+
+def test_warm_up_rises_in_even_steps_to_the_peak_and_the_cosine_ends_at_the_minimum() -> None:
+    rates = [learning_rate_at(k, 10, peak=1.0, warmup_ratio=0.4, min_lr_ratio=0.2) for k in range(1, 11)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[6] == pytest.approx(0.6)
+    assert rates[-1] == pytest.approx(0.2)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_cross_entropy_is_a_sum_over_the_targets_only() -> None:
+    logits = torch.tensor([[0.0, math.log(3.0)], [5.0, -5.0], [0.0, 0.0]])
+    nats = losses.cross_entropy(logits, torch.tensor([1, -100, 0]), torch.tensor([0, 2]), lambda x: x, 2)
+    assert nats.item() == pytest.approx(math.log(4 / 3) + math.log(2))
+
+
+def test_chunks_give_the_same_loss_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(11, 4, requires_grad=True)
+    hidden, labels, targets = torch.randn(9, 4), torch.randint(0, 11, (9,)), torch.tensor([0, 1, 2, 4, 5, 7, 8])
+    gradients = []
+    for limit in (1 << 20, 22):
+        monkeypatch.setattr(losses, "MAX_LOGITS", limit)
+        nats = losses.cross_entropy(hidden, labels, targets, lambda x: F.linear(x, weight), 11)
+        gradients.append((nats.detach(), *torch.autograd.grad(nats, weight)))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_no_target_is_a_loss_of_zero_with_a_gradient_of_zero() -> None:
+    weight = torch.ones(3, 2, requires_grad=True)
+    nats = losses.cross_entropy(
+        torch.ones(1, 2), torch.tensor([-100]), torch.zeros(0, dtype=torch.int64), lambda x: F.linear(x, weight), 3
+    )
+    nats.backward()
+    assert nats.item() == 0.0 and weight.grad is not None and not weight.grad.any()
+
+
+def test_the_meter_divides_sums_once() -> None:
+    meter = Meter([CHAT, PRETRAIN])
+    meter.update(0, torch.tensor(6.0), tokens=3, bytes=0)
+    meter.update(0, torch.tensor(1.0), tokens=4, bytes=0)
+    meter.update(1, torch.tensor(8 * math.log(2)), tokens=4, bytes=16)
+    reading = meter.read(step=5)
+    assert reading == Reading(5, chat_loss=1.0, pretrain_loss=pytest.approx(2 * math.log(2)), bits_per_byte=0.5)
+    metrics = reading.metrics(Reading(0, pretrain_loss=1.0))
+    assert metrics["val/forgetting"] == pytest.approx(2 * math.log(2) - 1)
+    assert metrics["val/chat/perplexity"] == pytest.approx(math.e)
+    assert "val/forgetting" not in reading.metrics(None)
+
+
+def test_forgetting_is_after_minus_before() -> None:
+    table = summary(Reading(0, 3.0, 2.0, 1.0), Reading(9, 1.0, 2.5, 1.2), Reading(6, 0.9, 2.25, 1.1), seen=True)
+    assert table["forgetting"] == 0.5 and table["seen"] is True and table["best"]["step"] == 6
+    text = forgetting_table(Reading(0, 3.0, 2.0, 1.0), Reading(9, 1.0, 2.5, 1.2), None, seen=False)
+    assert "+0.5000" in text and "unseen" in text and "20.1" in text  # exp(3)
+
+
+def test_the_ratio_stands_beside_the_rule_of_thumb() -> None:
+    assert ratio(10, 25_000, (1_000, 10_000)) == "1 : 2,500; the rule of thumb is 1 : 1,000 to 1 : 10,000"
+    assert ratio(10, None, (1_000, 10_000)).startswith("unknown")
+
+
+def test_a_look_is_afforded_for_a_twentieth_of_the_time() -> None:
+    assert affordable_interval(3_000, 1_000.0) == 20
+    assert affordable_interval(0, 1_000.0) == 1
+
+
+def test_metrics_past_a_checkpoint_are_cut_and_half_rows_dropped(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path)
+    for step in (1, 2, 3):
+        file.log_metrics({"train/loss": 1.0 / step, "lr": 0.1, "seconds": 1.0}, step=step)
+        file.log_metrics({"val/chat/loss": 5.0}, step=step)
+    file.save()
+    assert [row["step"] for row in read_metrics(file.path)] == [1, 2, 3]
+    assert read_metrics(file.path)[1] == {"step": 2, "train/loss": 0.5, "lr": 0.1, "val/chat/loss": 5.0, "seconds": 1.0}
+    with open(file.path, "a", encoding="utf-8") as stream:
+        stream.write("4,0.5,")
+    file.cut_after(2)
+    assert [row["step"] for row in read_metrics(file.path)] == [1, 2]
+
+
+def test_a_link_replaces_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").write_text("new")
+    (tmp_path / "best.ckpt").write_text("old")
+    link(tmp_path / "last.ckpt", "best.ckpt")
+    assert (tmp_path / "best.ckpt").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "begins", "holds"),
+    [
+        ("Lima.", "Lima", True, True),
+        ("Limassol.", "Lima", False, False),
+        ("It is Lima!", "Lima", False, True),
+        ("12", "1", False, False),
+        ("是利马。", "利马", False, True),
+        ("利马是", "利马", True, True),
+        ("a Lima, b Limassol", "Lima", False, True),
+    ],
+)
+def test_an_answer_counts_as_whole_words(reply: str, answer: str, begins: bool, holds: bool) -> None:
+    assert (begins_with(reply, answer), contains(reply, answer)) == (begins, holds)
+
+
+def test_losses_are_named() -> None:
+    probes = [Probe("p", "q", "Lima", "capital of Peru", False), Probe("p", "q", "Rome", "capital of Italy", True)]
+    right, wrong = Reply("Lima", True, "Lima", True), Reply("Quito", False, "?", False)
+    result = compare(probes, [right, wrong], [wrong, right])
+    group = {"probes": 1, "before": 1, "after": 0, "kept": 0, "lost": 1, "gained": 0}
+    assert result["groups"]["raw/not_in_sft"] == group
+    assert result["lost"][0]["name"] == "capital of Peru" and result["lost"][0]["said"] == "Quito"
+    assert [row["name"] for row in result["gained"]] == ["capital of Italy"] * 2
+
+
+def test_a_bad_probe_is_named(tmp_path: Path) -> None:
+    (tmp_path / "probes.jsonl").write_text('{"prompt": "a", "question": "b", "answer": "c"}\n{"prompt": "a"}\n')
+    with pytest.raises(ValueError, match=r"probes.jsonl:2: not a probe"):
+        load_probes(tmp_path / "probes.jsonl")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    model = Transformer(ModelConfig.minimind3(hidden_size=32, num_hidden_layers=1, vocab_size=64))
+    model.initialise(0)
+    export_minimind(model, tmp_path / "base.pth")
+    return tmp_path / "base.pth"
+
+
+def test_decay_spares_norms_unless_asked(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SFTModule, "_scaler", None)
+    for decay_all, expected in ((False, {0.1: {2}, 0.0: {1}}), (True, {0.1: {1, 2}})):
+        module = SFTModule(weights=str(base), weight_decay=0.1, decay_all=decay_all)
+        groups = module.configure_optimizers().param_groups
+        found = {group["weight_decay"]: {p.ndim for p in group["params"]} for group in groups}
+        assert found == expected
+
+
+def test_reset_head_leaves_the_embedding_and_unties(base: Path) -> None:
+    plain, fresh = SFTModule(weights=str(base)), SFTModule(weights=str(base), reset_head=True)
+    assert torch.equal(plain.model.model.embed_tokens.weight, fresh.model.model.embed_tokens.weight)
+    assert not torch.equal(fresh.model.lm_head.weight, plain.model.lm_head.weight)
+    assert fresh.model.num_parameters() == plain.model.num_parameters() + 64 * 32
+
+
+def test_a_shape_that_contradicts_the_weights_is_an_error(base: Path) -> None:
+    with pytest.raises(ValueError, match=r"model.hidden_size is 64, but .* has 32"):
+        SFTModule(weights=str(base), hidden_size=64)
