@@ -312,44 +312,17 @@ def quiet() -> Iterator[None]:
 
 def run(verb: str, argv: list[str]) -> int:
     """Run a training verb; see `__main__.main`."""
-    with quiet():
-        SFTCLI(**_ours([verb, *argv]))
-    return 0
-
-
-def check_config(argv: list[str]) -> Any:
-    """Parse the settings of `fit` without running it.
-
-    Raises:
-        ValueError: a setting that is not known or has the wrong type.
-    """
-
-    class OnlyParse(SFTCLI):
-        def _parse_ckpt_path(self) -> NoReturn:
-            raise _Parsed(self.config["fit"])
-
-    try:
-        OnlyParse(**_ours(["fit", *argv]))
-    except _Parsed as parsed:
-        return parsed.args[0]
-    raise AssertionError("LightningCLI did not ask for the checkpoint")
-
-
-class _Parsed(Exception):
-    """Carries settings out of LightningCLI's constructor."""
-
-
-def _ours(command: list[str]) -> dict[str, Any]:
-    """The arguments of LightningCLI."""
-    SFTCLI.command = command
+    SFTCLI.command = [verb, *argv]
     no_abbreviations = {"allow_abbrev": False}
-    return {
-        "model_class": SFTModule,
-        "datamodule_class": SFTDataModule,
-        "save_config_callback": None,
-        "parser_class": Parser,
-        "parser_kwargs": no_abbreviations | dict.fromkeys(SFTCLI.subcommands(), no_abbreviations),
-        "auto_configure_optimizers": False,
-        "load_from_checkpoint_support": False,
-        "args": find_config(command),
-    }
+    with quiet():
+        SFTCLI(
+            SFTModule,
+            SFTDataModule,
+            save_config_callback=None,
+            parser_class=Parser,
+            parser_kwargs=no_abbreviations | dict.fromkeys(SFTCLI.subcommands(), no_abbreviations),
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=find_config([verb, *argv]),
+        )
+    return 0

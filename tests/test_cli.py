@@ -231,7 +231,7 @@ def test_wandb_offline_writes_what_the_real_client_can_read_back(settings: dict[
 
 
 def leveldb_records(log: bytes) -> Iterator[bytes]:
-    """Records of a LevelDB log: blocks of 32 KiB; a piece is a checksum (4), a length (2), a type (1: whole, 4: last)."""
+    """Records of a LevelDB log: blocks of 32 KiB; a piece: checksum (4), length (2), type (1: whole, 4: last)."""
     position, record = 7, b""  # the first block begins before the 7 bytes that the client writes first
     while position - 7 + 7 <= len(log):
         left = 32768 - position % 32768
@@ -248,8 +248,8 @@ def leveldb_records(log: bytes) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (PROJECT / "configs").glob("*.yaml")))
-def test_every_shipped_config_parses(name: str) -> None:
-    from minimind_sft.cli import check_config
-
+def test_every_shipped_config_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     overlay = name in ("original.yaml", "minimind2_2048x20.yaml")
-    check_config([*(["--config", "sft.yaml"] if overlay else []), "--config", name])
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *(["--config", "sft.yaml"] if overlay else []), "--config", name, "--print_config"])
+    assert end.value.code == 0 and "train_path" in capsys.readouterr().out
