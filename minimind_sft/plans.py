@@ -94,8 +94,7 @@ def planned_items(
 
 def dropped_fields(skeleton: Skeleton, slots: list[Slot], roles: list[str]) -> list[str]:
     """The fields of which a slot does not occur in the skeleton."""
-    used = {int(mark[2]) if mark[1] == OPEN else skeleton.jsons[int(mark[2])][0]
-            for mark in MARK.finditer(skeleton.text) if mark[1] in (OPEN, JSON_OPEN)}
+    used = {skeleton.slot_of(mark) for mark in MARK.finditer(skeleton.text)}
     return sorted({"tools" if slot.message < 0 else f"{roles[slot.message]} {slot.field}"
                    for number, slot in enumerate(slots) if number not in used})
 

@@ -43,6 +43,11 @@ class Skeleton(NamedTuple):
     jsons: Jsons
     tags: list[str]
 
+    def slot_of(self, mark: re.Match[str]) -> int | None:
+        """The slot that a mark stands for; None for a tag."""
+        number = int(mark[2])
+        return number if mark[1] == OPEN else self.jsons[number][0] if mark[1] == JSON_OPEN else None
+
     def value(self, mark: re.Match[str], slots: list[Slot]) -> str:
         """What a mark stands for."""
         number = int(mark[2])

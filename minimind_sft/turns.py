@@ -57,6 +57,7 @@ class Turns(NamedTuple):
         tails: What a prompt may hold behind the header, the longest first.
         blocks: Those of them that are an empty think block.
         flags: The names under which the template asks whether to think.
+        control: Matches a control string, as the group `token`.
     """
 
     header: str
@@ -64,23 +65,24 @@ class Turns(NamedTuple):
     tails: list[str]
     blocks: set[str]
     flags: list[str]
+    control: re.Pattern[str]
 
     def cut(self, skeleton: Skeleton, slots: list[Slot], answers: list[int]) -> list[Segment]:
         """Cut a skeleton at the boundaries of turns, and within turns where a prompt may end.
 
         Args:
             skeleton: The rendered chat.
-            slots: Its slots, which tell whose turn it is; only their messages matter.
-            answers: The indices of the assistant's messages, for turns without slots.
+            slots: Its slots, which tell whose text is where; only their messages matter.
+            answers: The indices of the assistant's messages.
         """
-        text, turns = self._find(skeleton.text)
+        text, turns = self._find(skeleton, slots, answers)
         segments, position = [], 0
         for number, (start, end) in enumerate(turns):
             mark = next((mark for mark in MARK.finditer(text, start, end) if mark[1] == OPEN), None)
             message = slots[int(mark[2])].message if mark else answers[number] if len(turns) == len(answers) else -1
             header = text.find(self.header, max(0, start - len(self.header)), start + len(self.header))
             asked = start if header < 0 else header + len(self.header)  # behind `start` where a marker stands too early
-            head = next((tail for tail in self.tails if text.startswith(tail, asked)), "")
+            head = self._tail(text, asked)
             segments += [
                 Segment(text[position:start], None),
                 Segment(text[start:asked], message),
@@ -90,8 +92,12 @@ class Turns(NamedTuple):
             position = end
         return [segment for segment in [*segments, Segment(text[position:], None)] if segment.text]
 
-    def _find(self, text: str) -> tuple[str, list[tuple[int, int]]]:
-        """Marked text without BEGIN and END, and where the turns lie in it."""
+    def _tail(self, text: str, position: int) -> str:
+        return next((tail for tail in self.tails if text.startswith(tail, position)), "")
+
+    def _find(self, skeleton: Skeleton, slots: list[Slot], answers: list[int]) -> tuple[str, list[tuple[int, int]]]:
+        """The skeleton's text without BEGIN and END, and where the turns lie in it."""
+        text = skeleton.text
         if BEGIN in text:
             parts = re.split(f"[{BEGIN}{END}]", text)
             edges = list(accumulate(map(len, parts)))
@@ -99,12 +105,27 @@ class Turns(NamedTuple):
         turns, position = [], 0
         while (found := text.find(self.header, position)) >= 0:
             start = found + len(self.header)
+            written = start + len(self._tail(text, start))
             following = text.find(self.header, start)
             limit = len(text) if following < 0 else following
+            for mark in MARK.finditer(text, start, limit):
+                slot = skeleton.slot_of(mark)
+                if slot is not None and slots[slot].message not in answers:
+                    limit = mark.start()  # someone else's text
+                    break
+                written = mark.end()
             found = text.find(self.end, start, limit)
-            position = limit if found < 0 else found + len(self.end)
+            position = self._stop(text, written, limit) if found < 0 else found + len(self.end)
             turns.append((start, position))
         return text, turns
+
+    def _stop(self, text: str, written: int, limit: int) -> int:
+        """Where a turn ends that lacks the usual end: behind the next control string, if it begins nothing new."""
+        begins = self.control.search(self.header)
+        stop = self.control.search(text, written, limit)
+        if stop is None:
+            return written
+        return stop.start("token") if begins and stop["token"] == begins["token"] else stop.end("token")
 
 
 def learn_turns(template: Template, control: re.Pattern[str]) -> Turns:
@@ -112,7 +133,7 @@ def learn_turns(template: Template, control: re.Pattern[str]) -> Turns:
 
     Args:
         template: The template.
-        control: Matches the control strings.
+        control: Matches a control string, as the group `token`.
 
     Raises:
         ValueError: The template changes what people wrote, or does not begin and end turns in a way that can be found.
@@ -145,7 +166,7 @@ def learn_turns(template: Template, control: re.Pattern[str]) -> Turns:
         raise ValueError(f"the chat template's generation prompt {prompts[1]!r} is not how answers begin ({lead!r})")
     tails = {prompt.removeprefix(header) for prompt in prompts if prompt} | {lead.split(header)[-1]}
     blocks = {tail for tail in tails if _EMPTY_THINK.fullmatch(tail)}
-    return Turns(header, end, sorted(filter(None, tails), key=len, reverse=True), blocks, flags)
+    return Turns(header, end, sorted(filter(None, tails), key=len, reverse=True), blocks, flags, control)
 
 
 def _is_faithful(template: Template, probes: list[_Probe]) -> bool:

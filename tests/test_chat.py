@@ -179,6 +179,7 @@ def test_tool_calls_are_supervised_and_tool_answers_are_not():
     assert parts[2][0].startswith("<|im_start|>user\n<tool_response>\n3\n</tool_response>")
 
 
+CALL = {"name": "f", "arguments": {}}
 CONVERSATIONS = [
     chat(("user", "Hi"), ("assistant", "Hello")),
     chat(("system", " S\n"), ("user", "\n U "), ("assistant", "  \n A\n\n"), ("user", ""), ("assistant", "")),
@@ -339,6 +340,43 @@ def test_a_template_that_reads_inside_tools_gets_them_with_their_text_hidden():
     text = '<|im_end|>: a="<|im_start|>";<think>={"b": "x\\"<|im_end|>"};<|im_end|><|im_start|>system'
     assert template.decode(ids).startswith(text)
     assert controls_of(template, ids) == [258, 257, 258, 257, 258, 257, 258]
+
+
+def test_a_control_token_that_is_a_plain_word_cannot_be_typed_either():
+    source = "{% for tool in tools or [] %}{% for key in tool %}{{ key }},{% endfor %}{% endfor %}"
+    template = chat_template(source + (TEMPLATES / "chatml.jinja").read_text(), [*CHATML, "SEP"])
+    turns = [("system", "S SEP"), ("user", "SEP"), ("assistant", "SEP A")]
+    ids = flat(template.render(chat(*turns, tools=[{"SEP": 1, "a": 2}])))["input_ids"]
+    assert controls_of(template, ids) == [257, 258, 257, 258, 257, 258]
+    assert template.decode(ids).startswith("SEP,a,<|im_start|>system\nS SEP<|im_end|>")
+
+
+def test_halves_that_a_template_searches_for_do_not_make_a_control_token_whole():
+    source = "{% for m in messages %}{% if '<|im_end' in m.content and '|>' in m.content %}!{% endif %}{% endfor %}"
+    template = chat_template(source + (TEMPLATES / "chatml.jinja").read_text())
+    ids = flat(template.render(chat(("user", "a<|im_end|>\n<|im_start|>b"), ("assistant", "A"))))["input_ids"]
+    assert controls_of(template, ids) == [257, 258, 257, 258, 257, 258]
+
+
+@pytest.mark.parametrize(("after_call", "supervised"), [
+    ("", "f"), ("<|eom|>", "f<|eom|>"), ("!</tool_call>\n", "f!</tool_call>")])
+def test_a_turn_without_its_end_never_reaches_into_the_text_of_others(after_call, supervised):
+    source = ("{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}"
+              "{% if m.tool_calls %}{{ m.tool_calls[0].name }}" + after_call + "{% else %}<|im_end|>\n{% endif %}"
+              "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    template = chat_template(source.replace("\n", "{{ '\\n' }}").replace("'{{ '\\n' }}'", "'\\n'"),
+                             [*CHATML, "<|eom|>"])
+    spans = template.render(Conversation([
+        {"role": "user", "content": "U"}, {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "T"}, {"role": "assistant", "content": "A"}]))
+    assert [text for text, learned in texts(template, spans) if learned] == [supervised, "A<|im_end|>\n"]
+
+
+def test_a_minimind2_answer_without_a_header_is_not_supervised(shared):
+    template = ChatTemplate.from_folder(shared / "minimind2_tokenizer")
+    spans = template.render(chat(("user", "U"), ("assistant", "A"), ("assistant", "B"), ("user", "V")))
+    assert texts(template, spans)[1:] == [
+        ("A<|im_end|>\n", True), ("B<|im_end|>\n<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n", False)]
 
 
 # ---- templates and folders that cannot be used
