@@ -2,10 +2,11 @@
 
     python tests/benchmarks/bench_sampling.py [--gb 0.2] [--max_mb 72] [--repeat 3] [--no-baseline]
 
-Writes a JSONL file of that size (chats of some 700 bytes, half Chinese, an emoji now and then) to a temporary folder,
-reads it once so that it is in the page cache, then runs both in processes of their own, in turn; the best repetition
-counts. Target: at 1.6 GB (2 million lines) at least 5 times as fast as the original, peak memory under 64 MB + 24 bytes a line,
-and ten times the file in ten times the time. `--gb 1.6` takes half a minute a repetition, and 2 GB of disk and memory.
+Writes a JSONL file of that size (chats of some 700 bytes, half Chinese, an emoji now and then) to a temporary
+folder, reads it once so that it is in the page cache, then runs both in processes of their own, in turn; the best
+repetition counts. Target: at 1.6 GB (2 million lines) at least 5 times as fast as the original, peak memory under
+64 MB + 24 bytes a line, and ten times the file in ten times the time. `--gb 1.6` takes half a minute a repetition,
+and 2 GB of disk and memory.
 """
 
 import argparse
