@@ -70,7 +70,7 @@ def last_step(run_dir: Path) -> int:
     """The last step in the metrics of a run that is going on; -1 before the first."""
     if not (run_dir / "metrics.csv").is_file():
         return -1
-    return max((int(row["step"]) for row in rows(run_dir) if row["step"]), default=-1)
+    return max((int(row["step"]) for row in rows(run_dir) if row.get("step")), default=-1)  # it may be half written
 
 
 def checkpoint(run_dir: Path) -> dict:

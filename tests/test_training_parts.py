@@ -67,7 +67,9 @@ def test_the_meter_divides_sums_once() -> None:
     meter.update(0, torch.tensor(1.0), tokens=4, bytes=0)
     meter.update(1, torch.tensor(8 * math.log(2)), tokens=4, bytes=16)
     reading = meter.read(step=5)
-    assert reading == Reading(5, chat_loss=1.0, pretrain_loss=pytest.approx(2 * math.log(2)), bits_per_byte=0.5)
+    assert reading == Reading(
+        5, chat_loss=1.0, pretrain_loss=pytest.approx(2 * math.log(2)), bits_per_byte=pytest.approx(0.5)
+    )
     metrics = reading.metrics(Reading(0, pretrain_loss=1.0))
     assert metrics["val/forgetting"] == pytest.approx(2 * math.log(2) - 1)
     assert metrics["val/chat/perplexity"] == pytest.approx(math.e)
