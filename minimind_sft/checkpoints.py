@@ -18,6 +18,8 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from minimind_sft.signals import StopRequest
+
 if TYPE_CHECKING:
     from minimind_sft.callbacks import Measure
 
@@ -110,6 +112,10 @@ class Checkpoints(Checkpoint):
 
     def __init__(self, folder: Path, measure: Measure) -> None:
         self.folder, self.measure = folder, measure
+        self.stop = StopRequest()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.stop.listen()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
@@ -120,8 +126,16 @@ class Checkpoints(Checkpoint):
             names.append(LAST)
         if self.measure.best is not None and self.measure.best.step == step:
             names.append(BEST)
+        # all ranks stop at the same window, whichever was told
+        stopping = trainer.strategy.reduce_boolean_decision(self.stop.received is not None, all=False)
+        if stopping and LAST not in names:
+            names.insert(0, LAST)
         if names:
             self.save(trainer, names)
+        if stopping:
+            if trainer.is_global_zero:
+                print(f"stopped after step {step}; go on with the same command and --ckpt_path last", flush=True)
+            raise SystemExit(self.stop.exit_status)
 
     def save(self, trainer: pl.Trainer, names: list[str]) -> None:
         """Write the state once, under each of these names; every row of the metrics is on disk before."""

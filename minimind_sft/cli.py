@@ -305,6 +305,7 @@ def quiet() -> Iterator[None]:
             ".*`isinstance.treespec.*",
             ".*in eval mode.*",
             ".*overridden `transfer_batch_to_device`.*",
+            ".*callbacks used to create the checkpoint.*",
         ):
             warnings.filterwarnings("ignore", message=message)
         yield

@@ -97,11 +97,8 @@ class SFTDataModule(LightningDataModule):
         self.pretrain_path, self.heldout_path = pretrain_path, heldout_path
         self.max_mb, self.max_ratio, self.pretrain_mb = max_mb, max_ratio, pretrain_mb
         self.seed, self.max_length, self.batch_size = seed, max_length, batch_size
-        self.max_tokens_per_batch, self.empty_think_ratio, self.shuffle = (
-            max_tokens_per_batch,
-            empty_think_ratio,
-            shuffle,
-        )
+        self.max_tokens_per_batch, self.shuffle = max_tokens_per_batch, shuffle
+        self.empty_think_ratio = empty_think_ratio
         self.max_bad_ratio, self.max_overlap, self.measure_documents = max_bad_ratio, max_overlap, measure_documents
         self.format, self.document_format = format, document_format
         self.cache = Path(cache_dir) if cache_dir else default_cache()
@@ -262,8 +259,7 @@ class SFTDataModule(LightningDataModule):
         if over:
             worst = max(over, key=lambda i: shares[i])
             raise ValueError(
-                f"data.heldout_path: {len(over)} documents share more than {self.max_overlap:.0%} of their "
-                f"50-character "
+                f"data.heldout_path: {len(over)} documents share over {self.max_overlap:.0%} of their 50-character "
                 f"shingles with the training chats; forgetting measured on them would be flattered. The worst: "
                 f"{held_out.where(worst)} ({shares[worst]:.0%}). Remove them, or raise data.max_overlap"
             )
@@ -296,16 +292,11 @@ class SFTDataModule(LightningDataModule):
         if changed:
             raise ValueError(
                 f"cannot resume: the checkpoint's data differs ({'; '.join(changed)}). `sample` stands for the files, "
-                "data.max_mb, data.seed and the tokenizer; `window_size` is batch_size x "
-                "accumulate_grad_batches x ranks. "
-                "Restore these settings, or start a new run from the checkpoint with model.weights"
+                "data.max_mb, data.seed and the tokenizer; `window_size` is batch_size x accumulate_grad_batches x "
+                "ranks. Restore these settings, or start a new run from the checkpoint with model.weights"
             )
 
     # ---- loaders
-
-    @property
-    def windows_per_epoch(self) -> int:
-        return self.plan.windows
 
     def train_dataloader(self) -> DataLoader[MicroBatch]:
         """Micro-batches of this rank; the sampler starts where a resumed run has to go on."""

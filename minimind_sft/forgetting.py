@@ -119,10 +119,12 @@ class Meter(nn.Module):
         )
 
 
-def summary(before: Reading, after: Reading, best: Reading | None, seen: bool | None) -> dict[str, Any]:
+def summary(
+    before: Reading, after: Reading, best: Reading | None, *, seen: bool | None, from_base: bool = True
+) -> dict[str, Any]:
     """What `forgetting.json` holds: three readings, the forgetting of the last, whether the base had seen the text."""
     forgetting = None
-    if before.pretrain_loss is not None and after.pretrain_loss is not None:
+    if from_base and before.pretrain_loss is not None and after.pretrain_loss is not None:
         forgetting = after.pretrain_loss - before.pretrain_loss
     return {
         "before": asdict(before),

@@ -5,7 +5,7 @@ caller's.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,10 @@ def megabytes(size: float) -> str:
     return f"{size / (1 << 20):,.2f} MB"
 
 
-def forgetting_table(before: Reading, after: Reading, best: Reading | None, seen: bool | None) -> str:
-    """Before, after and best: nats per token, perplexity, bits per byte, and what was forgotten."""
+def forgetting_table(
+    before: Reading, after: Reading, best: Reading | None, *, seen: bool | None, from_base: bool = True
+) -> str:
+    """Before, after and best: nats per token, perplexity, bits per byte, and what was forgotten of a base."""
     columns = [("before", before), ("after", after)] + ([(f"best (step {best.step})", best)] if best else [])
     rows = []
     if before.chat_loss is not None:
@@ -53,19 +55,17 @@ def forgetting_table(before: Reading, after: Reading, best: Reading | None, seen
         rows.append([f"{text}, nats per token", *(_number(r.pretrain_loss) for _, r in columns)])
         rows.append([f"{text}, perplexity", *(_number(r.pretrain_loss, perplexity, 1) for _, r in columns)])
         rows.append([f"{text}, bits per byte", *(_number(r.bits_per_byte) for _, r in columns)])
-        start = before.pretrain_loss
-        rows.append(
-            [
-                "forgotten, nats per token",
-                *(_number(r.pretrain_loss, lambda loss: loss - start, 4, "+") for _, r in columns),
-            ]
-        )
+        if from_base:
+            risen = [None if r.pretrain_loss is None else r.pretrain_loss - before.pretrain_loss for _, r in columns]
+            rows.append(["forgotten, nats per token", *(_number(value, sign="+") for value in risen)])
     if not rows:
         return "nothing was measured: set data.val_path and data.heldout_path or data.pretrain_path"
     return table(["", *(name for name, _ in columns)], rows)
 
 
-def _number(value: float | None, change: Any = None, digits: int = 4, sign: str = "") -> str:
+def _number(
+    value: float | None, change: Callable[[float], float] | None = None, digits: int = 4, sign: str = ""
+) -> str:
     if value is None:
         return "-"
     return f"{change(value) if change else value:{sign}.{digits}f}"
@@ -119,7 +119,8 @@ def plot(readings: Sequence[Reading], path: Path) -> None:
     axes.plot(chat[0], forgotten[0], color="#D55E00", marker="o", markersize=9)
     axes.annotate("base", (chat[0], forgotten[0]), textcoords="offset points", xytext=(0, 10), ha="center")
     for at in sorted({len(points) // 2, len(points) - 1} - {0}):
-        axes.annotate(f"step {steps[at]}", (chat[at], forgotten[at]), textcoords="offset points", xytext=(8, 4))
+        where: dict[str, Any] = {"textcoords": "offset points", "xytext": (-8, 2), "ha": "right"}
+        axes.annotate(f"step {steps[at]}", (chat[at], forgotten[at]), **where)
     axes.axhline(0, color="0.7", linewidth=1)
     axes.invert_xaxis()
     axes.margins(0.12)

@@ -218,8 +218,11 @@ class LastScreen(Callback):
         data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
         readings = self.measure.readings
         before, after, best = readings[0], readings[-1], self.measure.best
-        write(self.folder / "forgetting.json", json.dumps(summary(before, after, best, data.seen), indent=1))
-        print("\n" + report.forgetting_table(before, after, best, data.seen), flush=True)
+        from_base = not pl_module.from_scratch
+        figures = summary(before, after, best, seen=data.seen, from_base=from_base)
+        write(self.folder / "forgetting.json", json.dumps(figures, indent=1))
+        table = report.forgetting_table(before, after, best, seen=data.seen, from_base=from_base)
+        print("\n" + table, flush=True)
         if before.chat_loss is not None and before.pretrain_loss is not None:
             report.plot(readings, self.folder / "forgetting.png")
         if not pl_module.from_scratch:

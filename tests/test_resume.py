@@ -128,6 +128,28 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert same(resumed["callbacks"]["Measure"], uninterrupted["callbacks"]["Measure"])
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_window_saves_and_says_so(
+    settings: list[str], whole: Path, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    run_dir = tmp_path / "run"
+    process = start(settings, run_dir, "--save_every_steps=1000")
+    while last_step(run_dir) < 1:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.001)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    step = checkpoint(run_dir)["global_step"]
+    if step == STEPS:
+        pytest.skip("the run was over before it could be stopped")
+    assert process.returncode == status
+    assert f"stopped after step {step}; go on with the same command and --ckpt_path last" in output
+    assert rows(run_dir) == rows(whole)[: step + 1]
+    finish(settings, run_dir, "--ckpt_path=last")
+    assert rows(run_dir) == rows(whole)
+    assert same(checkpoint(run_dir)["state_dict"], checkpoint(whole)["state_dict"])
+
+
 def test_after_the_end_nothing_more_is_trained(settings: list[str], whole: Path) -> None:
     before = rows(whole)
     assert "already" in finish(settings, whole, "--ckpt_path=last")

@@ -1,0 +1,33 @@
+"""Being asked to stop: the signal is noted, the window is finished and saved, and only then the process ends.
+
+Lightning's own handler for SIGTERM stops in the middle of a window and exits 0, which a scheduler takes for success.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """Notes the first SIGTERM or Ctrl-C; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def listen(self) -> None:
+        """Install the handlers; Lightning puts the earlier ones back when training ends."""
+        for number in STOPS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        print(f"\n{signal.Signals(number).name}: finishing this step, then saving", flush=True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    @property
+    def exit_status(self) -> int:
+        """128 + the signal's number, as shells report it."""
+        return 128 + (self.received or signal.SIGTERM)
