@@ -89,6 +89,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def milestone(step: int) -> str:
+    """The name of a checkpoint that is kept."""
+    return f"step-{step:06d}.ckpt"
+
+
 def link(existing: Path, name: str) -> None:
     """Give a checkpoint a second name in its folder, at once or not at all."""
     temporary = existing.with_name(f".{name}.{os.getpid()}.tmp")
@@ -108,11 +113,34 @@ class Checkpoints(Checkpoint):
     Args:
         folder: where they go.
         measure: tells the best reading.
+        keep_every: steps between two checkpoints that are kept for good, `step-000100.ckpt`; None for none.
+
+    Raises:
+        ValueError: `keep_every` below 1.
     """
 
-    def __init__(self, folder: Path, measure: Measure) -> None:
-        self.folder, self.measure = folder, measure
+    def __init__(self, folder: Path, measure: Measure, *, keep_every: int | None = None) -> None:
+        if keep_every is not None and keep_every < 1:
+            raise ValueError(f"keep_every_steps is {keep_every}; it counts optimizer steps and must be at least 1")
+        self.folder, self.measure, self.keep_every = folder, measure, keep_every
         self.stop = StopRequest()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Refuse a disk that cannot hold the run.
+
+        Raises:
+            ValueError: naming what is needed and what is free.
+        """
+        kept = pl_module.total_steps // self.keep_every if self.keep_every else 0
+        # weights and two moments in fp32; last and best, and one being written
+        need = 12 * pl_module.model.num_parameters() * (3 + kept)
+        there = next(path for path in (self.folder, *self.folder.resolve().parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        if free < need:
+            raise ValueError(
+                f"the checkpoints need {need / 1e9:.2f} GB, but {there} has {free / 1e9:.2f} GB free. Free some, set "
+                "run_dir to another disk, or raise keep_every_steps"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.stop.listen()
@@ -126,6 +154,8 @@ class Checkpoints(Checkpoint):
             names.append(LAST)
         if self.measure.best is not None and self.measure.best.step == step:
             names.append(BEST)
+        if self.keep_every and step % self.keep_every == 0:
+            names.append(milestone(step))
         # all ranks stop at the same window, whichever was told
         stopping = trainer.strategy.reduce_boolean_decision(self.stop.received is not None, all=False)
         if stopping and LAST not in names:
@@ -135,6 +165,7 @@ class Checkpoints(Checkpoint):
         if stopping:
             if trainer.is_global_zero:
                 print(f"stopped after step {step}; go on with the same command and --ckpt_path last", flush=True)
+                self.stop.requeue()
             raise SystemExit(self.stop.exit_status)
 
     def save(self, trainer: pl.Trainer, names: list[str]) -> None:

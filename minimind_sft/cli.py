@@ -16,7 +16,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union
+from typing import IO, Any, Literal, NoReturn, Union
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
@@ -28,6 +28,7 @@ from minimind_sft.checkpoints import AtomicCheckpointIO, Checkpoints
 from minimind_sft.data import SFTDataModule
 from minimind_sft.devices import pin_device, resolve_precision
 from minimind_sft.files import PROJECT
+from minimind_sft.guard import Guard
 from minimind_sft.module import SFTModule
 from minimind_sft.records import MetricsFile
 from minimind_sft.rundir import find_checkpoint, prepare_run_dir, wandb_logger
@@ -58,6 +59,7 @@ NOT_OFFERED = {
     "enable_autolog_hparams": "nothing: settings are in config.yaml",
     "inference_mode": "nothing: looking at a model never needs gradients",
 }
+OptionalFloat = Union[float, None]  # noqa: UP007
 OptionalInt = Union[int, None]  # noqa: UP007 (jsonargparse wants an object)
 Precision = Literal["auto", "32", "bf16-mixed", "16-mixed"]
 
@@ -97,6 +99,7 @@ class SFTCLI(LightningCLI):
     """Our top-level settings, and a Trainer built from them."""
 
     command: list[str]
+    lock: IO[str] | None = None  # on the run directory, while it is trained in
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -162,6 +165,24 @@ class SFTCLI(LightningCLI):
             help="steps between two checkpoints; null: the smaller of 100 and a quarter of an epoch",
         )
         parser.add_argument(
+            "--keep_every_steps",
+            type=OptionalInt,
+            default=None,
+            help="steps between two checkpoints that are kept for good; null: only last and best",
+        )
+        parser.add_argument(
+            "--on_nonfinite",
+            type=Literal["stop", "skip"],
+            default="stop",
+            help="when a loss or gradient is not finite: stop the run, or skip the step (10 in a row stop it)",
+        )
+        parser.add_argument(
+            "--spike_ratio",
+            type=OptionalFloat,
+            default=2.0,
+            help="note the documents of a step whose loss is above this multiple of its running mean; null: never",
+        )
+        parser.add_argument(
             "--overwrite", type=bool, default=False, nargs="?", const=True, help="replace a run that is in run_dir"
         )
 
@@ -174,7 +195,9 @@ class SFTCLI(LightningCLI):
         self.run_dir = Path(settings["run_dir"])
         settings["ckpt_path"] = find_checkpoint(settings["ckpt_path"], self.run_dir, str(self.subcommand))
         if self.subcommand == "fit" and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            prepare_run_dir(self.run_dir, resuming=settings["ckpt_path"] is not None, overwrite=settings["overwrite"])
+            SFTCLI.lock = prepare_run_dir(
+                self.run_dir, resuming=settings["ckpt_path"] is not None, overwrite=settings["overwrite"]
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings, given = self.config[self.subcommand], dict(self._get(self.config_init, "trainer"))
@@ -209,6 +232,12 @@ class SFTCLI(LightningCLI):
             return [WritePredictions(self.run_dir / "predictions.jsonl")]
         if self.subcommand == "validate":
             return []
+        rank_zero = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        self.model.guard = Guard(
+            folder=self.run_dir if rank_zero else None,
+            on_nonfinite=settings["on_nonfinite"],
+            spike_ratio=settings["spike_ratio"],
+        )
         measure = Measure(
             log_every=settings["log_every_steps"],
             val_every=settings["val_every_steps"],
@@ -220,7 +249,7 @@ class SFTCLI(LightningCLI):
             measure,
             FirstScreen(measure),
             LastScreen(self.run_dir, measure, self.datamodule.probes, self.datamodule.document_format),
-            Checkpoints(self.run_dir / "checkpoints", measure),
+            Checkpoints(self.run_dir / "checkpoints", measure, keep_every=settings["keep_every_steps"]),
         ]
 
     def _yaml(self) -> str:
@@ -315,15 +344,20 @@ def run(verb: str, argv: list[str]) -> int:
     """Run a training verb; see `__main__.main`."""
     SFTCLI.command = [verb, *argv]
     no_abbreviations = {"allow_abbrev": False}
-    with quiet():
-        SFTCLI(
-            SFTModule,
-            SFTDataModule,
-            save_config_callback=None,
-            parser_class=Parser,
-            parser_kwargs=no_abbreviations | dict.fromkeys(SFTCLI.subcommands(), no_abbreviations),
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            args=find_config([verb, *argv]),
-        )
+    try:
+        with quiet():
+            SFTCLI(
+                SFTModule,
+                SFTDataModule,
+                save_config_callback=None,
+                parser_class=Parser,
+                parser_kwargs=no_abbreviations | dict.fromkeys(SFTCLI.subcommands(), no_abbreviations),
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                args=find_config([verb, *argv]),
+            )
+    finally:
+        if SFTCLI.lock is not None:
+            SFTCLI.lock.close()
+            SFTCLI.lock = None
     return 0

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -26,6 +26,7 @@ from minimind_sft.batching import MicroBatch
 from minimind_sft.files import resolve
 from minimind_sft.forgetting import Meter, Reading
 from minimind_sft.generate import generate
+from minimind_sft.guard import Guard, StepResult
 from minimind_sft.losses import cross_entropy
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
@@ -38,15 +39,6 @@ if TYPE_CHECKING:
 
 SCRATCH = "scratch"
 MAX_ANSWER_TOKENS = 256
-
-
-class StepResult(NamedTuple):
-    """What one optimizer step was like."""
-
-    step: int  # from 1
-    loss: float  # nats per supervised token of the window, over all ranks
-    grad_norm: float  # before clipping
-    learning_rate: float
 
 
 class SFTModule(LightningModule):
@@ -116,6 +108,7 @@ class SFTModule(LightningModule):
         self.base_sha256: str | None = None  # None: there is no base
         self.description = "random weights"
         self.baseline: Reading | None = None
+        self.guard = Guard()
         self.last_step: StepResult | None = None
         self.model: Transformer
         if weights != SCRATCH:
@@ -182,12 +175,20 @@ class SFTModule(LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         parameters = list(self.model.parameters())
-        decayed = [p for p in parameters if self.decay_all or p.ndim >= 2]
-        rest = [p for p in parameters if not self.decay_all and p.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        # always these two groups, whatever is decayed: a checkpoint knows parameters by their place
+        groups = [[p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]]
+        decays = self._weight_decays()
         # with a gradient scaler, a fused optimizer unscales by itself and Lightning then refuses to clip
         fused = self.device.type == "cuda" and self._scaler is None
-        return AdamW([g for g in groups if g["params"]], lr=self.learning_rate, fused=fused)
+        return AdamW(
+            [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True)],
+            lr=self.learning_rate,
+            fused=fused,
+        )
+
+    def _weight_decays(self) -> tuple[float, float]:
+        """Of matrices, and of norms."""
+        return self.weight_decay, self.weight_decay if self.decay_all else 0.0
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """The micro-batch's share of the window's mean loss; see the module's docstring for its scale."""
@@ -216,9 +217,9 @@ class SFTModule(LightningModule):
         return cross_entropy(hidden, flat.labels, batch.targets, self.model.logits, self.model.config.vocab_size)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Set the learning rate of this step, then step."""
-        for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate_now()
+        """Set the learning rate and decay of this step, then step."""
+        for group, decay in zip(optimizer.param_groups, self._weight_decays(), strict=True):
+            group["lr"], group["weight_decay"] = self.learning_rate_now(), decay  # a checkpoint's must not win
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def learning_rate_now(self) -> float:
@@ -247,22 +248,14 @@ class SFTModule(LightningModule):
         loss, grad_norm = torch.stack([nats / self._window_targets, norm.double()]).tolist()
         step = self.trainer.global_step + 1
         self.last_step = StepResult(step, loss, grad_norm, optimizer.param_groups[0]["lr"])
-        # a gradient scaler looks for overflows itself, and skips the step
-        if not math.isfinite(loss) or (not math.isfinite(grad_norm) and self._scaler is None):
-            raise ValueError(self._not_finite(self.last_step))
+        if not self.guard.takes(self.last_step, self._window_documents, scaled=self._scaler is not None):
+            optimizer.zero_grad(set_to_none=True)  # nothing to step with: weights and moments stay
 
-    def _not_finite(self, result: StepResult) -> str:
-        plan = self._data.plan
-        epoch, window = divmod(result.step - 1, plan.windows)
-        store = self._data.train_store
-        names = [store.where(number) for number in plan.window_documents(epoch, window).tolist()]
-        return (
-            f"step {result.step}: loss {result.loss}, gradient norm {result.grad_norm}. The step was not taken. "
-            f"It learns "
-            f"from {len(names)} documents: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}. Look at "
-            f"them, or lower "
-            "model.learning_rate; the last checkpoint is whole"
-        )
+    def _window_documents(self) -> list[str]:
+        """The documents of the window that is being learned from, as `file:line`."""
+        plan, store = self._data.plan, self._data.train_store
+        epoch, window = divmod(self.trainer.global_step, plan.windows)
+        return [store.where(number) for number in plan.window_documents(epoch, window).tolist()]
 
     @property
     def _scaler(self) -> Any:
@@ -321,6 +314,26 @@ class SFTModule(LightningModule):
             "base_sha256": self.base_sha256,
             "baseline": asdict(self.baseline) if self.baseline else None,
             "plan": self._data.identity,
+            "settings": self._settings(),
+            "guard": self.guard.state_dict(),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """What may differ in a run that resumes; the YAML and the command line win."""
+        trainer = self.trainer
+        return {
+            "model.learning_rate": self.learning_rate,
+            "model.warmup_ratio": self.warmup_ratio,
+            "model.min_lr_ratio": self.min_lr_ratio,
+            "model.weight_decay": self.weight_decay,
+            "model.decay_all": self.decay_all,
+            "trainer.max_epochs": trainer.max_epochs,
+            "trainer.max_steps": trainer.max_steps,
+            "trainer.gradient_clip_val": trainer.gradient_clip_val,
+            "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "processes": trainer.world_size,
+            "precision": str(trainer.precision),
+            "threads": torch.get_num_threads(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -346,4 +359,13 @@ class SFTModule(LightningModule):
         if self.trainer.state.fn == "fit":
             self._data.check_identity(ours["plan"])
             plan = self._data.plan
+            self._tell_differences(ours["settings"])
+            self.guard.load_state_dict(ours["guard"])
             self._data.start_step = set_progress(checkpoint, windows=plan.windows, accumulate=plan.accumulate)
+
+    def _tell_differences(self, saved: dict[str, Any]) -> None:
+        changed = [
+            f"{name} {saved.get(name)} -> {now}" for name, now in self._settings().items() if saved.get(name) != now
+        ]
+        if changed and self.trainer.is_global_zero:
+            print(f"settings that differ from the checkpoint's: {', '.join(changed)}", flush=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import uuid
 from pathlib import Path
+from typing import IO
 
 from lightning.pytorch.loggers import WandbLogger
 
@@ -17,6 +19,8 @@ OUR_FILES = (
     "forgetting.png",
     "probes.json",
     "predictions.jsonl",
+    "nonfinite.jsonl",
+    "spikes.jsonl",
     "run.json",
     "last.pth",
     "sample.json",
@@ -43,11 +47,14 @@ def find_checkpoint(asked: str | None, run_dir: Path, verb: str) -> str | None:
     return str(path)
 
 
-def prepare_run_dir(run_dir: Path, *, resuming: bool, overwrite: bool) -> None:
-    """Refuse to write over another run, or clear it away when asked to.
+def prepare_run_dir(run_dir: Path, *, resuming: bool, overwrite: bool) -> IO[str]:
+    """Take the run directory for this process; refuse to write over another run, or clear it away when asked to.
+
+    Returns:
+        The lock, which is held until the process ends.
 
     Raises:
-        ValueError: the folder holds checkpoints, or cannot be written.
+        ValueError: the folder holds checkpoints, cannot be written, or another process is using it.
     """
     if not resuming and any((run_dir / "checkpoints").glob("*.ckpt")) and not overwrite:
         raise ValueError(
@@ -56,10 +63,16 @@ def prepare_run_dir(run_dir: Path, *, resuming: bool, overwrite: bool) -> None:
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / ".writable").touch()
-        (run_dir / ".writable").unlink()
+        lock = open(run_dir / ".lock", "a", encoding="utf-8")  # noqa: SIM115 (held for the life of the process)
     except OSError as error:
         raise ValueError(f"cannot write run_dir {run_dir} ({error.strerror}); choose another with --run_dir") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ValueError(f"another process is training in {run_dir}; stop it, or choose another --run_dir") from None
+    except OSError:
+        pass  # a file system without locks
     if not resuming:  # what a run without a checkpoint left behind would be taken for this run's
         for name in OUR_FILES:
             path = run_dir / name
@@ -67,6 +80,7 @@ def prepare_run_dir(run_dir: Path, *, resuming: bool, overwrite: bool) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+    return lock
 
 
 def wandb_logger(run_dir: Path, *, offline: bool, resuming: bool) -> WandbLogger:

@@ -5,14 +5,16 @@ Lightning's own handler for SIGTERM stops in the middle of a window and exits 0,
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 from types import FrameType
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM sends the last one before a time limit, if asked to
 
 
 class StopRequest:
-    """Notes the first SIGTERM or Ctrl-C; a second Ctrl-C interrupts at once."""
+    """Notes the first SIGTERM, SIGUSR1 or Ctrl-C; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -26,6 +28,13 @@ class StopRequest:
         self.received = number
         print(f"\n{signal.Signals(number).name}: finishing this step, then saving", flush=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def requeue(self) -> None:
+        """Put a SLURM job that was told of its time limit (SIGUSR1) back into the queue."""
+        job = os.environ.get("SLURM_JOB_ID")
+        if self.received == signal.SIGUSR1 and job:
+            done = subprocess.run(["scontrol", "requeue", job], check=False)
+            print(f"scontrol requeue {job}: exit status {done.returncode}", flush=True)
 
     @property
     def exit_status(self) -> int:

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,45 @@ def test_how_a_window_is_dealt_does_not_change_the_run(
         torch.testing.assert_close(
             tensor, reference[1][name], rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+def test_two_processes_train_as_one(tiny: dict[str, Any], reference: Any, tmp_path: Path) -> None:
+    settings = {
+        **tiny,
+        "data__batch_size": 4,
+        "trainer__accumulate_grad_batches": 2,
+        "trainer__strategy": "ddp",
+        "trainer__devices": 2,
+        "log_every_steps": 1,
+        "run_dir": tmp_path / "run",
+    }
+    arguments = [f"--{name.replace('__', '.')}={value}" for name, value in settings.items()]
+    command = [sys.executable, "-m", "minimind_sft", "fit", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("step 21/21") == 1  # one log
+    with open(tmp_path / "run" / "metrics.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row, expected in zip(rows[1:], reference[0][1:], strict=True):
+        assert float(row["train/loss"]) == pytest.approx(float(expected["train/loss"]), rel=2e-6)
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    for name, tensor in checkpoint["state_dict"].items():
+        torch.testing.assert_close(tensor, reference[1][name.removeprefix("model.")], rtol=1e-4, atol=2e-5)
+
+
+def test_a_rank_does_not_wait_for_one_that_failed(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("not json\n", encoding="utf-8")
+    settings = {**tiny, "data__train_path": tmp_path / "bad.jsonl", "run_dir": tmp_path / "run"}
+    arguments = [f"--{name.replace('__', '.')}={value}" for name, value in settings.items()]
+    command = [sys.executable, "-m", "minimind_sft", "fit", *arguments, "--trainer.strategy=ddp", "--trainer.devices=2"]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode != 0 and "cannot be used (1 not_json)" in done.stderr
 
 
 def test_experts_train_alike_however_a_window_is_dealt(shared: Path, tiny: dict[str, Any], tmp_path: Path) -> None:

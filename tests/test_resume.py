@@ -2,6 +2,7 @@
 
 import csv
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -148,6 +149,63 @@ def test_a_signal_finishes_the_window_saves_and_says_so(
     finish(settings, run_dir, "--ckpt_path=last")
     assert rows(run_dir) == rows(whole)
     assert same(checkpoint(run_dir)["state_dict"], checkpoint(whole)["state_dict"])
+
+
+def test_the_rest_of_an_epoch_is_trained_once_when_the_batch_split_changes(
+    settings: list[str], whole: Path, tmp_path: Path
+) -> None:
+    finish(settings, tmp_path / "first", "--keep_every_steps=8")  # step 8 is in the second epoch
+    other = ["--data.batch_size=1", "--trainer.accumulate_grad_batches=8"]
+    kept = tmp_path / "first" / "checkpoints" / "step-000008.ckpt"
+    output = finish(settings, tmp_path / "second", f"--ckpt_path={kept}", *other)
+    assert "trainer.accumulate_grad_batches 2 -> 8" in output
+    rest, expected = rows(tmp_path / "second"), rows(whole)[9:]
+    assert [row["step"] for row in rest] == [row["step"] for row in expected]
+    for row, same_step in zip(rest, expected, strict=True):
+        assert row["lr"] == same_step["lr"]
+        assert float(row["train/loss"]) == pytest.approx(float(same_step["train/loss"]), rel=2e-6)
+
+
+def test_more_epochs_may_be_asked_for(settings: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    finish(settings, run_dir, "--trainer.max_epochs=1")
+    finish(settings, run_dir, "--ckpt_path=auto", "--trainer.max_epochs=2", "--model.learning_rate=1e-5")
+    table = rows(run_dir)
+    assert [int(row["step"]) for row in table] == list(range(2 * WINDOWS + 1))
+    assert float(table[-1]["lr"]) == pytest.approx(1e-6)  # the command line's, not the checkpoint's
+
+
+def test_another_window_is_refused_with_the_difference(settings: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    finish(settings, run_dir, "--trainer.max_epochs=1")
+    process = start(settings, run_dir, "--ckpt_path=last", "--data.batch_size=3")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and "window_size was 8, is 6" in output
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_leave_the_same_run(settings: list[str], whole: Path, tmp_path: Path) -> None:
+    """From a cold cache: in tokenizing, in a look, in a window, in the writing of a checkpoint, wherever it falls."""
+    run_dir, chance = tmp_path / "run", random.Random(0)
+    cold = [f"--data.cache_dir={tmp_path / 'cache'}" if "cache_dir" in setting else setting for setting in settings]
+    start_up, kills = 3.0, 0
+    while kills < 20:
+        process = start(cold, run_dir, "--ckpt_path=auto", "--save_every_steps=1")
+        try:
+            process.wait(start_up + chance.random() * 2.5)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0, process.communicate()[0]
+        for path in (run_dir / "checkpoints").glob("*.ckpt"):  # over before it could be killed: once more, from nothing
+            path.unlink()
+    finish(cold, run_dir, "--ckpt_path=auto", "--save_every_steps=1")
+    assert rows(run_dir) == rows(whole)
+    assert same(checkpoint(run_dir)["state_dict"], checkpoint(whole)["state_dict"])
+    assert same(checkpoint(run_dir)["optimizer_states"], checkpoint(whole)["optimizer_states"])
+    assert [p.name for p in (run_dir / "checkpoints").iterdir() if p.suffix == ".ckpt"].count("last.ckpt") == 1
 
 
 def test_after_the_end_nothing_more_is_trained(settings: list[str], whole: Path) -> None:

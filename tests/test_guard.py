@@ -1,0 +1,187 @@
+"""Steps that must not be taken, and runs that are asked to stop."""
+
+import json
+import os
+import signal
+import stat
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from minimind_sft.__main__ import main
+from minimind_sft.checkpoints import AtomicCheckpointIO
+from minimind_sft.guard import Guard, StepResult
+from minimind_sft.module import SFTModule
+from minimind_sft.signals import StopRequest
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    lines = (PROJECT / "data" / "sft_train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(lines[:40]), encoding="utf-8")
+    return {
+        "model.weights": "scratch",
+        "model.hidden_size": 16,
+        "model.num_hidden_layers": 1,
+        "data.train_path": tmp_path / "train.jsonl",
+        "data.tokenizer": PROJECT / "data" / "tokenizer",
+        "data.cache_dir": tmp_path / "cache",
+        "data.batch_size": 8,
+        "trainer.max_epochs": 2,
+        "run_dir": tmp_path / "run",
+        "device": "cpu",
+        "log_every_steps": 1,
+        "save_every_steps": 2,
+    }
+
+
+def fit(settings: dict[str, Any], *more: str) -> int:
+    return main(["fit", *(f"--{name}={value}" for name, value in settings.items()), *more])
+
+
+def weights(run_dir: Path, name: str = "last.ckpt") -> dict[str, Any]:
+    return torch.load(run_dir / "checkpoints" / name, weights_only=True)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Makes the loss of the steps in the list (counted from 0) not a number."""
+    steps: list[int] = []
+    healthy = SFTModule._nats
+
+    def nats(self: SFTModule, batch: Any) -> torch.Tensor:
+        return healthy(self, batch) * (float("nan") if self.trainer.global_step in steps else 1.0)
+
+    monkeypatch.setattr(SFTModule, "_nats", nats)
+    return steps
+
+
+def test_a_step_that_is_not_finite_stops_before_the_weights_change(
+    settings: dict[str, Any], tmp_path: Path, poisoned: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    poisoned.append(4)
+    assert fit(settings) == 2
+    said = capsys.readouterr().err
+    assert "step 5: loss nan" in said and "train.jsonl:" in said and "on_nonfinite" in said
+    row = json.loads((tmp_path / "run" / "nonfinite.jsonl").read_text())
+    assert row["step"] == 5 and len(row["documents"]) == 8
+    assert weights(tmp_path / "run")["global_step"] == 4
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run")["state_dict"].values())
+
+
+def test_a_skipped_step_changes_neither_weights_nor_moments(
+    settings: dict[str, Any], tmp_path: Path, poisoned: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    poisoned.append(9)  # the last one
+    assert fit(settings, "--on_nonfinite=skip", "--save_every_steps=9", "--keep_every_steps=9") == 0
+    assert "step 10: loss nan" in capsys.readouterr().out
+    before, after = weights(tmp_path / "run", "step-000009.ckpt"), weights(tmp_path / "run")
+    assert (before["global_step"], after["global_step"]) == (9, 10)
+    for name, tensor in before["state_dict"].items():
+        assert torch.equal(tensor, after["state_dict"][name]), name
+    for place, state in before["optimizer_states"][0]["state"].items():
+        assert torch.equal(state["exp_avg"], after["optimizer_states"][0]["state"][place]["exp_avg"])
+
+
+def test_too_many_skipped_in_a_row_stop_the_run() -> None:
+    guard, bad = Guard(on_nonfinite="skip", max_skipped=2), StepResult(1, float("nan"), 1.0, 0.1)
+    good = StepResult(2, 1.0, 1.0, 0.1)
+    assert [guard.takes(step, list) for step in (bad, bad, good, bad, bad)] == [False, False, True, False, False]
+    with pytest.raises(ValueError, match="after 2 skipped in a row"):
+        guard.takes(bad, list)
+
+
+def test_an_infinite_gradient_is_left_to_a_gradient_scaler() -> None:
+    step = StepResult(1, 1.0, float("inf"), 0.1)
+    assert Guard().takes(step, list, scaled=True)
+    with pytest.raises(ValueError, match="gradient norm inf"):
+        Guard().takes(step, list)
+
+
+def test_a_loss_that_jumps_is_noted_with_its_documents(tmp_path: Path) -> None:
+    guard = Guard(folder=tmp_path, spike_ratio=2.0)
+    for number in range(25):
+        assert guard.takes(StepResult(number, 1.0, 1.0, 0.1), list)
+    assert guard.takes(StepResult(26, 1.9, 1.0, 0.1), lambda: ["a:1"])
+    assert not (tmp_path / "spikes.jsonl").exists()
+    again = Guard(folder=tmp_path, spike_ratio=2.0)
+    again.load_state_dict(guard.state_dict())  # a resumed run notes the same jumps
+    assert again.takes(StepResult(27, 3.0, 1.0, 0.1), lambda: ["a:1", "b:2"])
+    assert json.loads((tmp_path / "spikes.jsonl").read_text())["documents"] == ["a:1", "b:2"]
+    Guard(spike_ratio=None).takes(StepResult(1, 1e9, 1.0, 0.1), list)
+    with pytest.raises(ValueError, match="above 1"):
+        Guard(spike_ratio=0.5)
+
+
+def test_milestones_are_kept_beside_last_and_best(settings: dict[str, Any], tmp_path: Path) -> None:
+    assert fit(settings, "--keep_every_steps=4") == 0
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["last.ckpt", "step-000004.ckpt", "step-000008.ckpt"]
+    assert weights(tmp_path / "run", "step-000004.ckpt")["global_step"] == 4
+
+
+def test_a_run_directory_in_use_is_refused(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from minimind_sft.rundir import prepare_run_dir
+
+    with prepare_run_dir(tmp_path / "run", resuming=False, overwrite=False):
+        assert fit(settings) == 2
+        assert "another process is training in" in capsys.readouterr().err
+    assert fit(settings) == 0
+
+
+def test_a_disk_that_cannot_hold_the_run_is_refused_at_the_start(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = SimpleNamespace(total=10**9, used=10**9, free=1000)
+    monkeypatch.setattr("minimind_sft.checkpoints.shutil.disk_usage", lambda path: usage)
+    assert fit(settings) == 2
+    assert "GB free" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"a": torch.ones(3)}, path)
+    whole = path.read_bytes()
+
+    def full(checkpoint: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ValueError, match="No space left on device.*earlier checkpoints are whole"):
+        AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(3)}, path)
+    assert path.read_bytes() == whole
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_slurms_signal_puts_the_job_back_into_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / "scontrol"
+    fake.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\n')
+    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    request = StopRequest()
+    request.received = signal.SIGTERM
+    request.requeue()
+    assert not (tmp_path / "called").exists()
+    request.received = signal.SIGUSR1
+    request.requeue()
+    assert (tmp_path / "called").read_text() == "requeue 77\n"
+    assert request.exit_status == 138
+
+
+def test_nothing_is_written_outside_the_run_and_cache_folders(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setenv("HOME", str(tmp_path / "empty"))
+    assert fit(settings) == 0
+    assert list((tmp_path / "empty").iterdir()) == []
