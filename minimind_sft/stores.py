@@ -1,0 +1,219 @@
+"""Files and settings to stores: what is trained on, validated on and measured on. No torch.
+
+Paths are resolved, the sample is selected, and everything is tokenized once into stores under the cache folder
+(`corpus.py`); a second run opens them. What would spoil a run is refused here, before anything is trained: more bad
+lines than `max_bad_ratio`, held-out text that the chats repeat. `fit` and `inspect` both come through here, so that
+what is looked at is what is trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minimind_sft import corpus, overlap
+from minimind_sft.chat import ChatTemplate
+from minimind_sft.corpus import Store
+from minimind_sft.files import Files, default_cache, resolve
+from minimind_sft.progress import track
+from minimind_sft.sampling import Line, read_lines, select
+
+MEBIBYTE = 1 << 20
+
+
+class Opened(NamedTuple):
+    """Stores that are open; None where there is none."""
+
+    train: Store | None
+    validation: Store | None  # chats
+    measured: Store | None  # text that forgetting is measured on
+
+
+class Stores:
+    """The data of a run. The settings are those of `data.SFTDataModule`, by the same names.
+
+    Attributes:
+        template: tokenizer and chat template.
+        cache: the folder of all stores.
+        probes: the file of fact probes, or None.
+
+    Raises:
+        ValueError: with the setting, file, line, value and remedy.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_path: str | list[str],
+        tokenizer: str,
+        val_path: str | list[str] | None = None,
+        pretrain_path: str | list[str] | None = None,
+        heldout_path: str | list[str] | None = None,
+        max_mb: float | None = 72.0,
+        max_ratio: float | None = None,
+        pretrain_mb: float | None = None,
+        seed: int = 42,
+        max_bad_ratio: float = 0.01,
+        max_overlap: float = 0.2,
+        measure_documents: int = 1_000,
+        format: str = "auto",
+        document_format: str = "minimind3",
+        probes_path: str | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        self.train_path, self.val_path = train_path, val_path
+        self.pretrain_path, self.heldout_path = pretrain_path, heldout_path
+        self.max_mb, self.max_ratio, self.pretrain_mb = max_mb, max_ratio, pretrain_mb
+        self.seed, self.max_bad_ratio, self.max_overlap = seed, max_bad_ratio, max_overlap
+        self.measure_documents = measure_documents
+        self.format, self.document_format = format, document_format
+        self.cache = Path(cache_dir) if cache_dir else default_cache()
+        self.files = Files(self.cache)
+        self.probes = self.files.expand(probes_path, "data.probes_path")[0] if probes_path else None
+        self.template = ChatTemplate.from_folder(resolve(tokenizer))
+
+    @property
+    def seen(self) -> bool | None:
+        """Whether the base has seen the text that forgetting is measured on; None where nothing is measured."""
+        return None if self.pretrain_path is None and self.heldout_path is None else self.heldout_path is None
+
+    @property
+    def pretrain_bytes(self) -> int | None:
+        """Bytes of pretraining text, uncompressed; None where nothing tells."""
+        if self.pretrain_mb is not None:
+            return int(self.pretrain_mb * MEBIBYTE)
+        if self.pretrain_path is None:
+            return None
+        return sum(
+            self.files.facts(path).text_bytes for path in self.files.expand(self.pretrain_path, "data.pretrain_path")
+        )
+
+    @property
+    def cap_mb(self) -> float | None:
+        """The cap on the sample, in MB: the tighter of `max_mb` and `max_ratio`."""
+        if self.max_ratio is None:
+            return self.max_mb
+        if self.pretrain_bytes is None:
+            raise ValueError(
+                "data.max_ratio needs the size of the pretraining text: set data.pretrain_path or data.pretrain_mb"
+            )
+        by_ratio = self.max_ratio * self.pretrain_bytes / MEBIBYTE
+        return by_ratio if self.max_mb is None else min(self.max_mb, by_ratio)
+
+    def open(self, *, train: bool) -> Opened:
+        """Open the stores, from the cache or made now.
+
+        Args:
+            train: whether the training chats are wanted too.
+
+        Raises:
+            ValueError: for files that are not there, too many bad lines, or held-out text that the chats repeat.
+        """
+        chats = self.train_store() if train else None
+        validation = None if self.val_path is None else self._whole_store("val_path", self.val_path)
+        measured = self._measure_store()
+        if self.heldout_path is not None and chats is not None and measured is not None:
+            self._refuse_overlap(chats, measured)
+        return Opened(chats, validation, measured)
+
+    def train_store(self) -> Store:
+        """The sample of `train_path`, tokenized."""
+        files, cap = self.files.expand(self.train_path, "data.train_path"), self.cap_mb
+
+        def make(folder: Path) -> None:
+            selection = select(files, max_mb=cap, seed=self.seed)
+            selection.require_some()
+            with track("tokenizing the chats", total=selection.selected) as progress:
+                # everything: the order of the sample means nothing, so the files' own order is kept
+                lines = read_lines(files) if cap is None else selection.lines()
+                corpus.build(folder, lines, progress=progress, note=selection.manifest, **self._tokenization)
+
+        store = corpus.open_or_build(self.cache, self._key("train", files, max_mb=cap, seed=self.seed), make)
+        return self._checked(store, "data.train_path")
+
+    def validation_lines(self) -> Iterator[Line]:
+        """The lines of the validation chats; none where there are none."""
+        return read_lines(self.files.expand(self.val_path, "data.val_path")) if self.val_path else iter(())
+
+    def _whole_store(self, name: str, paths: str | list[str]) -> Store:
+        files = self.files.expand(paths, f"data.{name}")
+
+        def make(folder: Path) -> None:
+            with track(f"tokenizing data.{name}") as progress:
+                corpus.build(folder, read_lines(files), progress=progress, **self._tokenization)
+
+        return self._checked(corpus.open_or_build(self.cache, self._key("whole", files), make), f"data.{name}")
+
+    def _measure_store(self) -> Store | None:
+        name = "heldout_path" if self.heldout_path else "pretrain_path"
+        paths = self.heldout_path or self.pretrain_path
+        if paths is None:
+            return None
+        files = self.files.expand(paths, f"data.{name}")
+
+        def make(folder: Path) -> None:
+            with track(f"tokenizing data.{name}") as progress:
+                lines = choose_by_hash(read_lines(files), self.measure_documents)
+                corpus.build(folder, lines, progress=progress, **self._tokenization)
+
+        key = self._key("measure", files, documents=self.measure_documents)
+        return self._checked(corpus.open_or_build(self.cache, key, make), f"data.{name}")
+
+    @property
+    def _tokenization(self) -> dict[str, Any]:
+        return {"template": self.template, "format": self.format, "document_format": self.document_format}
+
+    def _key(self, kind: str, files: list[Path], **more: Any) -> dict[str, Any]:
+        return {
+            "kind": kind,
+            "files": [[str(path), self.files.facts(path).sha256] for path in files],
+            "tokenizer": self.template.fingerprint,
+            "format": [self.format, self.document_format],
+            **more,
+        }
+
+    def _checked(self, store: Store, key: str) -> Store:
+        bad = sum(store.rejected.values())
+        lines = bad + len(store)
+        if lines == 0:
+            raise ValueError(f"{key}: no line in {', '.join(store.meta['files']) or 'the files'}; nothing to use")
+        if bad > self.max_bad_ratio * lines:
+            counts = ", ".join(f"{count} {reason}" for reason, count in store.rejected.items())
+            first = next(store.rejections())
+            raise ValueError(
+                f"{key}: {bad} of {lines} lines cannot be used ({counts}), more than data.max_bad_ratio = "
+                f"{self.max_bad_ratio:g} allows. The first: {first['file']}:{first['line']}: {first['detail']}. "
+                "Correct these lines, or raise data.max_bad_ratio"
+            )
+        return store
+
+    def _refuse_overlap(self, train: Store, held_out: Store) -> None:
+        decode = self.template.decode
+        shares = overlap.cached_shares(
+            self.cache,
+            [train.folder.name, held_out.folder.name],
+            held_out=lambda: (decode(held_out.document(i)[0].tolist()) for i in range(len(held_out))),
+            chats=lambda: (decode(train.document(i)[0].tolist()) for i in range(len(train))),
+        )
+        over = [i for i, share in enumerate(shares) if share > self.max_overlap]
+        if over:
+            worst = max(over, key=lambda i: shares[i])
+            raise ValueError(
+                f"data.heldout_path: {len(over)} documents share over {self.max_overlap:.0%} of their 50-character "
+                f"shingles with the training chats; forgetting measured on them would be flattered. The worst: "
+                f"{held_out.where(worst)} ({shares[worst]:.0%}). Remove them, or raise data.max_overlap"
+            )
+
+
+def choose_by_hash(lines: Iterator[Line], count: int) -> list[Line]:
+    """The `count` lines whose content hash is smallest: the same ones however the file is ordered or grows
+    elsewhere."""
+
+    def keyed() -> Iterator[tuple[bytes, int, Line]]:
+        for number, line in enumerate(lines):
+            yield hashlib.blake2b(line.text.encode(), digest_size=8).digest(), number, line
+
+    return [line for _, _, line in heapq.nsmallest(count, keyed())]
