@@ -21,13 +21,15 @@ look
 data
   sample     a seeded, size-capped sample of JSON lines
              python -m minimind_sft sample chats.jsonl sample.jsonl --max_mb 72 --seed 42
+  inspect    the training data as fit will see it: which tokens are learned, what is cut or rejected, what is strange
+             python -m minimind_sft inspect --config sft.yaml --rows 5
 
 `VERB --help` lists a verb's options. A config that is not in the current folder is looked for in configs/:
 sft.yaml (the demo; start from it), original.yaml (MiniMind's settings), pretrain.yaml (a base from text),
 minimind2_2048x20.yaml (the original 0.9 B command line)."""
 
 TRAINING_VERBS = ("fit", "validate", "predict")
-VERBS = (*TRAINING_VERBS, "sample")
+VERBS = (*TRAINING_VERBS, "sample", "inspect")
 SHOW_TRACEBACK = "MINIMIND_SFT_TRACEBACK"
 
 
@@ -59,6 +61,10 @@ def main(argv: list[str] | None = None) -> int:
             from minimind_sft.sampling import main as sample
 
             return sample(rest)
+        if verb == "inspect":
+            from minimind_sft.inspection import main as look
+
+            return look(rest)
         from minimind_sft.cli import run
 
         return run(verb, rest)

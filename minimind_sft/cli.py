@@ -27,12 +27,12 @@ from minimind_sft.callbacks import Measure, StepLog
 from minimind_sft.checkpoints import AtomicCheckpointIO, Checkpoints
 from minimind_sft.data import SFTDataModule
 from minimind_sft.devices import pin_device, resolve_precision
-from minimind_sft.files import PROJECT
 from minimind_sft.guard import Guard
 from minimind_sft.module import SFTModule
 from minimind_sft.records import MetricsFile
 from minimind_sft.rundir import find_checkpoint, prepare_run_dir, wandb_logger
 from minimind_sft.screen import FirstScreen, LastScreen, Record
+from minimind_sft.settings import find_config
 
 NOT_OFFERED = {
     "precision": "precision",
@@ -296,25 +296,6 @@ class WritePredictions(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._file.close()
         print(f"answers in {self.path}", flush=True)
-
-
-def find_config(argv: list[str]) -> list[str]:
-    """Let `--config NAME` find `configs/NAME` of the project where the current folder has none, and say so."""
-    found = []
-    for place, word in enumerate(argv):
-        option, sign, value = word.partition("=")
-        previous = argv[place - 1] if place else ""
-        is_value = previous in ("--config", "-c")
-        name = value if option in ("--config", "-c") and sign else word if is_value else None
-        shipped = PROJECT / "configs" / name if name else None
-        if name and shipped and not Path(name).exists():
-            if not shipped.is_file():
-                names = ", ".join(sorted(path.name for path in (PROJECT / "configs").glob("*.yaml")))
-                raise ValueError(f"--config {name}: no such file here, and configs/ holds {names}")
-            print(f"using {shipped}", flush=True)
-            word = f"{option}={shipped}" if sign and not is_value else str(shipped)
-        found.append(word)
-    return found
 
 
 @contextlib.contextmanager

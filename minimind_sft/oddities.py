@@ -1,0 +1,156 @@
+"""The rows of a store that are worth a look, found in the tokens: which ones, why, and by how much.
+
+What goes wrong in chat data tends to show as an extreme: an answer of one token under a prompt of seven hundred, a
+model that fell into a loop, a base64 image, a prompt that spells `<|im_end|>`. Everything is found from the store
+alone, in pieces of a million tokens and mostly in NumPy: 1.5 s for 10 million tokens. `SCANNED_TOKENS` bounds it; the
+sample is in random order, so its beginning stands for the whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from minimind_sft.corpus import Store
+from minimind_sft.words import byte_letters
+
+SCANNED_TOKENS = 20_000_000
+_PIECE = 1 << 20  # tokens at once
+
+
+class TokenTexts:
+    """The text of every token id.
+
+    Attributes:
+        controls: The strings of the control tokens.
+        is_control: (V,) whether an id is a control token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        added = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items()}
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        size = 1 + max(vocabulary.values())
+        self.controls = sorted(added.values())
+        self.is_control = np.zeros(size, bool)
+        self.is_control[list(added)] = True
+        as_bytes = _byte_level if "ByteLevel" in repr(tokenizer.decoder) else _sentencepiece
+        self._bytes = [b""] * size
+        for token, id in vocabulary.items():
+            self._bytes[id] = added[id].encode() if id in added else as_bytes(token)
+
+    def of(self, ids: np.ndarray) -> list[str]:
+        """The texts of consecutive tokens; a character made of several tokens stands with the last of them."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        texts = [text for id in ids.tolist() if (text := decoder.decode(self._bytes[id]))]
+        return [*texts, rest] if (rest := decoder.decode(b"", final=True)) else texts
+
+    def plain(self) -> list[bytes]:
+        """By id, the bytes of what is people's or the template's plain text; a NUL for a control token."""
+        return [b"\0" if control else text for text, control in zip(self._bytes, self.is_control, strict=True)]
+
+
+def _byte_level(token: str) -> bytes:
+    return bytes(_BYTES[letter] for letter in token) if _BYTES.keys() >= set(token) else token.encode()
+
+
+_BYTES = {letter: byte for byte, letter in byte_letters().items()}
+
+
+def _sentencepiece(token: str) -> bytes:
+    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
+
+
+class Extreme(NamedTuple):
+    """The longest stretch of something."""
+
+    length: int
+    document: int  # the store's number
+    text: str
+
+
+class Scan(NamedTuple):
+    """What was found in the first documents of a store.
+
+    Attributes:
+        documents: How many were looked at.
+        repeated: The longest repetition of one token; None where no token follows itself.
+        word: The longest run of ASCII without white space.
+        hidden: Control strings spelled out in plain text, counted by (document, control string).
+    """
+
+    documents: int
+    repeated: Extreme | None
+    word: Extreme | None
+    hidden: Counter[tuple[int, str]]
+
+
+def scan(store: Store, texts: TokenTexts, *, most_tokens: int = SCANNED_TOKENS) -> Scan:
+    """Look for extremes in the first `most_tokens` tokens (at least one document)."""
+    plain = texts.plain()
+    documents, repeated, word, hidden = 0, None, None, Counter[tuple[int, str]]()
+    for first, last in _pieces(store, most_tokens):
+        ids = np.asarray(store.ids[store.offsets[first] : store.offsets[last]])
+        starts = np.asarray(store.offsets[first : last + 1]) - store.offsets[first]
+        same = ids[1:] == ids[:-1]
+        same[starts[1:-1] - 1] = False  # of two documents
+        at, length = _longest_run(same)
+        if length and (repeated is None or length + 1 > repeated.length):
+            document = first + int(np.searchsorted(starts, at, side="right")) - 1
+            repeated = Extreme(length + 1, document, "".join(texts.of(ids[at : at + 1])))
+        words = [plain[id] for id in ids.tolist()]
+        data = b"\0".join([b"".join(words[a:b]) for a, b in zip(starts, starts[1:], strict=False)])
+        letters = np.frombuffer(data, np.uint8)
+        owner = _owner(letters, words, starts, first)
+        at, length = _longest_run((letters > 32) & (letters < 127))
+        if length and (word is None or length > word.length):
+            word = Extreme(length, owner(at), data[at : at + length].decode())
+        hidden.update((owner(at), control) for at, control in _spelled(data, texts.controls))
+        documents = last
+    return Scan(documents, repeated, word, hidden)
+
+
+def _pieces(store: Store, most_tokens: int) -> Iterator[tuple[int, int]]:
+    """Ranges of documents of about `_PIECE` tokens."""
+    offsets, first = np.asarray(store.offsets), 0
+    end = max(1, int(np.searchsorted(offsets, most_tokens, side="right")) - 1) if len(store) else 0
+    while first < end:
+        last = int(np.searchsorted(offsets, offsets[first] + _PIECE, side="right")) - 1
+        last = min(max(last, first + 1), end)
+        yield first, last
+        first = last
+
+
+def _owner(letters: np.ndarray, words: list[bytes], starts: np.ndarray, first: int) -> Callable[[int], int]:
+    """A function from a place in a piece's text to the number of its document."""
+    ends = np.cumsum(np.fromiter(map(len, words), np.int64, len(words)))
+    begins = np.concatenate([[0], ends])[starts] + np.arange(len(starts))  # a NUL stands between two documents
+    assert begins[-1] == len(letters) + 1
+    return lambda at: first + int(np.searchsorted(begins, at, side="right")) - 1
+
+
+def _longest_run(flags: np.ndarray) -> tuple[int, int]:
+    """Start and length of the longest run of True; (0, 0) for none."""
+    breaks = np.concatenate([[-1], np.flatnonzero(~flags), [len(flags)]])
+    gaps = np.diff(breaks) - 1
+    longest = int(gaps.argmax())
+    return (int(breaks[longest]) + 1, int(gaps[longest])) if gaps[longest] else (0, 0)
+
+
+def _spelled(data: bytes, controls: list[str]) -> Iterator[tuple[int, str]]:
+    """Places where a control string stands in a text; few beginnings are searched for, as Llama has 256 of them."""
+    by_beginning: dict[bytes, list[bytes]] = {}
+    for control in sorted(controls, key=len, reverse=True):
+        by_beginning.setdefault(control.encode()[:2], []).append(control.encode())
+    for beginning, candidates in by_beginning.items():
+        wanted, at = tuple(candidates), data.find(beginning)
+        while at >= 0:
+            if data.startswith(wanted, at):
+                yield at, next(control for control in candidates if data.startswith(control, at)).decode()
+            at = data.find(beginning, at + 1)

@@ -1,0 +1,116 @@
+"""Settings for verbs that do not train: the same YAML and `--data.KEY VALUE` as `fit`, without importing Lightning.
+
+What `fit` accepts under `data` is the typed signature of `data.SFTDataModule`, whose module imports Lightning (5 s). So
+that signature is taken from the source instead, and made into a function that does nothing; jsonargparse then reads
+YAML and command line by its types exactly as it does for `fit` (null, lists, 1e-3, the order of overlays). Of a YAML,
+`data` and the keys named by the caller are looked at: its other sections are `fit`'s to judge. Reading the settings
+takes 0.1 s.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import re
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from minimind_sft.files import PROJECT
+
+
+def find_config(argv: list[str]) -> list[str]:
+    """Let `--config NAME` find `configs/NAME` of the project where the current folder has none, and say so."""
+    found = []
+    for place, word in enumerate(argv):
+        option, sign, value = word.partition("=")
+        previous = argv[place - 1] if place else ""
+        is_value = previous in ("--config", "-c")
+        name = value if option in ("--config", "-c") and sign else word if is_value else None
+        shipped = PROJECT / "configs" / name if name else None
+        if name and shipped and not Path(name).exists():
+            if not shipped.is_file():
+                names = ", ".join(sorted(path.name for path in (PROJECT / "configs").glob("*.yaml")))
+                raise ValueError(f"--config {name}: no such file here, and configs/ holds {names}")
+            print(f"using {shipped}", flush=True)
+            word = f"{option}={shipped}" if sign and not is_value else str(shipped)
+        found.append(word)
+    return found
+
+
+def data_signature() -> Callable[..., None]:
+    """A function that takes what `SFTDataModule` takes, by the same names, types and defaults, and does nothing."""
+    tree = ast.parse(Path(__file__).with_name("data.py").read_text(encoding="utf-8"))
+    (module,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "SFTDataModule")
+    (init,) = (node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    del init.args.args[0]  # self
+    init.name, init.returns = "data", None
+    init.body = [ast.Expr(ast.Constant(ast.get_docstring(module)))]
+    space: dict[str, Any] = vars(typing).copy()
+    exec(compile(ast.fix_missing_locations(ast.Module([init], [])), "data.py", "exec"), space)  # our own source
+    return typing.cast(Callable[..., None], space["data"])
+
+
+class SettingsParser(ArgumentParser):
+    """A parser for `verb` that knows `--config`, `--data.KEY` and `--trainer.accumulate_grad_batches`.
+
+    Errors are `ValueError`s in one line, with the nearest key.
+    """
+
+    def __init__(self, verb: str, description: str) -> None:
+        super().__init__(prog=f"minimind_sft {verb}", description=description, allow_abbrev=False)
+        self.add_argument("-c", "--config", action="config", help="a YAML as for fit; a later one overlays it")
+        self.add_function_arguments(data_signature(), "data")
+        self.add_argument(
+            "--trainer.accumulate_grad_batches", type=int, default=1, help="micro-batches per optimizer step"
+        )
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message = " ".join(str(message).split())
+        wrong = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
+        if wrong is not None:
+            known = [action.dest for action in self._actions if "." in action.dest or action.option_strings]
+            key = wrong[1] or f"data.{wrong[2]}"
+            near = difflib.get_close_matches(key, known, 1, 0.5)
+            message += f". The nearest setting is {near[0]}" if near else ""
+        raise ValueError(message)
+
+    def read(self, argv: Sequence[str]) -> Any:
+        """The settings of a command line, as a namespace.
+
+        Raises:
+            ValueError: for an unknown or missing key, a value of the wrong type, a config that is not there or no YAML.
+        """
+        words = find_config(list(argv))
+        for place, word in enumerate(words):
+            option, sign, name = word.partition("=")
+            if option in ("--config", "-c") and sign:
+                words[place] = f"{option}={_of_ours(Path(name))}"
+            elif place and words[place - 1] in ("--config", "-c"):
+                words[place] = _of_ours(Path(word))
+        return self.parse_args(words)
+
+
+def _of_ours(path: Path) -> str:
+    """What concerns us of a YAML, as the text that jsonargparse takes in place of a file's name."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path}: {' '.join(str(error).split())}") from error
+    content = {} if content is None else content
+    sections = [content.get(name) or {} for name in ("data", "trainer")] if isinstance(content, dict) else [content]
+    if not all(isinstance(section, dict) for section in sections):
+        raise ValueError(f"--config {path}: settings must be `key: value` lines, with those of data under `data:`")
+    data, trainer = sections
+    ours = {"data": data}
+    if "accumulate_grad_batches" in trainer:
+        ours["trainer"] = {"accumulate_grad_batches": trainer["accumulate_grad_batches"]}
+    try:
+        return json.dumps(ours)
+    except TypeError as error:  # a date, say
+        raise ValueError(f"--config {path}: {error}; put the value in quotes") from error
