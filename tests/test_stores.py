@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-from minimind_sft.stores import Stores
-
 PROJECT = Path(__file__).resolve().parents[1]
 
 
