@@ -18,6 +18,8 @@ look
              python -m minimind_sft validate --config sft.yaml --ckpt_path best
   predict    answer the validation chats, as JSON lines
              python -m minimind_sft predict --config sft.yaml --ckpt_path best
+  compare    two models: what the second learned and forgot; exit status 3 when it forgot too much
+             python -m minimind_sft compare base.pth tuned.pth --heldout_path text.jsonl --max_forgetting 0.02
 data
   sample     a seeded, size-capped sample of JSON lines
              python -m minimind_sft sample chats.jsonl sample.jsonl --max_mb 72 --seed 42
@@ -29,7 +31,7 @@ sft.yaml (the demo; start from it), original.yaml (MiniMind's settings), pretrai
 minimind2_2048x20.yaml (the original 0.9 B command line)."""
 
 TRAINING_VERBS = ("fit", "validate", "predict")
-VERBS = (*TRAINING_VERBS, "sample", "inspect")
+VERBS = (*TRAINING_VERBS, "sample", "inspect", "compare")
 SHOW_TRACEBACK = "MINIMIND_SFT_TRACEBACK"
 
 
@@ -37,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a verb.
 
     Returns:
-        The exit status: 0, or 2 for a mistake in the command, the settings or the data.
+        The exit status: 0; 2 for a mistake in the command, the settings or the data; 3 where `compare` finds that too
+        much was forgotten.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -65,6 +68,10 @@ def main(argv: list[str] | None = None) -> int:
             from minimind_sft.inspection import main as look
 
             return look(rest)
+        if verb == "compare":
+            from minimind_sft.comparison import main as compare
+
+            return compare(rest)
         from minimind_sft.cli import run
 
         return run(verb, rest)

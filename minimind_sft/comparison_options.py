@@ -1,0 +1,91 @@
+"""The command line of `compare`, and its mistakes in its own words. No torch: help and errors come at once."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from minimind_sft.chat import DOCUMENT_FRAMES
+
+EXCEEDED = 3  # exit status
+MAX_FORGETTING = 0.02
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        wrong = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+        known = list(self._option_string_actions)
+        near = [
+            name for word in wrong if "unrecognized" in message for name in difflib.get_close_matches(word, known, 1)
+        ]
+        raise ValueError(f"{message}{f'. The nearest option is {near[0]}' if near else '; see compare --help'}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `compare`."""
+    parser = _Parser(
+        prog="minimind_sft compare",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Measure what TUNED learned and forgot over BASE. Models are .pth, .safetensors or .ckpt files, or "
+        f"folders (Hugging Face's too). Exit status {EXCEEDED} when forgetting on pretraining text, in nats per token, "
+        "is above --max_forgetting (the point estimate decides); 2 for a mistake.",
+    )
+    parser.add_argument("base", metavar="BASE", help="the model before fine-tuning")
+    parser.add_argument("tuned", metavar="TUNED", help="the model after it")
+    add = parser.add_argument
+    add("--tokenizer", metavar="FOLDER", help="of both models; by default what lies in or beside TUNED or BASE")
+    add("--heldout_path", metavar="FILE", help="text that the base has not seen; judged first")
+    add("--pretrain_path", metavar="FILE", help="text that the base was pretrained on")
+    add("--val_path", metavar="FILE", help="validation chats")
+    add("--probes", metavar="FILE", help="facts to ask, as JSON lines")
+    add(
+        "--pretrain_log", metavar="FILE", help="the base's loss log, CSV or JSON lines: how much of pretraining is kept"
+    )
+    add("--documents", type=_count, default=1000, metavar="N", help="documents of text to measure on")
+    add("--max_length", type=_count, default=768, metavar="N", help="tokens; longer documents and chats are cut")
+    add("--document_format", choices=list(DOCUMENT_FRAMES), default="minimind3", help="how pretraining framed a text")
+    add("--prompts", type=_count, default=32, metavar="N", help="validation prompts to answer")
+    add("--answer_tokens", type=_count, default=256, metavar="N", help="tokens of an answer at most")
+    add(
+        "--max_forgetting",
+        type=_limit,
+        metavar="NATS",
+        help=f"the most that may be forgotten (default: {MAX_FORGETTING})",
+    )
+    add("--max_bad_ratio", type=float, default=0.01, metavar="X", help="refuse files with a larger share of bad lines")
+    add("--num_attention_heads", type=_count, metavar="N", help="of both, where tensors leave it open; MiniMind's is 8")
+    add("--seed", type=int, default=42, help="of the intervals and of what is drawn")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:7")
+    add("--out", default="runs/compare", metavar="DIR", help="where compare.json and the pictures go")
+    add("--cache_dir", metavar="DIR", help="folder of tokenized data")
+    return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1")
+    return number
+
+
+def _limit(text: str) -> float:
+    number = float(text)
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of nats per token from 0")
+    return number
+
+
+@contextmanager
+def errors_name_options() -> Iterator[None]:
+    """What `fit` calls `data.val_path` is `--val_path` here."""
+    names = "heldout_path|pretrain_path|val_path|tokenizer|max_bad_ratio|max_length|document_format|cache_dir"
+    try:
+        yield
+    except ValueError as error:
+        message = str(error).replace("data.probes_path", "--probes")
+        raise ValueError(re.sub(rf"\bdata\.({names})\b", r"--\1", message)) from error

@@ -1,0 +1,136 @@
+"""Pictures of a comparison, as PNGs: forgetting by source, by document, and facts.
+
+Colours are from a palette that the colour-blind can tell apart; nothing is told by colour alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minimind_sft.significance import LEVEL
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.6"
+MOST_SOURCES = 40
+WAYS = {"raw": "raw text", "chat": "as a chat", "in_sft": "in the chats", "not_in_sft": "not in the chats"}
+
+
+def draw(result: dict[str, Any], documents: Sequence[dict[str, Any]], folder: Path) -> list[str]:
+    """Draw what there is to draw.
+
+    Args:
+        result: what `compare.json` holds.
+        documents: a row per document of the text that was judged.
+        folder: where to.
+
+    Returns:
+        The names of the files.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    drawn = []
+    if documents:
+        text = result["text"][result["judged"]]
+        _sources(text, result["verdict"]["max_forgetting"], folder / "sources.png")
+        _documents(documents, text, folder / "documents.png")
+        drawn += ["sources.png", "documents.png"]
+    if "facts" in result:
+        _facts(result["facts"]["groups"], folder / "facts.png")
+        drawn.append("facts.png")
+    return drawn
+
+
+def _sources(text: dict[str, Any], limit: float, path: Path) -> None:
+    """One line per source with its interval, the most forgotten on top, and all of them together below."""
+    import matplotlib.pyplot as plt
+
+    rows = text["by_source"][:MOST_SOURCES]
+    named = [(row["source"] or "(none)", row) for row in rows] if len(text["by_source"]) > 1 else []
+    left_out = len(text["by_source"]) - len(rows)
+    named.append((f"all{f' (with {left_out} more sources)' if left_out else ''}", text))
+    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.26 * len(named)), layout="constrained")
+    for place, (_, row) in enumerate(named):
+        overall = place == len(named) - 1
+        color = ORANGE if overall else BLUE
+        if row["interval"]:
+            axes.plot(row["interval"], [place, place], color=color, linewidth=3 if overall else 1.5)
+        filled = color if row["interval"] else "white"
+        axes.plot(row["difference"], place, marker="D" if overall else "o", color=color, markerfacecolor=filled)
+    axes.axvline(0, color=GREY, linewidth=1)
+    axes.axvline(limit, color="black", linewidth=1, linestyle=":")
+    axes.annotate(
+        f"allowed: {limit:g}", (limit, 1), xycoords=("data", "axes fraction"), xytext=(3, 3), textcoords="offset points"
+    )
+    if len(named) > 1:
+        axes.axhline(len(named) - 1.5, color="0.85", linewidth=1)
+    axes.set_yticks(range(len(named)), [f"{name}  ({row['documents']:,})" for name, row in named])
+    axes.set_ylim(len(named) - 0.4, -0.6)
+    axes.set_xlabel(f"forgotten, nats per token; lines are {LEVEL:.0%} intervals, hollow: a single parent, no interval")
+    _finish(figure, axes, "What was forgotten, by source (documents)", path, pad=14)
+
+
+def _documents(documents: Sequence[dict[str, Any]], text: dict[str, Any], path: Path) -> None:
+    """Every document: its loss before, and by how much it rose."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    before, rise = [row["before"] for row in documents], [row["difference"] for row in documents]
+    axes.scatter(before, rise, s=14, alpha=0.5, color=BLUE, linewidths=0)
+    for number, row in enumerate(text["worst"][:3], 1):
+        axes.annotate(f"{number}", (row["before"], row["difference"]), xytext=(5, 1), textcoords="offset points")
+    axes.axhline(0, color=GREY, linewidth=1)
+    axes.axhline(text["difference"], color=ORANGE, linewidth=1.5)
+    axes.annotate(
+        f"all: {text['difference']:+.3f}",
+        (1, text["difference"]),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="right",
+        color=ORANGE,
+    )
+    names = "; ".join(f"{n} {_short(row['where'])}" for n, row in enumerate(text["worst"][:3], 1))
+    axes.set_xlabel(f"loss of the base, nats per token\nmost forgotten: {names}")
+    axes.set_ylabel("forgotten, nats per token")
+    _finish(figure, axes, "What was forgotten, by document", path)
+
+
+def _facts(groups: dict[str, dict[str, Any]], path: Path) -> None:
+    """Facts kept, lost and gained for each way of asking, in shares of those asked."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 1.5 + 0.55 * len(groups)), layout="constrained")
+    hatches = {"kept": "", "lost": "///", "gained": "..."}
+    for place, group in enumerate(groups.values()):
+        start = 0.0
+        for name, color in (("kept", BLUE), ("lost", ORANGE), ("gained", GREEN)):
+            share = 100 * group[name] / group["probes"]
+            label = name if place == 0 else None
+            axes.barh(place, share, left=start, color=color, hatch=hatches[name], edgecolor="white", label=label)
+            start += share
+        counts = ", ".join(f"{group[name]} {name}" for name in ("kept", "lost", "gained"))
+        axes.annotate(
+            f"{counts} of {group['probes']}", (start, place), xytext=(5, 0), textcoords="offset points", va="center"
+        )
+    axes.set_yticks(range(len(groups)), [", ".join(WAYS[part] for part in key.split("/")) for key in groups])
+    axes.set_ylim(len(groups) - 0.4, -0.6)
+    axes.set_xlim(0, 140)
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlabel("% of the facts asked")
+    axes.legend(loc="lower right", frameon=False)
+    _finish(figure, axes, "Facts", path)
+
+
+def _short(where: str) -> str:
+    return where.rsplit("/", 1)[-1]
+
+
+def _finish(figure: Any, axes: Any, title: str, path: Path, *, pad: float = 6) -> None:
+    import matplotlib.pyplot as plt
+
+    axes.set_title(title, loc="left", pad=pad)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

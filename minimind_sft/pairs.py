@@ -1,0 +1,152 @@
+"""Two models made comparable: loaded strictly, with one vocabulary and one tokenizer, on one device.
+
+Token by token comparison means nothing where ids mean different things, so whatever could make them differ is refused
+here: vocabularies of two sizes, two tokenizers, a tokenizer with ids that the models lack. Weights are fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from minimind_sft import weights
+from minimind_sft.batching import Documents
+from minimind_sft.chat import ChatTemplate
+from minimind_sft.devices import pin_device
+from minimind_sft.evaluation import EvaluationBatches, bytes_of_tokens
+from minimind_sft.files import resolve
+from minimind_sft.model import Transformer
+from minimind_sft.progress import track
+from minimind_sft.scoring import Row, Scores, score
+
+EMPTY_THINK_RATIO = 0.2  # of chats that keep their empty think blocks; the default of fit
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models on one device, and how they are fed.
+
+    Attributes:
+        about: what the models are, for the record: under `base` and `tuned`, `path`, `sha256` and `description`.
+    """
+
+    base: Transformer
+    tuned: Transformer
+    template: ChatTemplate
+    max_length: int
+    document_format: str
+    seed: int
+    about: dict[str, dict[str, str]]
+
+    def score_documents(self, documents: Documents, what: str) -> Scores:
+        """Score the documents of a store as `fit` would; `what` is said beside the progress bar."""
+        batches = EvaluationBatches(
+            documents,
+            token_bytes=bytes_of_tokens(self.template),
+            empty_think_ratio=EMPTY_THINK_RATIO,
+            seed=self.seed,
+            rank=0,
+            ranks=1,
+        )
+        rows = [documents.row(number, bool(batches.keep[number])) for number in range(len(documents))]
+        return self.score_rows(rows, rows, what)
+
+    def score_rows(self, base_rows: Sequence[Row], tuned_rows: Sequence[Row], what: str) -> Scores:
+        """Score rows, see `scoring.score`."""
+        with track(what, total=len(base_rows)) as progress:
+            return score(
+                self.base,
+                self.tuned,
+                base_rows,
+                tuned_rows,
+                token_bytes=bytes_of_tokens(self.template),
+                progress=progress,
+            )
+
+
+def open_pair(
+    base: str,
+    tuned: str,
+    template: ChatTemplate,
+    *,
+    num_attention_heads: int | None,
+    device: str,
+    max_length: int,
+    document_format: str,
+    seed: int,
+) -> Pair:
+    """Load both models.
+
+    Raises:
+        ValueError: a model that cannot be loaded, vocabularies that differ, a device that is not there.
+    """
+    where = one_device(device)
+    found = [_load(name, path, num_attention_heads) for name, path in (("BASE", base), ("TUNED", tuned))]
+    sizes = [loaded.config.vocab_size for loaded in found]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"BASE has a vocabulary of {sizes[0]:,} tokens ({found[0].path}) and TUNED of {sizes[1]:,} "
+            f"({found[1].path}); they can only be compared token by token with the same one"
+        )
+    weights.check_vocab(template.vocab_size, found[0].config)
+    models = [weights.build(loaded).to(where) for loaded in found]
+    about = {
+        name: {"path": str(loaded.path), "sha256": loaded.sha256, "description": loaded.describe()}
+        for name, loaded in zip(("base", "tuned"), found, strict=True)
+    }
+    return Pair(models[0], models[1], template, max_length, document_format, seed, about)
+
+
+def find_tokenizer(base: str, tuned: str, given: str | None) -> Path:
+    """The folder of the tokenizer: as given, or what lies in, beside, or in `tokenizer/` beside TUNED, then BASE.
+
+    Raises:
+        ValueError: none there, or two that give text different ids.
+    """
+    if given is not None:
+        return resolve(given)
+    folders = [folder for folder in (_tokenizer_of(resolve(path)) for path in (tuned, base)) if folder is not None]
+    if not folders:
+        raise ValueError(f"no tokenizer.json in or beside {tuned} or {base}; give --tokenizer FOLDER")
+    vocabularies = [Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab() for folder in folders]
+    if vocabularies[0] != vocabularies[-1]:
+        raise ValueError(
+            f"the tokenizers in {folders[0]} and {folders[-1]} have different vocabularies; models can only be "
+            "compared token by token with the same one. Where both models mean the same ids, give --tokenizer FOLDER"
+        )
+    return folders[0]
+
+
+def one_device(device: str) -> torch.device:
+    """The device of a name such as `auto`, `cpu` or `cuda:7`.
+
+    Raises:
+        ValueError: a device that is not there, or several.
+    """
+    pinned: dict[str, Any] = pin_device(device, "auto", "auto")
+    if pinned["accelerator"] == "cpu":
+        return torch.device("cpu")
+    numbers = pinned["devices"] if isinstance(pinned["devices"], list) else [0]
+    if len(numbers) > 1:
+        raise ValueError(f"device {device!r} names several; use one")
+    return torch.device("cuda", numbers[0])
+
+
+def _tokenizer_of(path: Path) -> Path | None:
+    beside = path if path.is_dir() else path.parent
+    return next((f for f in (beside, beside / "tokenizer") if (f / "tokenizer.json").is_file()), None)
+
+
+def _load(name: str, path: str, num_attention_heads: int | None) -> weights.Loaded:
+    source = resolve(path)
+    if not source.exists():
+        raise ValueError(f"{name} {path} does not exist; it is a .pth, .safetensors or .ckpt file, or a folder")
+    try:
+        return weights.load(source, num_attention_heads=num_attention_heads)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
