@@ -36,7 +36,10 @@ def find_file(source: Path) -> Path:
         ValueError: nothing there, or several.
     """
     if not source.exists():
-        raise ValueError(f"weights {source} do not exist; model.weights takes a file, a folder, or scratch")
+        raise ValueError(
+            f"weights {source} do not exist; what is taken is a file, a folder, a run directory, hf:owner/name on the "
+            "hub, or (to train) scratch"
+        )
     if not source.is_dir():
         return source
     found = sorted(path for path in source.iterdir() if path.suffix in SUFFIXES and path.is_file())

@@ -30,7 +30,7 @@ from minimind_sft.devices import pin_device, resolve_precision
 from minimind_sft.guard import Guard
 from minimind_sft.module import SFTModule
 from minimind_sft.records import MetricsFile
-from minimind_sft.rundir import find_checkpoint, prepare_run_dir, wandb_logger
+from minimind_sft.rundir import find_checkpoint, prepare_run_dir, refuse_own_weights, wandb_logger
 from minimind_sft.screen import FirstScreen, LastScreen, Record
 from minimind_sft.settings import find_config
 
@@ -194,6 +194,8 @@ class SFTCLI(LightningCLI):
         settings = self.config[self.subcommand]
         self.run_dir = Path(settings["run_dir"])
         settings["ckpt_path"] = find_checkpoint(settings["ckpt_path"], self.run_dir, str(self.subcommand))
+        if self.subcommand == "fit" and settings["ckpt_path"] is None:
+            refuse_own_weights(self.run_dir, settings["model"]["weights"])
         if self.subcommand == "fit" and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             SFTCLI.lock = prepare_run_dir(
                 self.run_dir, resuming=settings["ckpt_path"] is not None, overwrite=settings["overwrite"]

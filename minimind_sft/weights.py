@@ -21,6 +21,7 @@ from minimind_sft import huggingface
 from minimind_sft.checkpoint_files import find_file, listing, read, sha256_files
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig, infer_config
+from minimind_sft.origins import find_origin
 from minimind_sft.rotary import MINIMIND_YARN
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -75,10 +76,11 @@ def load(
     num_experts_per_tok: int | None = None,
     inference_rope_scaling: bool = False,
 ) -> Loaded:
-    """Read a checkpoint: a file, the only one in a folder, or a Hugging Face folder.
+    """Read a checkpoint: a file, the only one in a folder, a Hugging Face folder, a run's best, or a name on the hub.
 
     Args:
-        source: a file, or a folder. A `config.json` in it, or a config in a checkpoint of ours, settles every size.
+        source: what `origins.find_origin` knows. A `config.json` in a folder, or a config in a checkpoint of ours,
+            settles every size.
         family: ``minimind3`` or ``minimind2``; by default told by the presence of `q_norm`.
         num_attention_heads: where there is no `q_norm`, tensors do not say; MiniMind's is 8.
         num_key_value_heads: checked against the tensors, which do say once the heads are known.
@@ -89,7 +91,7 @@ def load(
         ValueError: naming the file and what is wrong with it: missing, empty, truncated, not a checkpoint, holding
             code, or tensors that are not a model's (all of them listed).
     """
-    path = Path(source)
+    path = find_origin(source).path
     defaults: tuple[str, ...] = ()
     if huggingface.is_folder(path):
         (tensors, _), config, files = huggingface.read_folder(path)
