@@ -74,6 +74,19 @@ def read(path: Path) -> RawCheckpoint:
     return RawCheckpoint(_canonical_names(content, path), config)
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """What a checkpoint of ours says about its run; empty for any other file.
+
+    Returns:
+        `step`, and what `module.SFTModule` keeps: `base_sha256`, `settings`, ...
+    """
+    if path.suffix != ".ckpt":
+        return {}
+    content = _read_pickle(path)
+    ours = content.get("minimind_sft") if isinstance(content, Mapping) else None
+    return {"step": content.get("global_step"), **ours} if isinstance(ours, Mapping) else {}
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file, whose header is checked against its size.
 

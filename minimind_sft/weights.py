@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minimind_sft import huggingface
 from minimind_sft.checkpoint_files import find_file, listing, read, sha256_files
+from minimind_sft.files import sync_folder
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig, infer_config
 from minimind_sft.origins import find_origin
@@ -47,8 +48,8 @@ class Loaded:
     dtype: str
     defaults: tuple[str, ...]
 
-    def describe(self) -> str:
-        """One line: family, parameters, layers, heads, type, file, hash, and the defaults taken."""
+    def summary(self) -> str:
+        """Family, parameters, layers, heads."""
         config = self.config
         parameters = sum(tensor.numel() for tensor in self.state_dict.values())
         parts = (
@@ -59,11 +60,12 @@ class Loaded:
             f"vocabulary {config.vocab_size}",
             f"head {'tied' if config.tie_word_embeddings else 'untied'}",
             *([f"RoPE scaling {config.rope_scaling['rope_type']}"] if config.rope_scaling else []),
-            self.dtype,
-            str(self.path),
-            f"sha256 {self.sha256[:12]}",
         )
-        line = ", ".join(parts)
+        return ", ".join(parts)
+
+    def describe(self) -> str:
+        """One line: the summary, type, file, hash, and the defaults taken."""
+        line = f"{self.summary()}, {self.dtype}, {self.path}, sha256 {self.sha256[:12]}"
         return line + (f"; taken as default: {', '.join(self.defaults)}" if self.defaults else "")
 
 
@@ -152,8 +154,8 @@ def load_model(
     return build(loaded), loaded
 
 
-def check_vocab(tokenizer_vocab_size: int, config: ModelConfig) -> None:
-    """Refuse a tokenizer that has ids which the model has no embedding for.
+def check_vocab(tokenizer_vocab_size: int, config: ModelConfig, *, key: str = "data.tokenizer") -> None:
+    """Refuse a tokenizer that has ids which the model has no embedding for; `key` is what chose it.
 
     Raises:
         ValueError: naming both sizes and the remedy.
@@ -161,7 +163,7 @@ def check_vocab(tokenizer_vocab_size: int, config: ModelConfig) -> None:
     if tokenizer_vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer_vocab_size} tokens but the model's vocabulary is {config.vocab_size}; "
-            "point data.tokenizer at the tokenizer that the weights were pretrained with"
+            f"point {key} at the tokenizer that the weights were pretrained with"
         )
 
 
@@ -176,9 +178,15 @@ def export_minimind(model: Transformer, path: str | Path) -> None:
 
     Raises:
         ValueError: if the head is untied (the original ties it on loading, so one of the two matrices would be lost),
+            the model computes otherwise than MiniMind's (tensors do not tell, so it would be read as another model),
             or a weight does not fit fp16.
     """
     path = Path(path)
+    if others := _unlike_minimind(model.config):
+        raise ValueError(
+            f"cannot export to {path}: MiniMind's file format holds MiniMind's models only, and this one has "
+            f"{', '.join(others)}; export it as format hf"
+        )
     if not model.config.tie_word_embeddings:
         raise ValueError(
             f"cannot export to {path}: the output layer is untied (model.reset_head), and MiniMind's file format has "
@@ -197,8 +205,26 @@ def export_minimind(model: Transformer, path: str | Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def minimind_name(name: str, config: ModelConfig) -> str:
+    """The original's name for a file: `full_sft_768.pth`, `full_sft_768_moe.pth`."""
+    return f"{name}_{config.hidden_size}{'_moe' if config.num_experts else ''}.pth"
+
+
+def _unlike_minimind(config: ModelConfig) -> list[str]:
+    """What of a model its tensors do not tell, and is not MiniMind's."""
+    make = ModelConfig.minimind3 if config.qk_norm else ModelConfig.minimind2
+    twin = make(num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok or 1)
+    names = ["rms_norm_eps", "rope_theta", "qkv_bias", "o_bias", "mlp_bias"]
+    names += ["norm_topk_prob"] if config.num_experts else []
+    found = [f"{name} {getattr(config, name)}" for name in names if getattr(config, name) != getattr(twin, name)]
+    if config.rope_scaling not in (None, MINIMIND_YARN):
+        found.append("a RoPE scaling")
+    return found
 
 
 def _inferred_config(
