@@ -116,15 +116,18 @@ def _open(options: Any) -> tuple[Dialogue, Answer, str]:
 
 
 def _talk(dialogue: Dialogue, answer: Answer) -> None:
-    """On a terminal, until /exit, Ctrl-D, or Ctrl-C at the prompt."""
+    """On a terminal, until /exit or Ctrl-D."""
     import readline  # noqa: F401 (gives `input` its history and editing)
 
     while True:
         try:
             line = _text(input("\n> "))
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             print()
             return
+        except KeyboardInterrupt:  # meant for an answer that had just ended
+            print("\n(/exit or Ctrl-D leaves)")
+            continue
         if line.strip() == "/exit":
             return
         if line.strip() == "/reset":

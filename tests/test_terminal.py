@@ -143,19 +143,22 @@ def test_on_a_terminal_there_is_a_banner_and_commands(
     assert next(lines) == "never read"
 
 
-def test_ctrl_c_stops_an_answer_and_then_the_program(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lines() -> object:
-        yield "Hi"
-        raise KeyboardInterrupt
+def test_ctrl_c_stops_an_answer_and_never_the_program(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = iter(["Hi", KeyboardInterrupt, "Hi", EOFError])
 
-    typed = lines()
-    monkeypatch.setattr("builtins.input", lambda _prompt: next(typed))  # type: ignore[call-overload]
+    def type_line(_prompt: str) -> str:
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", type_line)
     monkeypatch.setattr("minimind_sft.dialogue.Characters.add", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     screen = Terminal()
     monkeypatch.setattr(sys, "stdin", Input("", terminal=True))
     monkeypatch.setattr(sys, "stdout", screen)
     assert main(["chat", str(folder), *SHORT]) == 0
-    assert screen.getvalue().endswith("answer\n\n(stopped)\n\n")
+    assert screen.getvalue().endswith("an answer\n\n(stopped)\n\n(/exit or Ctrl-D leaves)\n\n(stopped)\n\n")
 
 
 def test_bare_weights_need_a_tokenizer_and_may_need_their_heads(
