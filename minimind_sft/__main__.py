@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import sys
+from collections.abc import Callable
 
 HELP = """\
 minimind_sft: supervised fine-tuning that does not make a small language model forget
@@ -20,6 +23,11 @@ look
              python -m minimind_sft predict --config sft.yaml --ckpt_path best
   compare    two models: what the second learned and forgot; exit status 3 when it forgot too much
              python -m minimind_sft compare base.pth tuned.pth --heldout_path text.jsonl --max_forgetting 0.02
+use
+  chat       talk to a model, on a terminal or in a pipe
+             python -m minimind_sft chat runs/sft
+  export     files for other tools: MiniMind's own .pth, or a Hugging Face folder
+             python -m minimind_sft export runs/sft my-model --format hf
 data
   sample     a seeded, size-capped sample of JSON lines
              python -m minimind_sft sample chats.jsonl sample.jsonl --max_mb 72 --seed 42
@@ -31,7 +39,14 @@ sft.yaml (the demo; start from it), original.yaml (MiniMind's settings), pretrai
 minimind2_2048x20.yaml (the original 0.9 B command line)."""
 
 TRAINING_VERBS = ("fit", "validate", "predict")
-VERBS = (*TRAINING_VERBS, "sample", "inspect", "compare")
+MODULES = {  # of the other verbs; each has a `main`
+    "compare": "comparison",
+    "chat": "terminal",
+    "export": "export",
+    "sample": "sampling",
+    "inspect": "inspection",
+}
+VERBS = (*TRAINING_VERBS, *MODULES)
 SHOW_TRACEBACK = "MINIMIND_SFT_TRACEBACK"
 
 
@@ -60,29 +75,45 @@ def main(argv: list[str] | None = None) -> int:
         print(f"minimind_sft: error: {verb!r} is not a verb{hint}", file=sys.stderr)
         return 2
     try:
-        if verb == "sample":
-            from minimind_sft.sampling import main as sample
-
-            return sample(rest)
-        if verb == "inspect":
-            from minimind_sft.inspection import main as look
-
-            return look(rest)
-        if verb == "compare":
-            from minimind_sft.comparison import main as compare
-
-            return compare(rest)
-        from minimind_sft.cli import run
-
-        return run(verb, rest)
-    except ValueError as error:
+        return _verb(verb)(rest)
+    except (ValueError, OSError) as error:
         if os.environ.get(SHOW_TRACEBACK):
             raise
-        print(f"minimind_sft: error: {error}", file=sys.stderr)
+        print(f"minimind_sft: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("minimind_sft: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if os.environ.get(SHOW_TRACEBACK):
+            raise
+        print(_unexpected(error), file=sys.stderr)
+        return 1
+
+
+def _verb(name: str) -> Callable[[list[str]], int]:
+    """The function that runs a verb; what it needs is imported here and no earlier."""
+    if name in MODULES:
+        main: Callable[[list[str]], int] = importlib.import_module(f"minimind_sft.{MODULES[name]}").main
+        return main
+    from minimind_sft import cli
+
+    return functools.partial(cli.run, name)
+
+
+def _unexpected(error: Exception) -> str:
+    """One line about what is no mistake of the user's; where it comes from goes to a file, for a run may take days."""
+    import tempfile
+    import traceback
+
+    said = " ".join(str(error).split())[:500]
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="minimind_sft-", suffix=".txt", delete=False) as file:
+            traceback.print_exception(error, file=file)
+        where = f"where it comes from is in {file.name}"
+    except OSError:
+        where = f"set {SHOW_TRACEBACK}=1 to see where it comes from"
+    return f"minimind_sft: unexpected {type(error).__name__}: {said}; {where}"
 
 
 if __name__ == "__main__":

@@ -36,7 +36,10 @@ def find_file(source: Path) -> Path:
         ValueError: nothing there, or several.
     """
     if not source.exists():
-        raise ValueError(f"weights {source} do not exist; model.weights takes a file, a folder, or scratch")
+        raise ValueError(
+            f"weights {source} do not exist; what is taken is a file, a folder, a run directory, hf:owner/name on the "
+            "hub, or (to train) scratch"
+        )
     if not source.is_dir():
         return source
     found = sorted(path for path in source.iterdir() if path.suffix in SUFFIXES and path.is_file())
@@ -69,6 +72,19 @@ def read(path: Path) -> RawCheckpoint:
     if strangers:
         raise ValueError(f"{path} is not a checkpoint: these entries are not tensors: {listing(strangers)}")
     return RawCheckpoint(_canonical_names(content, path), config)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What a checkpoint of ours says about its run; empty for any other file.
+
+    Returns:
+        `step`, and what `module.SFTModule` keeps: `base_sha256`, `settings`, ...
+    """
+    if path.suffix != ".ckpt":
+        return {}
+    content = _read_pickle(path)
+    ours = content.get("minimind_sft") if isinstance(content, Mapping) else None
+    return {"step": content.get("global_step"), **ours} if isinstance(ours, Mapping) else {}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

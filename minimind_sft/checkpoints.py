@@ -18,12 +18,12 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from minimind_sft.files import sync_folder
+from minimind_sft.origins import BEST, LAST
 from minimind_sft.signals import StopRequest
 
 if TYPE_CHECKING:
     from minimind_sft.callbacks import Measure
-
-LAST, BEST = "last.ckpt", "best.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -44,7 +44,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             raise ValueError(
                 f"cannot write the checkpoint {target} ({error}); the earlier checkpoints are whole. Free space or set "
@@ -77,18 +77,6 @@ def _readable(path: Path) -> bool:
     return True
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename outlive a power cut; not every file system lets a folder be opened."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def milestone(step: int) -> str:
     """The name of a checkpoint that is kept."""
     return f"step-{step:06d}.ckpt"
@@ -103,7 +91,7 @@ def link(existing: Path, name: str) -> None:
     except OSError:  # the file system has no links
         shutil.copyfile(existing, temporary)
     os.replace(temporary, existing.with_name(name))
-    _sync_folder(existing.parent)
+    sync_folder(existing.parent)
 
 
 class Checkpoints(Checkpoint):

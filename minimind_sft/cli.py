@@ -27,10 +27,11 @@ from minimind_sft.callbacks import Measure, StepLog
 from minimind_sft.checkpoints import AtomicCheckpointIO, Checkpoints
 from minimind_sft.data import SFTDataModule
 from minimind_sft.devices import pin_device, resolve_precision
+from minimind_sft.export import FORMATS
 from minimind_sft.guard import Guard
 from minimind_sft.module import SFTModule
 from minimind_sft.records import MetricsFile
-from minimind_sft.rundir import find_checkpoint, prepare_run_dir, wandb_logger
+from minimind_sft.rundir import find_checkpoint, prepare_run_dir, refuse_own_weights, wandb_logger
 from minimind_sft.screen import FirstScreen, LastScreen, Record
 from minimind_sft.settings import find_config
 
@@ -183,6 +184,12 @@ class SFTCLI(LightningCLI):
             help="note the documents of a step whose loss is above this multiple of its running mean; null: never",
         )
         parser.add_argument(
+            "--export",
+            type=Literal["all", "minimind", "hf", "none"],
+            default="all",
+            help="formats that best.ckpt and last.ckpt are exported to at the end, in run_dir/export",
+        )
+        parser.add_argument(
             "--overwrite", type=bool, default=False, nargs="?", const=True, help="replace a run that is in run_dir"
         )
 
@@ -194,6 +201,8 @@ class SFTCLI(LightningCLI):
         settings = self.config[self.subcommand]
         self.run_dir = Path(settings["run_dir"])
         settings["ckpt_path"] = find_checkpoint(settings["ckpt_path"], self.run_dir, str(self.subcommand))
+        if self.subcommand == "fit" and settings["ckpt_path"] is None:
+            refuse_own_weights(self.run_dir, settings["model"]["weights"])
         if self.subcommand == "fit" and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             SFTCLI.lock = prepare_run_dir(
                 self.run_dir, resuming=settings["ckpt_path"] is not None, overwrite=settings["overwrite"]
@@ -248,7 +257,13 @@ class SFTCLI(LightningCLI):
             StepLog(measure),  # before measure: the step's row first, then its reading
             measure,
             FirstScreen(measure),
-            LastScreen(self.run_dir, measure, self.datamodule.probes, self.datamodule.document_format),
+            LastScreen(
+                self.run_dir,
+                measure,
+                self.datamodule.probes,
+                self.datamodule.document_format,
+                {"all": FORMATS, "none": ()}.get(settings["export"], (settings["export"],)),
+            ),
             Checkpoints(self.run_dir / "checkpoints", measure, keep_every=settings["keep_every_steps"]),
         ]
 

@@ -33,6 +33,22 @@ def pin_device(device: str, accelerator: str, devices: Any) -> dict[str, Any]:
     return {"accelerator": "cuda", "devices": numbers}
 
 
+def one_device(device: str) -> torch.device:
+    """`device` for a verb that needs one, by the same names.
+
+    Raises:
+        ValueError: a device that is not there, or several.
+    """
+    pinned = pin_device(device, "auto", "auto")
+    if pinned["accelerator"] == "cpu":
+        return torch.device("cpu")
+    if isinstance(pinned["devices"], int):  # a count: the first one
+        return torch.device("cuda", 0)
+    if len(pinned["devices"]) > 1:
+        raise ValueError(f"device {device}: one is needed here, such as cuda:{pinned['devices'][0]}")
+    return torch.device("cuda", pinned["devices"][0])
+
+
 def resolve_precision(precision: str, accelerator: str) -> str:
     """What `auto` means on this device."""
     if precision != "auto":

@@ -106,3 +106,21 @@ def _read_facts(path: Path) -> Facts:
         except (OSError, EOFError) as error:
             raise ValueError(f"{path}: not a whole gzip file ({error}); make or fetch it again") from error
     return Facts(digest.hexdigest(), size)
+
+
+def sync(path: Path) -> None:
+    """Force a file that was written to disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename outlive a power cut; not every file system lets a folder be opened."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -10,10 +10,12 @@ from typing import IO
 
 from lightning.pytorch.loggers import WandbLogger
 
-from minimind_sft.checkpoints import BEST, LAST
+from minimind_sft.files import resolve
+from minimind_sft.origins import BEST, LAST
 
 OUR_FILES = (
     "checkpoints",
+    "export",
     "metrics.csv",
     "forgetting.json",
     "forgetting.png",
@@ -45,6 +47,20 @@ def find_checkpoint(asked: str | None, run_dir: Path, verb: str) -> str | None:
         start = "; leave --ckpt_path out, or use auto, to start afresh" if verb == "fit" else ""
         raise ValueError(f"--ckpt_path {asked}: there is no {path} (checkpoints of this run: {there}){start}")
     return str(path)
+
+
+def refuse_own_weights(run_dir: Path, weights: str) -> None:
+    """A fresh run clears its directory; weights that lie there would be gone before they are read.
+
+    Raises:
+        ValueError: `weights` lies in `run_dir`.
+    """
+    path = resolve(weights).resolve()
+    if path.exists() and path.is_relative_to(run_dir.resolve()):
+        raise ValueError(
+            f"model.weights ({weights}) lies in run_dir ({run_dir}), which a new run clears; choose another folder "
+            "with --run_dir, or go on with the run with --ckpt_path last"
+        )
 
 
 def prepare_run_dir(run_dir: Path, *, resuming: bool, overwrite: bool) -> IO[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -22,10 +22,10 @@ from minimind_sft import report
 from minimind_sft.callbacks import Measure, duration, evaluating
 from minimind_sft.data import RULE_OF_THUMB
 from minimind_sft.evaluation import evaluation_tokens
+from minimind_sft.export import export_run
 from minimind_sft.forgetting import CHAT, PRETRAIN, summary
 from minimind_sft.generate import generate
 from minimind_sft.probes import Probe, Reply, answer_text, ask, compare, load_probes
-from minimind_sft.weights import export_minimind
 
 if TYPE_CHECKING:
     from minimind_sft.data import SFTDataModule
@@ -200,10 +200,18 @@ class LastScreen(Callback):
         measure: the readings.
         probes: file of fact probes, or None.
         document_format: framing of raw text.
+        exports: formats that the best and the last checkpoint are exported to.
     """
 
-    def __init__(self, folder: Path, measure: Measure, probes: Path | None, document_format: str) -> None:
-        self.folder, self.measure, self.document_format = folder, measure, document_format
+    def __init__(
+        self,
+        folder: Path,
+        measure: Measure,
+        probes: Path | None,
+        document_format: str,
+        exports: Sequence[str] = (),
+    ) -> None:
+        self.folder, self.measure, self.document_format, self.exports = folder, measure, document_format, exports
         self.probes: list[Probe] = load_probes(probes) if probes else []
         self.replies: list[Reply] = []
         self.answers: list[str] = []
@@ -227,8 +235,8 @@ class LastScreen(Callback):
             report.plot(readings, self.folder / "forgetting.png")
         if not pl_module.from_scratch:
             self._compare(trainer, pl_module)
-        if pl_module.model.config.tie_word_embeddings:  # MiniMind's format cannot hold an untied head
-            export_minimind(pl_module.model, self.folder / "last.pth")
+        for line in export_run(self.folder, self.exports):
+            print(line, flush=True)
         print(
             f"\nin {self.folder}: "
             f"{', '.join(sorted(p.name for p in self.folder.iterdir() if not p.name.startswith('.')))}",

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minimind_sft import corpus, overlap
+from minimind_sft import corpus, hub, overlap
 from minimind_sft.chat import ChatTemplate
 from minimind_sft.corpus import Store
 from minimind_sft.files import Files, default_cache, resolve
@@ -73,7 +73,7 @@ class Stores:
         self.cache = Path(cache_dir) if cache_dir else default_cache()
         self.files = Files(self.cache)
         self.probes = self.files.expand(probes_path, "data.probes_path")[0] if probes_path else None
-        self.template = ChatTemplate.from_folder(resolve(tokenizer))
+        self.template = ChatTemplate.from_folder(hub.local(resolve(tokenizer)))
 
     @property
     def seen(self) -> bool | None:

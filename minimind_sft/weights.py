@@ -19,8 +19,10 @@ from torch import Tensor
 
 from minimind_sft import huggingface
 from minimind_sft.checkpoint_files import find_file, listing, read, sha256_files
+from minimind_sft.files import sync_folder
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig, infer_config
+from minimind_sft.origins import find_origin
 from minimind_sft.rotary import MINIMIND_YARN
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -46,8 +48,8 @@ class Loaded:
     dtype: str
     defaults: tuple[str, ...]
 
-    def describe(self) -> str:
-        """One line: family, parameters, layers, heads, type, file, hash, and the defaults taken."""
+    def summary(self) -> str:
+        """Family, parameters, layers, heads."""
         config = self.config
         parameters = sum(tensor.numel() for tensor in self.state_dict.values())
         parts = (
@@ -58,11 +60,12 @@ class Loaded:
             f"vocabulary {config.vocab_size}",
             f"head {'tied' if config.tie_word_embeddings else 'untied'}",
             *([f"RoPE scaling {config.rope_scaling['rope_type']}"] if config.rope_scaling else []),
-            self.dtype,
-            str(self.path),
-            f"sha256 {self.sha256[:12]}",
         )
-        line = ", ".join(parts)
+        return ", ".join(parts)
+
+    def describe(self) -> str:
+        """One line: the summary, type, file, hash, and the defaults taken."""
+        line = f"{self.summary()}, {self.dtype}, {self.path}, sha256 {self.sha256[:12]}"
         return line + (f"; taken as default: {', '.join(self.defaults)}" if self.defaults else "")
 
 
@@ -75,10 +78,11 @@ def load(
     num_experts_per_tok: int | None = None,
     inference_rope_scaling: bool = False,
 ) -> Loaded:
-    """Read a checkpoint: a file, the only one in a folder, or a Hugging Face folder.
+    """Read a checkpoint: a file, the only one in a folder, a Hugging Face folder, a run's best, or a name on the hub.
 
     Args:
-        source: a file, or a folder. A `config.json` in it, or a config in a checkpoint of ours, settles every size.
+        source: what `origins.find_origin` knows. A `config.json` in a folder, or a config in a checkpoint of ours,
+            settles every size.
         family: ``minimind3`` or ``minimind2``; by default told by the presence of `q_norm`.
         num_attention_heads: where there is no `q_norm`, tensors do not say; MiniMind's is 8.
         num_key_value_heads: checked against the tensors, which do say once the heads are known.
@@ -89,7 +93,7 @@ def load(
         ValueError: naming the file and what is wrong with it: missing, empty, truncated, not a checkpoint, holding
             code, or tensors that are not a model's (all of them listed).
     """
-    path = Path(source)
+    path = find_origin(source).path
     defaults: tuple[str, ...] = ()
     if huggingface.is_folder(path):
         (tensors, _), config, files = huggingface.read_folder(path)
@@ -150,8 +154,8 @@ def load_model(
     return build(loaded), loaded
 
 
-def check_vocab(tokenizer_vocab_size: int, config: ModelConfig) -> None:
-    """Refuse a tokenizer that has ids which the model has no embedding for.
+def check_vocab(tokenizer_vocab_size: int, config: ModelConfig, *, key: str = "data.tokenizer") -> None:
+    """Refuse a tokenizer that has ids which the model has no embedding for; `key` is what chose it.
 
     Raises:
         ValueError: naming both sizes and the remedy.
@@ -159,7 +163,7 @@ def check_vocab(tokenizer_vocab_size: int, config: ModelConfig) -> None:
     if tokenizer_vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer_vocab_size} tokens but the model's vocabulary is {config.vocab_size}; "
-            "point data.tokenizer at the tokenizer that the weights were pretrained with"
+            f"point {key} at the tokenizer that the weights were pretrained with"
         )
 
 
@@ -174,9 +178,15 @@ def export_minimind(model: Transformer, path: str | Path) -> None:
 
     Raises:
         ValueError: if the head is untied (the original ties it on loading, so one of the two matrices would be lost),
+            the model computes otherwise than MiniMind's (tensors do not tell, so it would be read as another model),
             or a weight does not fit fp16.
     """
     path = Path(path)
+    if others := _unlike_minimind(model.config):
+        raise ValueError(
+            f"cannot export to {path}: MiniMind's file format holds MiniMind's models only, and this one has "
+            f"{', '.join(others)}; export it as format hf"
+        )
     if not model.config.tie_word_embeddings:
         raise ValueError(
             f"cannot export to {path}: the output layer is untied (model.reset_head), and MiniMind's file format has "
@@ -195,8 +205,26 @@ def export_minimind(model: Transformer, path: str | Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def minimind_name(name: str, config: ModelConfig) -> str:
+    """The original's name for a file: `full_sft_768.pth`, `full_sft_768_moe.pth`."""
+    return f"{name}_{config.hidden_size}{'_moe' if config.num_experts else ''}.pth"
+
+
+def _unlike_minimind(config: ModelConfig) -> list[str]:
+    """What of a model its tensors do not tell, and is not MiniMind's."""
+    make = ModelConfig.minimind3 if config.qk_norm else ModelConfig.minimind2
+    twin = make(num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok or 1)
+    names = ["rms_norm_eps", "rope_theta", "qkv_bias", "o_bias", "mlp_bias"]
+    names += ["norm_topk_prob"] if config.num_experts else []
+    found = [f"{name} {getattr(config, name)}" for name in names if getattr(config, name) != getattr(twin, name)]
+    if config.rope_scaling not in (None, MINIMIND_YARN):
+        found.append("a RoPE scaling")
+    return found
 
 
 def _inferred_config(

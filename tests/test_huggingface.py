@@ -140,13 +140,34 @@ def test_the_tokenizer_and_its_special_ids_travel_along(shared: Path, tmp_path: 
 
 
 def test_an_existing_folder_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").touch()
+    export_hf(own_model("minimind3"), tmp_path / "out", tokenizer=None, card="old")
     with pytest.raises(ValueError, match="exists; pass --overwrite"):
-        export_hf(own_model("minimind3"), tmp_path / "out", tokenizer=None, card="")
-    assert (tmp_path / "out" / "precious").exists()
-    export_hf(own_model("minimind3"), tmp_path / "out", tokenizer=None, card="", overwrite=True)
-    assert not (tmp_path / "out" / "precious").exists() and load(tmp_path / "out")
+        export_hf(own_model("minimind3"), tmp_path / "out", tokenizer=None, card="new")
+    assert (tmp_path / "out" / "README.md").read_text() == "old"
+    export_hf(own_model("minimind3"), tmp_path / "out", tokenizer=None, card="new", overwrite=True)
+    assert (tmp_path / "out" / "README.md").read_text() == "new" and load(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwriting_never_removes_what_an_export_does_not_write(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "precious").touch()
+    export_hf(own_model("minimind3"), tmp_path / "out", tokenizer=None, card="")
+    (tmp_path / "out" / "model.gguf").touch()
+    for name, other in (("home", "precious"), ("out", "model.gguf")):
+        with pytest.raises(ValueError, match=f"such as {other}.*name another folder"):
+            export_hf(own_model("minimind3"), tmp_path / name, tokenizer=None, card="", overwrite=True)
+        assert (tmp_path / name / other).exists()
+    (tmp_path / "empty").mkdir()
+    export_hf(own_model("minimind3"), tmp_path / "empty", tokenizer=None, card="")
+    assert load(tmp_path / "empty")
+
+
+def test_several_ends_of_an_answer_are_all_named_for_generation(shared: Path, tmp_path: Path) -> None:
+    tokenizer = shared / "minimind_tokenizer"
+    export_hf(own_model("minimind3"), tmp_path / "out", tokenizer=tokenizer, card="", stop_ids=(2, 0))
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 2
 
 
 def test_minimind2_with_experts_has_no_class_to_be_exported_to(tmp_path: Path) -> None:

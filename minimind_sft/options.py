@@ -1,0 +1,32 @@
+"""Command lines of the verbs that take weights: one line for a mistake, with the nearest option."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from typing import NoReturn
+
+
+class OptionParser(argparse.ArgumentParser):
+    """A parser for `verb WEIGHTS ...` whose mistakes are `ValueError`s."""
+
+    def __init__(self, verb: str, description: str) -> None:
+        super().__init__(prog=f"minimind_sft {verb}", description=description, allow_abbrev=False)
+        self.add_argument(
+            "weights",
+            metavar="WEIGHTS",
+            help="a run directory (its best.ckpt), a .ckpt, .pth or .safetensors file, a Hugging Face folder, or "
+            "hf:owner/name",
+        )
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.findall(r"(--[\w-]+)", message) if "unrecognized" in message else []
+        near = [known for word in unknown for known in difflib.get_close_matches(word, self._option_string_actions, 1)]
+        raise ValueError(f"{message}{f'; did you mean {near[0]}?' if near else f'; see {self.prog} --help'}")
+
+    def add_model_options(self) -> None:
+        """What the tensors of a bare file leave open."""
+        group = self.add_argument_group("what a bare file of tensors leaves open")
+        group.add_argument("--num_attention_heads", type=int, metavar="N", help="of minimind2 (default: 8)")
+        group.add_argument("--num_experts_per_tok", type=int, metavar="N", help="of an MoE (default: the family's)")

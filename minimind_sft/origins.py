@@ -1,0 +1,87 @@
+"""What is named as weights, and what lies around it: a file, a folder, a Hugging Face folder, a run, a name on the hub.
+
+A run directory stands for its `best.ckpt`, or `last.ckpt` where there is none. Weights inside a run directory (its
+checkpoints, its exports) know the run's tokenizer, framing and records, so whoever exports or chats need not say them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minimind_sft import hub
+from minimind_sft.files import resolve
+
+BEST, LAST = "best.ckpt", "last.ckpt"
+RECORDS = ("config.yaml", "run.json")  # what makes a folder a run directory
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights come from.
+
+    Attributes:
+        path: what `weights.load` reads: a file or a folder.
+        run_dir: the run directory that it lies in, if any.
+    """
+
+    path: Path
+    run_dir: Path | None
+
+    def setting(self, section: str, key: str) -> Any:
+        """A setting of the run, as its `config.yaml` has it; None where there is none."""
+        if self.run_dir is None:
+            return None
+        try:
+            config = yaml.safe_load((self.run_dir / "config.yaml").read_text(encoding="utf-8"))
+            return config[section].get(key)
+        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+            return None  # a record that was edited by hand is no reason to refuse weights
+
+    def tokenizer(self, given: str | None = None) -> Path:
+        """Folder of the tokenizer: the given one, else the Hugging Face folder's own, else the run's.
+
+        Raises:
+            ValueError: nothing tells.
+        """
+        if given is not None:
+            return hub.local(resolve(given))
+        if (self.path / "tokenizer.json").is_file():
+            return self.path
+        named = self.setting("data", "tokenizer")
+        if isinstance(named, str):
+            if (resolve(named) / "tokenizer.json").is_file():
+                return resolve(named)
+            raise ValueError(
+                f"the run {self.run_dir} was trained with the tokenizer in {named}, which is not there; say where it "
+                "is with --tokenizer FOLDER"
+            )
+        raise ValueError(
+            f"which tokenizer belongs to {self.path}? It is not in a Hugging Face folder or a run directory that tell; "
+            "name the folder that holds its tokenizer.json with --tokenizer FOLDER"
+        )
+
+
+def find_origin(source: str | Path) -> Origin:
+    """What a user means by a name of weights. Whether it can be read is for `weights.load` to say.
+
+    Raises:
+        ValueError: a hub name that cannot be fetched.
+    """
+    path = hub.local(source)
+    for name in (BEST, LAST):
+        file = path / "checkpoints" / name
+        if file.is_file() and not (path / "config.json").is_file():
+            return Origin(file, _run_around(path))
+    return Origin(path, _run_around(path))
+
+
+def _run_around(path: Path) -> Path | None:
+    """The run directory that is, or holds, this path: RUN, RUN/checkpoints/best.ckpt, RUN/export/best/."""
+    for folder in (path.absolute(), *path.absolute().parents[:2]):
+        if all((folder / name).is_file() for name in RECORDS):
+            return folder
+    return None
