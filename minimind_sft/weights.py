@@ -122,6 +122,16 @@ def load(
     )
 
 
+def config_of(path: Path, choices: Mapping[str, Any]) -> ModelConfig:
+    """The sizes of weights, from names and shapes: files are mapped, and nothing is converted, checked or built.
+
+    Args:
+        path: as `source` of `load`.
+        choices: `load`'s arguments of the same names, without `inference_rope_scaling`.
+    """
+    return _open(path if huggingface.is_folder(path) else find_file(path), choices)[1]
+
+
 def build(loaded: Loaded) -> Transformer:
     """A model that holds a copy of the loaded weights, on the CPU, in fp32."""
     with torch.device("meta"):
