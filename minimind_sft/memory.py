@@ -135,32 +135,26 @@ def footprint(
         processes: that share gradients.
     """
     count, half = parameters(config), precision != "32"
-    c, vocab_size, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
     s = 2 if half else FP32
-    layer = layer_bytes(config, half=half, cuda=cuda) * tokens
-    gradients, table = FP32 * count.total, FP32 * vocab_size * c
+    gradients = FP32 * count.total
     absent = gradients if accumulate == 1 else 0  # when the backward pass begins
+    table = FP32 * count.embedding
     waiting = table if config.tie_word_embeddings else 0
-    into_layer = FP32 * c * tokens
-    ends = into_layer * (1 if cuda else 2) + s * c * targets + 3 * 8 * tokens  # final norm, supervised rows, ids
-    activations = ends + layers * (into_layer if activation_checkpointing else layer)
-    head_copy = 2 * vocab_size * c if half else 0
-    copies = (2 * count.layers if half else 0) + head_copy
-    scores = min(targets * vocab_size, MAX_LOGITS)
-    made = 2 * FP32 * scores  # as fp32, and their log-softmax
-    unmade = max(3 * FP32 * scores, FP32 * scores + (FP32 + half * s) * vocab_size * c)
-    rows = (config.num_experts_per_tok or 1) * tokens
-    passing = 2 * s * config.intermediate_size * rows + 2 * into_layer + FP32 * c * config.intermediate_size
-    last = layer + copies // layers + passing + (waiting if accumulate > 1 else 0)
-    if activation_checkpointing:
-        passing += layer - into_layer  # made again
-    first = activations - ends + (copies // layers if activation_checkpointing else copies) + passing + waiting - absent
+    layer, into_layer = layer_bytes(config, half=half, cuda=cuda) * tokens, FP32 * config.hidden_size * tokens
+    ends = into_layer * (1 if cuda else 2) + s * config.hidden_size * targets + 24 * tokens  # last norm, rows, ids
+    activations = ends + config.num_hidden_layers * (into_layer if activation_checkpointing else layer)
+    head_copy, layer_copy = (2 * count.embedding, 2 * count.layers // config.num_hidden_layers) if half else (0, 0)
+    copies = head_copy + layer_copy * config.num_hidden_layers
+    made, unmade = _logits_bytes(config, targets, s)
+    passing = _passing_bytes(config, tokens, s)
+    last = layer + layer_copy + passing + (waiting if accumulate > 1 else 0)
+    if activation_checkpointing:  # a layer is made again, and none but its copies are there
+        passing += layer - into_layer
+    held = (head_copy, layer_copy) if activation_checkpointing else (copies, copies)
+    first = activations - ends + held[1] + passing + waiting - absent
     phases = {
         "the end of the forward pass": activations + copies + into_layer + made,
-        "the backward pass of the output layer": activations
-        + (head_copy if activation_checkpointing else copies)
-        + unmade
-        - absent,
+        "the backward pass of the output layer": activations + held[0] + unmade - absent,
         "the backward pass of a layer": max(first, last),
         "the backward pass of the embedding": table + (2 if accumulate > 1 else 1) * waiting + into_layer,
         "the optimizer's step": _step_bytes(count, precision, cuda),
@@ -176,6 +170,20 @@ def footprint(
         peak=sum(fixed) + phases[phase],
         phase=phase,
     )
+
+
+def _logits_bytes(config: ModelConfig, targets: int, s: int) -> tuple[int, int]:
+    """Logits as fp32 and their log-softmax; then with two gradients, or with that of the output layer's weights."""
+    scores, table = min(targets * config.vocab_size, MAX_LOGITS), config.vocab_size * config.hidden_size
+    weights_gradient = (FP32 if s == FP32 else FP32 + s) * table
+    return 2 * FP32 * scores, max(3 * FP32 * scores, FP32 * scores + weights_gradient)
+
+
+def _passing_bytes(config: ModelConfig, tokens: int, s: int) -> int:
+    """What a layer's backward pass makes: gradients of gate and up, of the residual, of the largest matrix."""
+    rows = (config.num_experts_per_tok or 1) * tokens
+    residual, matrix = FP32 * config.hidden_size * tokens, FP32 * config.hidden_size * config.intermediate_size
+    return 2 * s * config.intermediate_size * rows + 2 * residual + matrix
 
 
 def _step_bytes(count: Parameters, precision: str, cuda: bool) -> int:
