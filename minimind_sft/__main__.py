@@ -15,7 +15,7 @@ usage: python -m minimind_sft VERB [OPTIONS]        (or: minimind-sft VERB [OPTI
 
 train
   fit        fine-tune a base on chats, and measure what it forgets
-             python -m minimind_sft fit --config sft.yaml
+             python -m minimind_sft fit --config sft.yaml           (--plan: only print what it would take)
 look
   validate   measure a model on the validation chats and the pretraining text
              python -m minimind_sft validate --config sft.yaml --ckpt_path best

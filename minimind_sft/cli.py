@@ -192,6 +192,20 @@ class SFTCLI(LightningCLI):
         parser.add_argument(
             "--overwrite", type=bool, default=False, nargs="?", const=True, help="replace a run that is in run_dir"
         )
+        parser.add_argument(
+            "--plan",
+            type=bool,
+            default=False,
+            nargs="?",
+            const=True,
+            help="fit: build nothing; print what the run would take in memory, steps, time and disk",
+        )
+        parser.add_argument(
+            "--plan_tflops",
+            type=OptionalFloat,
+            default=None,
+            help="throughput that --plan counts on, in 10^12 floating-point operations per second",
+        )
 
     def _parse_ckpt_path(self) -> None:
         """Settings come from the YAML and the command line, never from a checkpoint."""
@@ -199,6 +213,8 @@ class SFTCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint and look at the run directory before anything is loaded."""
         settings = self.config[self.subcommand]
+        if self._planning:
+            return
         self.run_dir = Path(settings["run_dir"])
         settings["ckpt_path"] = find_checkpoint(settings["ckpt_path"], self.run_dir, str(self.subcommand))
         if self.subcommand == "fit" and settings["ckpt_path"] is None:
@@ -207,6 +223,32 @@ class SFTCLI(LightningCLI):
             SFTCLI.lock = prepare_run_dir(
                 self.run_dir, resuming=settings["ckpt_path"] is not None, overwrite=settings["overwrite"]
             )
+
+    @property
+    def _planning(self) -> bool:
+        if self.config[self.subcommand]["plan"] and self.subcommand != "fit":
+            raise ValueError(f"--plan belongs to fit, which takes memory and time; {self.subcommand} has no plan")
+        return bool(self.config[self.subcommand]["plan"])
+
+    def instantiate_classes(self) -> None:
+        if not self._planning:
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if not self._planning:
+            super()._run_subcommand(subcommand)
+            return
+        from minimind_sft.forecast import forecast
+
+        settings = self.config[subcommand]
+        print(
+            forecast(
+                **{name: settings[name] for name in ("model", "data", "trainer", "device", "precision")},
+                keep_every=settings["keep_every_steps"],
+                tflops=settings["plan_tflops"],
+            ),
+            flush=True,
+        )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings, given = self.config[self.subcommand], dict(self._get(self.config_init, "trainer"))
@@ -271,6 +313,7 @@ class SFTCLI(LightningCLI):
         """The settings as given, without what belongs to one start only."""
         settings = self.config[self.subcommand].clone()
         settings["ckpt_path"], settings["overwrite"] = None, False
+        del settings["plan"], settings["plan_tflops"]
         return str(self._parser(self.subcommand).dump(settings, skip_none=False, skip_validation=True))
 
     def _loggers(self, settings: Any) -> list[Logger]:

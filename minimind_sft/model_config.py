@@ -16,10 +16,10 @@ how many experts a token gets, eps, theta) is the family's default, and whoever 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from minimind_sft.rotary import check_scaling
+from minimind_sft.rotary import MINIMIND_YARN, check_scaling
 
 FAMILIES = ("minimind3", "minimind2", "qwen3", "qwen2", "llama")
 AT_LEAST_ONE = (
@@ -83,6 +83,9 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even one")
+        for constant in ("rms_norm_eps", "rope_theta"):
+            if not getattr(self, constant) > 0:
+                raise ValueError(f"{constant} is {getattr(self, constant)}; it must be above 0")
         if self.rope_scaling is not None:
             check_scaling(self.rope_scaling)
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
@@ -164,6 +167,53 @@ class ModelConfig:
         )
 
 
+def from_sizes(
+    family: str | None,
+    sizes: Mapping[str, Any],
+    *,
+    rope_theta: float | None = None,
+    rms_norm_eps: float | None = None,
+    inference_rope_scaling: bool = False,
+) -> ModelConfig:
+    """A MiniMind by its sizes alone, as `model.weights: scratch` makes it.
+
+    Args:
+        family: ``minimind3`` (also for None) or ``minimind2``.
+        sizes: arguments of `ModelConfig.minimind3` or `minimind2`; one that is None is left to the family.
+        rope_theta, rms_norm_eps: None for the family's.
+        inference_rope_scaling: see `stretched`.
+
+    Raises:
+        ValueError: sizes that no model can have, or a family that is not MiniMind's.
+    """
+    makers = {None: ModelConfig.minimind3, "minimind3": ModelConfig.minimind3, "minimind2": ModelConfig.minimind2}
+    if family not in makers:
+        raise ValueError(f"model.family is {family!r}; a model from its sizes alone is minimind3 or minimind2")
+    config = makers[family](**{name: size for name, size in sizes.items() if size is not None})
+    config = with_constants(config, rope_theta=rope_theta, rms_norm_eps=rms_norm_eps)
+    return stretched(config) if inference_rope_scaling else config
+
+
+def with_constants(config: ModelConfig, *, rope_theta: float | None, rms_norm_eps: float | None) -> ModelConfig:
+    """The same model with another theta or eps, where one is given."""
+    given: dict[str, Any] = {"rope_theta": rope_theta, "rms_norm_eps": rms_norm_eps}
+    return replace(config, **{name: value for name, value in given.items() if value is not None})
+
+
+def stretched(config: ModelConfig) -> ModelConfig:
+    """The same model reading 16 times further than it was trained, by MiniMind's YaRN (`inference_rope_scaling`).
+
+    Raises:
+        ValueError: if its positions are stretched in another way already.
+    """
+    if config.rope_scaling is not None and dict(config.rope_scaling) != dict(MINIMIND_YARN):
+        raise ValueError(
+            f"the model has RoPE scaling {config.rope_scaling['rope_type']} of its own; "
+            "leave model.inference_rope_scaling out"
+        )
+    return replace(config, rope_scaling=MINIMIND_YARN)
+
+
 def _head_dim(hidden_size: int, num_attention_heads: int) -> int:
     if num_attention_heads < 1 or hidden_size % num_attention_heads:
         raise ValueError(f"hidden_size {hidden_size} cannot be shared evenly by {num_attention_heads} attention heads")
@@ -178,6 +228,8 @@ def infer_config(
     num_attention_heads: int | None = None,
     num_key_value_heads: int | None = None,
     num_experts_per_tok: int | None = None,
+    rope_theta: float | None = None,
+    rms_norm_eps: float | None = None,
 ) -> tuple[ModelConfig, tuple[str, ...]]:
     """Sizes from the shapes of a MiniMind checkpoint.
 
@@ -187,10 +239,10 @@ def infer_config(
         family: what the user says it is; checked.
         num_attention_heads: where there is no q_norm, shapes leave it open; by default 8.
         num_key_value_heads: what the user says; checked.
-        num_experts_per_tok: shapes leave it open; by default the family's.
+        num_experts_per_tok, rope_theta, rms_norm_eps: shapes leave them open; by default the family's.
 
     Returns:
-        The config, and for each thing left open what was taken, with the key that changes it where there is one.
+        The config, and for each thing left open and not given what was taken, with the key that changes it.
 
     Raises:
         ValueError: shapes that are no MiniMind model's, or that contradict an argument. Says no file name.
@@ -231,7 +283,12 @@ def infer_config(
     taken = [] if q_norm or num_attention_heads else [f"{heads} attention heads (model.num_attention_heads)"]
     if num_experts and num_experts_per_tok is None:
         taken.append(f"{config.num_experts_per_tok} experts per token (model.num_experts_per_tok)")
-    return config, (*taken, f"eps {config.rms_norm_eps:g}", f"theta {config.rope_theta:g}")
+    config = with_constants(config, rope_theta=rope_theta, rms_norm_eps=rms_norm_eps)
+    if rms_norm_eps is None:
+        taken.append(f"eps {config.rms_norm_eps:g} (model.rms_norm_eps)")
+    if rope_theta is None:
+        taken.append(f"theta {config.rope_theta:g} (model.rope_theta)")
+    return config, tuple(taken)
 
 
 def _matrix(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from minimind_sft.generate import generate
 from minimind_sft.guard import Guard, StepResult
 from minimind_sft.losses import cross_entropy
 from minimind_sft.model import Transformer
-from minimind_sft.model_config import ModelConfig
+from minimind_sft.model_config import from_sizes
 from minimind_sft.probes import answer_text
 from minimind_sft.resume import set_progress
 from minimind_sft.schedule import learning_rate_at
@@ -53,12 +53,19 @@ class SFTModule(LightningModule):
         weight_decay: AdamW's decoupled decay, on matrices.
         decay_all: decay norms too, as the original does.
         reset_head: give the model a new, untied output layer; the embedding keeps what it knows.
+        resize_vocab: where the tokenizer has more tokens than the model, give it rows for them, each the mean of the
+            old ones; else that is an error.
+        activation_checkpointing: keep what goes into each layer and compute the rest again in the backward pass: a
+            third more arithmetic for a fraction of the memory; `fit --plan` prints both.
         family: minimind3 or minimind2; null to tell it from the weights (minimind3 for `scratch`).
         hidden_size: width; for `scratch`, else only checked against the weights.
         num_hidden_layers: depth; likewise.
         num_attention_heads: needed where the weights leave it open (minimind2); null for MiniMind's 8.
         num_key_value_heads: null for the family's default.
         num_experts_per_tok: experts per token of an MoE model, which weights leave open; null for the family's default.
+        rope_theta: base of the rotary angles, which a `.pth` leaves open; null for MiniMind's 1e6.
+        rms_norm_eps: of the norms, likewise; null for the family's 1e-6 (minimind3) or 1e-5 (minimind2).
+        inference_rope_scaling: read 16 times further than trained, by MiniMind's YaRN, likewise.
         aux_scope: the experts' balance loss is taken per document, which splits over micro-batches, or per batch, as
             the original does.
         vocab_size: for `scratch`; null for the tokenizer's size.
@@ -77,12 +84,17 @@ class SFTModule(LightningModule):
         weight_decay: float = 0.01,
         decay_all: bool = False,
         reset_head: bool = False,
+        resize_vocab: bool = False,
+        activation_checkpointing: bool = False,
         family: str | None = None,
         hidden_size: int | None = None,
         num_hidden_layers: int | None = None,
         num_attention_heads: int | None = None,
         num_key_value_heads: int | None = None,
         num_experts_per_tok: int | None = None,
+        rope_theta: float | None = None,
+        rms_norm_eps: float | None = None,
+        inference_rope_scaling: bool = False,
         aux_scope: Literal["document", "batch"] = "document",
         vocab_size: int | None = None,
         seed: int = 42,
@@ -96,13 +108,19 @@ class SFTModule(LightningModule):
             raise ValueError(f"model.learning_rate is {learning_rate}; it must be above 0")
         self.learning_rate, self.warmup_ratio, self.min_lr_ratio = learning_rate, warmup_ratio, min_lr_ratio
         self.weight_decay, self.decay_all, self.seed = weight_decay, decay_all, seed
-        self.reset_head = reset_head
+        self.reset_head, self.resize_vocab = reset_head, resize_vocab
+        self.activation_checkpointing = activation_checkpointing
         self._shape = {
             "hidden_size": hidden_size,
             "num_hidden_layers": num_hidden_layers,
             "num_attention_heads": num_attention_heads,
             "num_key_value_heads": num_key_value_heads,
             "vocab_size": vocab_size,
+        }
+        self._constants: dict[str, Any] = {
+            "rope_theta": rope_theta,
+            "rms_norm_eps": rms_norm_eps,
+            "inference_rope_scaling": inference_rope_scaling,
         }
         self._family, self._num_experts_per_tok, self.aux_scope = family, num_experts_per_tok, aux_scope
         self.base_sha256: str | None = None  # None: there is no base
@@ -126,6 +144,7 @@ class SFTModule(LightningModule):
             num_attention_heads=self._shape["num_attention_heads"],
             num_key_value_heads=self._shape["num_key_value_heads"],
             num_experts_per_tok=self._num_experts_per_tok,
+            **self._constants,
         )
         for name, wanted in self._shape.items():
             found = getattr(loaded.config, name)
@@ -136,18 +155,32 @@ class SFTModule(LightningModule):
             self.model.reset_head(self.seed)
 
     def configure_model(self) -> None:
-        """Build what needs the tokenizer: a model from scratch, and the meter."""
+        """Build what needs the tokenizer: a model from scratch, rows for new tokens, and the meter."""
         data = self._data
         if not hasattr(self, "model"):
-            make = ModelConfig.minimind2 if self._family == "minimind2" else ModelConfig.minimind3
-            shape: dict[str, Any] = {name: value for name, value in self._shape.items() if value is not None}
-            self.model = Transformer(make(**{"vocab_size": data.template.vocab_size} | shape))
+            vocab_size = self._shape["vocab_size"] or data.template.vocab_size
+            self.model = Transformer(
+                from_sizes(self._family, self._shape | {"vocab_size": vocab_size}, **self._constants)
+            )
             self.model.initialise(self.seed)
             if self.reset_head:
                 self.model.reset_head(self.seed)
-        weight_files.check_vocab(data.template.vocab_size, self.model.config)
+        self._fit_vocab(data.template.vocab_size)
+        self.model.activation_checkpointing = self.activation_checkpointing
         if not hasattr(self, "meter"):
             self.meter = Meter(list(data.evaluation))
+
+    def _fit_vocab(self, wanted: int) -> None:
+        """Make room for all of the tokenizer's tokens, if asked to; say so where the base is described."""
+        old = self.model.config.vocab_size
+        if self.resize_vocab and wanted > old:
+            self.model.resize_vocab(wanted)
+            tables = "embedding" if self.model.config.tie_word_embeddings else "embedding and output layer"
+            self.description += (
+                f"; vocabulary {old} -> {wanted} (model.resize_vocab): "
+                f"each of the {wanted - old} new rows of the {tables} is the mean of the old"
+            )
+        weight_files.check_vocab(wanted, self.model.config)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **settings: Any) -> SFTModule:  # type: ignore[override]
@@ -340,7 +373,7 @@ class SFTModule(LightningModule):
         """Take over the baseline; for `fit`, find the window that comes next.
 
         Raises:
-            ValueError: a checkpoint of another base, of other data, or not one of ours.
+            ValueError: a checkpoint of another base, of another model, of other data, or not one of ours.
         """
         ours = checkpoint.get("minimind_sft")
         if ours is None:
@@ -355,6 +388,7 @@ class SFTModule(LightningModule):
                 f"model.weights to "
                 "the base it started from, or start a new run from the checkpoint with model.weights"
             )
+        self._check_config(checkpoint["hyper_parameters"]["model_config"])
         self.baseline = Reading(**ours["baseline"]) if ours["baseline"] else None
         if self.trainer.state.fn == "fit":
             self._data.check_identity(ours["plan"])
@@ -362,6 +396,18 @@ class SFTModule(LightningModule):
             self._tell_differences(ours["settings"])
             self.guard.load_state_dict(ours["guard"])
             self._data.start_step = set_progress(checkpoint, windows=plan.windows, accumulate=plan.accumulate)
+
+    def _check_config(self, saved: dict[str, Any]) -> None:
+        """Weights fit another theta, eps or number of heads as well, and would then be another model."""
+        changed = [
+            f"{name} was {saved.get(name)}, is {now}"
+            for name, now in asdict(self.model.config).items()
+            if saved.get(name) != now
+        ]
+        if changed:
+            raise ValueError(
+                f"the checkpoint is of another model ({'; '.join(changed)}); set the keys under model as they were"
+            )
 
     def _tell_differences(self, saved: dict[str, Any]) -> None:
         changed = [

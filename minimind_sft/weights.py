@@ -10,7 +10,7 @@ A file without ``lm_head.weight``, or with one that equals the embedding, is tie
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from minimind_sft import huggingface
 from minimind_sft.checkpoint_files import find_file, listing, read, sha256_files
 from minimind_sft.files import sync_folder
 from minimind_sft.model import Transformer
-from minimind_sft.model_config import ModelConfig, infer_config
+from minimind_sft.model_config import ModelConfig, infer_config, stretched
 from minimind_sft.origins import find_origin
 from minimind_sft.rotary import MINIMIND_YARN
 
@@ -76,6 +76,8 @@ def load(
     num_attention_heads: int | None = None,
     num_key_value_heads: int | None = None,
     num_experts_per_tok: int | None = None,
+    rope_theta: float | None = None,
+    rms_norm_eps: float | None = None,
     inference_rope_scaling: bool = False,
 ) -> Loaded:
     """Read a checkpoint: a file, the only one in a folder, a Hugging Face folder, a run's best, or a name on the hub.
@@ -87,6 +89,8 @@ def load(
         num_attention_heads: where there is no `q_norm`, tensors do not say; MiniMind's is 8.
         num_key_value_heads: checked against the tensors, which do say once the heads are known.
         num_experts_per_tok: tensors do not say; MiniMind-3's is 1, MiniMind-2's 2.
+        rope_theta: tensors do not say; MiniMind's is 1e6.
+        rms_norm_eps: tensors do not say; MiniMind-3's is 1e-6, MiniMind-2's 1e-5.
         inference_rope_scaling: read 16 times further than trained, by MiniMind's YaRN.
 
     Raises:
@@ -94,22 +98,21 @@ def load(
             code, or tensors that are not a model's (all of them listed).
     """
     path = find_origin(source).path
-    defaults: tuple[str, ...] = ()
-    if huggingface.is_folder(path):
-        (tensors, _), config, files = huggingface.read_folder(path)
-    else:
+    choices = {
+        "family": family,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "num_experts_per_tok": num_experts_per_tok,
+        "rope_theta": rope_theta,
+        "rms_norm_eps": rms_norm_eps,
+    }
+    if not huggingface.is_folder(path):
         path = find_file(path)
-        files, (tensors, stored) = [path], read(path)
-        if stored is not None:
-            config = _stored_config(stored, path)
-        else:
-            config, defaults = _inferred_config(
-                tensors, path, family, num_attention_heads, num_key_value_heads, num_experts_per_tok
-            )
-    if family not in (None, config.family):
-        raise ValueError(f"{path} is {config.family}, but model.family is {family}; leave model.family out")
+    tensors, config, defaults, files = _open(path, choices)
     if inference_rope_scaling:
-        config = replace(config, rope_scaling=MINIMIND_YARN)
+        config = stretched(config)
+    elif defaults:
+        defaults += ("RoPE not stretched (model.inference_rope_scaling)",)
     _check(tensors, config, path)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     if config.tie_word_embeddings:
@@ -122,6 +125,16 @@ def load(
         dtype="+".join(dtypes),
         defaults=defaults,
     )
+
+
+def config_of(path: Path, choices: Mapping[str, Any]) -> ModelConfig:
+    """The sizes of weights, from names and shapes: files are mapped, and nothing is converted, checked or built.
+
+    Args:
+        path: as `source` of `load`.
+        choices: `load`'s arguments of the same names, without `inference_rope_scaling`.
+    """
+    return _open(path if huggingface.is_folder(path) else find_file(path), choices)[1]
 
 
 def build(loaded: Loaded) -> Transformer:
@@ -142,6 +155,9 @@ def load_model(
     num_attention_heads: int | None = None,
     num_key_value_heads: int | None = None,
     num_experts_per_tok: int | None = None,
+    rope_theta: float | None = None,
+    rms_norm_eps: float | None = None,
+    inference_rope_scaling: bool = False,
 ) -> tuple[Transformer, Loaded]:
     """`load`, then `build`."""
     loaded = load(
@@ -150,6 +166,9 @@ def load_model(
         num_attention_heads=num_attention_heads,
         num_key_value_heads=num_key_value_heads,
         num_experts_per_tok=num_experts_per_tok,
+        rope_theta=rope_theta,
+        rms_norm_eps=rms_norm_eps,
+        inference_rope_scaling=inference_rope_scaling,
     )
     return build(loaded), loaded
 
@@ -163,7 +182,8 @@ def check_vocab(tokenizer_vocab_size: int, config: ModelConfig, *, key: str = "d
     if tokenizer_vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer_vocab_size} tokens but the model's vocabulary is {config.vocab_size}; "
-            f"point {key} at the tokenizer that the weights were pretrained with"
+            f"point {key} at the tokenizer that the weights were pretrained with, or set model.resize_vocab to "
+            "give the new tokens rows"
         )
 
 
@@ -227,22 +247,32 @@ def _unlike_minimind(config: ModelConfig) -> list[str]:
     return found
 
 
+def _open(
+    path: Path, choices: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], ModelConfig, tuple[str, ...], list[Path]]:
+    """Tensors of a file or a Hugging Face folder, their config, the defaults taken, and the files they came from."""
+    if huggingface.is_folder(path):
+        (tensors, _), config, files = huggingface.read_folder(path)
+    else:
+        files, (tensors, stored) = [path], read(path)
+        if stored is None:
+            return tensors, *_inferred_config(tensors, path, choices), files
+        config = _stored_config(stored, path)
+    for name, wanted in choices.items():
+        found = getattr(config, name)
+        if wanted is not None and wanted != found:
+            raise ValueError(f"model.{name} is {wanted}, but {path} says {found}; leave model.{name} out")
+    return tensors, config, (), files
+
+
 def _inferred_config(
-    tensors: Mapping[str, Tensor],
-    path: Path,
-    family: str | None,
-    num_attention_heads: int | None,
-    num_key_value_heads: int | None,
-    num_experts_per_tok: int | None,
+    tensors: Mapping[str, Tensor], path: Path, choices: Mapping[str, Any]
 ) -> tuple[ModelConfig, tuple[str, ...]]:
     try:
         return infer_config(
             {name: tuple(tensor.shape) for name, tensor in tensors.items()},
             tied=HEAD not in tensors or torch.equal(tensors[HEAD], tensors.get(EMBEDDING, torch.empty(0))),
-            family=family,
-            num_attention_heads=num_attention_heads,
-            num_key_value_heads=num_key_value_heads,
-            num_experts_per_tok=num_experts_per_tok,
+            **choices,
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

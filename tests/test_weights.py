@@ -3,7 +3,7 @@
 import hashlib
 import pickle
 import struct
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -155,9 +155,40 @@ def test_where_tensors_leave_heads_open_the_argument_decides(tmp_path: Path) -> 
 def test_reading_further_than_trained_is_a_setting_not_a_tensor(tmp_path: Path) -> None:
     path = write(tmp_path / "w.pth", state())
     plain, stretched = load(path), load(path, inference_rope_scaling=True)
-    assert plain.config.rope_scaling is None and "RoPE" not in plain.describe()
+    assert plain.config.rope_scaling is None and "RoPE scaling" not in plain.describe()
+    assert "RoPE not stretched (model.inference_rope_scaling)" in plain.describe()
     assert stretched.config.rope_scaling is not None and stretched.config.rope_scaling["factor"] == 16
-    assert "RoPE scaling yarn" in stretched.describe()
+    assert "RoPE scaling yarn" in stretched.describe() and "inference_rope_scaling" not in stretched.describe()
+
+
+def test_constants_that_tensors_leave_open_are_told_with_the_key_that_changes_them(tmp_path: Path) -> None:
+    path = write(tmp_path / "w.pth", state())
+    line = load(path).describe()
+    assert "eps 1e-06 (model.rms_norm_eps)" in line and "theta 1e+06 (model.rope_theta)" in line
+    changed = load(path, rope_theta=5e5, rms_norm_eps=1e-3)
+    assert (changed.config.rope_theta, changed.config.rms_norm_eps) == (5e5, 1e-3)
+    assert "rope_theta" not in changed.describe() and "rms_norm_eps" not in changed.describe()
+    plain, model = load_model(path)[0], load_model(path, rope_theta=5e5)[0]
+    ids, positions, boundaries = torch.tensor([3, 4, 5]), torch.arange(3), torch.tensor([0, 3], dtype=torch.int32)
+    assert not torch.equal(model(ids, positions, boundaries, 3), plain(ids, positions, boundaries, 3))
+    for bad in ({"rope_theta": 0.0}, {"rms_norm_eps": -1.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} is .*; it must be above 0"):
+            load(path, **bad)
+
+
+def test_what_a_checkpoint_says_of_itself_cannot_be_contradicted(tmp_path: Path) -> None:
+    lightning = {
+        "state_dict": {f"model.{name}": tensor for name, tensor in fp16_model().state_dict().items()},
+        "hyper_parameters": {"model_config": asdict(CONFIG)},
+    }
+    path = write(tmp_path / "last.ckpt", lightning)
+    assert load(path, rope_theta=1e6, rms_norm_eps=1e-6).defaults == ()
+    with pytest.raises(ValueError, match="model.rope_theta is 10000.0, but .*last.ckpt says 1000000.0; leave"):
+        load(path, rope_theta=1e4)
+    linear = {"rope_type": "linear", "factor": 2.0}
+    lightning["hyper_parameters"] = {"model_config": asdict(replace(CONFIG, rope_scaling=linear))}
+    with pytest.raises(ValueError, match="RoPE scaling linear of its own; leave model.inference_rope_scaling out"):
+        load(write(path, lightning), inference_rope_scaling=True)
 
 
 # ---- what does not

@@ -1,0 +1,188 @@
+"""`fit --plan`: what a run will take, told before anything is built.
+
+Settings come in, text goes out: sizes and data as `sizing.py` finds them, bytes and operations as `memory.py` counts
+them. What is assumed is said where it is used, and no speed of any device is claimed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from minimind_sft import memory, report
+from minimind_sft.model_config import ModelConfig
+from minimind_sft.sizing import Data, look_at, model_config, template_of
+
+GIB = 1 << 30
+CARDS = (8, 16, 24, 80)  # GiB
+SPARE = 0.1  # of a card, for the CUDA context and fragmentation; assumed
+BASE_COPY = {"fp16": 2, "fp32": 4}  # bytes a parameter
+TFLOPS = (0.1, 1.0, 10.0, 100.0)
+
+
+def forecast(
+    *,
+    model: Mapping[str, Any],
+    data: Mapping[str, Any],
+    trainer: Mapping[str, Any],
+    device: str,
+    precision: str,
+    keep_every: int | None,
+    tflops: float | None,
+) -> str:
+    """The plan as text.
+
+    Args:
+        model, data, trainer: settings, as `fit` takes them.
+        device, precision: likewise; ``auto`` is a GPU with bf16.
+        keep_every: steps between milestones.
+        tflops: the throughput that the user counts on, in 10^12 operations per second.
+
+    Raises:
+        ValueError: where the model's sizes cannot be found out, or a setting is impossible.
+    """
+    if tflops is not None and not tflops > 0:
+        raise ValueError(f"--plan_tflops is {tflops}; it is 10^12 operations per second and must be above 0")
+    template = template_of(data["tokenizer"])
+    config, source = model_config(model, template.vocab_size if template else None)
+    cuda = device != "cpu"
+    precision = ("bf16-mixed" if cuda else "32") if precision == "auto" else precision
+    ranks, accumulate = _processes(device, trainer), trainer["accumulate_grad_batches"]
+    for name, value in (("data.batch_size", data["batch_size"]), ("trainer.accumulate_grad_batches", accumulate)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    most = data["batch_size"] * data["max_length"]
+    tokens = min(most, data["max_tokens_per_batch"] or most)
+    off, on = (
+        memory.footprint(
+            config,
+            tokens=tokens,
+            targets=tokens,
+            precision=precision,
+            cuda=cuda,
+            activation_checkpointing=checkpointing,
+            accumulate=accumulate,
+            processes=ranks,
+        )
+        for checkpointing in (False, True)
+    )
+    bound = f"{data['batch_size']} x {data['max_length']}" if tokens == most else "data.max_tokens_per_batch"
+    known = look_at(data, template)
+    steps = _steps(known, data["batch_size"] * accumulate * ranks, trainer)
+    count = memory.parameters(config)
+    rows = [
+        ("model", source),
+        ("parameters", f"{count.total:,} ({_shape(config)})"),
+        ("planned for", f"a {'GPU' if cuda else 'CPU'}, precision {precision}, processes: {ranks}"),
+        ("micro-batch", f"at most {tokens:,} tokens ({bound}), all of them supervised at worst; {accumulate} a step"),
+        ("data", known.told if known else f"not found: {data['train_path']}"),
+        ("steps", f"about {steps:,}" if steps else "unknown without the data; set trainer.max_steps"),
+        ("disk", _disk(count.total, known, steps, keep_every, config.vocab_size)),
+    ]
+    checkpointing = bool(model["activation_checkpointing"])
+    parts = [report.aligned(rows), _memory_table(off, on, checkpointing), _cards(off, on, count.total, precision)]
+    if known and steps:
+        done = known._replace(documents=steps * data["batch_size"] * accumulate * ranks)
+        parts.append(_time(config, done, checkpointing, tflops))
+    return "\n\n".join(parts)
+
+
+def _processes(device: str, trainer: Mapping[str, Any]) -> int:
+    """As far as the settings say: 4, "4", "0,1" and [0, 1] are numbers of devices, `auto` is one."""
+    devices = trainer["devices"] if device == "auto" else device.removeprefix("cuda:")
+    if isinstance(devices, str):
+        devices = int(devices) if devices.isdigit() and device == "auto" else devices.count(",") + 1
+    count = len(devices) if isinstance(devices, (list, tuple)) else int(devices)
+    return max(1, count) * int(trainer["num_nodes"])
+
+
+def _steps(known: Data | None, window: int, trainer: Mapping[str, Any]) -> int | None:
+    bounds = [trainer["max_steps"]] if trainer["max_steps"] > 0 else []
+    if known and (trainer["max_epochs"] or 0) > 0:
+        bounds.append(math.ceil(known.documents / window) * trainer["max_epochs"])
+    return min(bounds, default=None)
+
+
+def _shape(config: ModelConfig) -> str:
+    experts = f", {config.num_experts} experts, {config.num_experts_per_tok} a token" if config.num_experts else ""
+    return (
+        f"{config.num_hidden_layers} layers of {config.hidden_size}, feed-forward {config.intermediate_size}{experts}, "
+        f"{config.num_attention_heads} heads ({config.num_key_value_heads} kv) of {config.head_dim}, vocabulary "
+        f"{config.vocab_size}, head {'tied' if config.tie_word_embeddings else 'untied'}"
+    )
+
+
+def _disk(count: int, known: Data | None, steps: int | None, keep_every: int | None, vocab_size: int) -> str:
+    """Checkpoints hold weights and moments; a new one is written before the old one goes."""
+    each, milestones = 12 * count, (steps or 0) // keep_every if keep_every else 0
+    total = (3 + milestones) * each + 2 * count
+    tokens = known.documents * known.tokens * (2 if vocab_size <= 1 << 16 else 4) if known else 0
+    kept = f" and {milestones} milestones" if milestones else ""
+    return (
+        f"{_gib(total + tokens)} GiB: last and best{kept} of {_gib(each)}, one more while saving, "
+        f"last.pth of {_gib(2 * count)}, tokens {_gib(tokens)}"
+    )
+
+
+def _memory_table(off: memory.Footprint, on: memory.Footprint, checkpointing: bool) -> str:
+    names = (
+        ("weights, fp32", "weights"),
+        ("gradients, fp32", "gradients"),
+        ("AdamW's two moments, fp32", "optimizer"),
+        ("gradients to be shared (DDP)", "buckets"),
+        ("half-precision copies of the matrices", "copies"),
+        ("activations kept for the backward pass", "activations"),
+        ("logits and their gradients", "logits"),
+        ("one layer in its backward pass", "layer"),
+        ("peak (not all of it is there at once)", "peak"),
+    )
+    rows = [[name, _gib(getattr(off, key)), _gib(getattr(on, key))] for name, key in names if getattr(off, key)]
+    rows.append(["  falls in", off.phase.removeprefix("the "), on.phase.removeprefix("the ")])
+    for dtype, size in BASE_COPY.items():
+        rows.append([f"base copy, when replay is on, {dtype}", *[_gib(off.weights / memory.FP32 * size)] * 2])
+    marks = (" (as set)", "") if not checkpointing else ("", " (as set)")
+    head = ["memory of one process, GiB", f"plain{marks[0]}", f"activation_checkpointing{marks[1]}"]
+    return report.table(head, rows)
+
+
+def _cards(off: memory.Footprint, on: memory.Footprint, count: int, precision: str) -> str:
+    dtype = "fp32" if precision == "32" else "fp16"
+    copy = BASE_COPY[dtype] * count
+    rows = [
+        [name, *("fits" if size <= (1 - SPARE) * card * GIB else "does not" for card in CARDS)]
+        for name, size in (
+            ("plain", off.peak),
+            (f"plain, with a base copy in {dtype}", off.peak + copy),
+            ("activation_checkpointing", on.peak),
+            (f"activation_checkpointing, with a base copy in {dtype}", on.peak + copy),
+        )
+    ]
+    head = [f"beside a card's memory, {SPARE:.0%} left for the rest (assumed)", *(f"{card} GB" for card in CARDS)]
+    return report.table(head, rows)
+
+
+def _time(config: ModelConfig, known: Data, checkpointing: bool, tflops: float | None) -> str:
+    """Minutes at a throughput that is given, or at each of several."""
+    tokens = known.documents * known.tokens
+    needed = memory.training_flops(
+        config,
+        tokens=tokens,
+        squared_lengths=known.documents * known.squares,
+        activation_checkpointing=checkpointing,
+    )
+    told = (
+        f"{needed:.2e} operations for {tokens:,.0f} tokens: 6 N a token and 6 L H E t^2 for the attention of a document"
+        f"{', layers forward twice' if checkpointing else ''}; looking at the model is about 5 % more"
+    )
+    where = "by --plan_tflops" if tflops else "no claim about any device; give yours with --plan_tflops"
+    rows = [[f"{speed:g}", _short(needed / (speed * 1e12) / 60)] for speed in ((tflops,) if tflops else TFLOPS)]
+    return f"{told}\n" + report.table([f"at so many TFLOP/s ({where})", "minutes"], rows)
+
+
+def _gib(size: float) -> str:
+    return _short(size / GIB)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.2f}" if value >= 0.1 or not value else f"{value:.2g}"

@@ -1,0 +1,213 @@
+"""What a training step takes, in bytes and in arithmetic, from the sizes of a model alone. No torch.
+
+Memory is counted, not fitted: the terms below are the tensors that autograd keeps for each operation of `model.py` and
+`losses.py` (read off with `torch.autograd.graph.saved_tensors_hooks`; tests hold the formula to that count exactly, and
+to measured peaks of `fit`). Weights, gradients and AdamW's two moments are fp32: 16 bytes a parameter (Rajbhandari et
+al. 2020, arXiv 1910.02054, section 3.1, less its fp16 copies, which autocast makes anew in every forward pass). Per
+token and layer, with s bytes (4, or 2 under autocast) and everything residual in fp32:
+
+    two norms       4 C each, and 4 C more where the norm is not one kernel (CPU); their outputs s C for each projection
+                    under autocast (3 and 2 casts), else once
+    q and k         4 (H + K) E where they are normed (twice that on a CPU), s (H + K) E rotated; v s K E
+    attention       s H E of output (twice where documents are put together again), 4 H of log-sum-exp
+    feed-forward    4 s I: gate, silu(gate), up, and their product
+
+With checkpointing only 4 C stay (Chen et al. 2016, arXiv 1604.06174), and one layer at a time is made again. Logits are
+fp32: log-softmax, its gradient and the gradient before it, 12 V a target, bounded by `MAX_LOGITS`.
+
+Not counted: the device's context (0.3 to 1 GB on CUDA), fragmentation, and what saving takes in host memory.
+
+Shapes: C hidden, H heads, K key/value heads, E head dimension, I feed-forward, L layers, V vocabulary, X experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from minimind_sft.model_config import ModelConfig
+
+FP32 = 4
+MAX_LOGITS = 1 << 27  # losses.MAX_LOGITS, which a test compares: importing it would import torch
+
+
+class Parameters(NamedTuple):
+    """Parameters by what they do."""
+
+    embedding: int  # V C
+    head: int  # V C where untied, else 0
+    layers: int  # matrices of all layers
+    vectors: int  # norms and biases
+    active: int  # of what a token is multiplied by, the output layer included: a lookup multiplies nothing
+    largest: int  # of one matrix
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.head + self.layers + self.vectors
+
+
+class Footprint(NamedTuple):
+    """Bytes of one process in training. `peak` is of what is alive together; the parts are for people to read."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # two moments
+    buckets: int  # of gradients, where several processes share them
+    copies: int  # half-precision copies of the matrices, under autocast
+    activations: int  # kept between forward and backward pass
+    logits: int  # of one micro-batch, with their gradients
+    layer: int  # what the backward pass of one layer adds
+    peak: int
+    phase: str  # in which the peak falls
+
+
+def parameters(config: ModelConfig) -> Parameters:
+    """Parameters of a model."""
+    c, e, i = config.hidden_size, config.head_dim, config.intermediate_size
+    q, kv = config.num_attention_heads * e, config.num_key_value_heads * e
+    attention, feed_forward, router = 2 * c * q + 2 * c * kv, 3 * c * i, c * config.num_experts
+    experts = config.num_experts + config.num_shared_experts or 1
+    passed = config.num_experts_per_tok + config.num_shared_experts or 1
+    biases = config.qkv_bias * (q + 2 * kv) + config.o_bias * c + config.mlp_bias * (2 * i + c)
+    vectors = 2 * c + config.qk_norm * 2 * e + biases
+    layers, table = config.num_hidden_layers, config.vocab_size * c
+    return Parameters(
+        embedding=table,
+        head=0 if config.tie_word_embeddings else table,
+        layers=layers * (attention + router + experts * feed_forward),
+        vectors=layers * vectors + c,
+        active=layers * (attention + router + passed * feed_forward) + table,
+        largest=max(table, c * i, c * q),
+    )
+
+
+def layer_bytes(config: ModelConfig, *, half: bool, cuda: bool) -> int:
+    """Kept per token in one layer, what goes into it included; see the module's table."""
+    c, s = config.hidden_size, 2 if half else FP32
+    heads, kv_heads, e = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    norm = FP32 if cuda else 2 * FP32  # of each element normed: one kernel keeps its input, several the result too
+    reciprocal = FP32  # of the root mean square, one per row
+    casts = 1 if not half else 3  # q, k and v take copies of their own; an fp32 output serves all three
+    size = norm * c + reciprocal + casts * s * c
+    if config.qk_norm:
+        size += (heads + kv_heads) * (norm * e + reciprocal)
+    size += s * (heads + 2 * kv_heads) * e
+    size += s * heads * e * (1 if cuda and half else 2) + FP32 * heads
+    return size + norm * c + reciprocal + _feed_forward_bytes(config, s, half)
+
+
+def _feed_forward_bytes(config: ModelConfig, s: int, half: bool) -> int:
+    """Of the rows that go into a feed-forward layer, and what it keeps of them."""
+    c = config.hidden_size
+    inputs = (2 if half else 1) * s * c  # gate and up; an fp32 input serves both
+    inside = 4 * s * config.intermediate_size
+    if not config.num_experts:
+        return inputs + inside
+    k, experts, shared = config.num_experts_per_tok, config.num_experts, config.num_shared_experts
+    router = s * c + FP32 * experts + 8 * k  # its input, probabilities, and which were chosen
+    places = k * (2 * 8 + FP32)  # the way to the experts and back, and a weight
+    routed = k * (inputs + inside + s * c)  # the outputs, which are weighted
+    return router + places + routed + shared * (inside + (inputs if half else 0))
+
+
+def footprint(
+    config: ModelConfig,
+    *,
+    tokens: int,
+    targets: int,
+    precision: str,
+    cuda: bool,
+    activation_checkpointing: bool,
+    accumulate: int = 1,
+    processes: int = 1,
+) -> Footprint:
+    """What one process holds when it holds most.
+
+    Gradients of the step before are there until the first backward pass of a window begins, and from the second on.
+    A tied head's gradient waits for the embedding's, which is dense, and the sum of both is a third such table.
+
+    Args:
+        tokens: of the largest micro-batch.
+        targets: supervised ones among them.
+        precision: ``32``, ``bf16-mixed`` or ``16-mixed``.
+        cuda: whether it runs on a GPU, whose kernels keep less.
+        activation_checkpointing: see `model.Transformer`.
+        accumulate: micro-batches per window.
+        processes: that share gradients.
+    """
+    count, half = parameters(config), precision != "32"
+    s = 2 if half else FP32
+    gradients = FP32 * count.total
+    absent = gradients if accumulate == 1 else 0  # when the backward pass begins
+    table = FP32 * count.embedding
+    waiting = table if config.tie_word_embeddings else 0
+    layer, into_layer = layer_bytes(config, half=half, cuda=cuda) * tokens, FP32 * config.hidden_size * tokens
+    ends = into_layer * (1 if cuda else 2) + s * config.hidden_size * targets + 24 * tokens  # last norm, rows, ids
+    activations = ends + config.num_hidden_layers * (into_layer if activation_checkpointing else layer)
+    head_copy, layer_copy = (2 * count.embedding, 2 * count.layers // config.num_hidden_layers) if half else (0, 0)
+    copies = head_copy + layer_copy * config.num_hidden_layers
+    made, unmade = _logits_bytes(config, targets, s)
+    passing = _passing_bytes(config, tokens, s)
+    last = layer + layer_copy + passing + (waiting if accumulate > 1 else 0)
+    if activation_checkpointing:  # a layer is made again, and none but its copies are there
+        passing += layer - into_layer
+    held = (head_copy, layer_copy) if activation_checkpointing else (copies, copies)
+    first = activations - ends + held[1] + passing + waiting - absent
+    phases = {
+        "the end of the forward pass": activations + copies + into_layer + made,
+        "the backward pass of the output layer": activations + held[0] + unmade - absent,
+        "the backward pass of a layer": max(first, last),
+        "the backward pass of the embedding": table + (2 if accumulate > 1 else 1) * waiting + into_layer,
+        "the optimizer's step": _step_bytes(count, precision, cuda),
+    }
+    phase = max(phases, key=lambda name: phases[name])
+    fixed = gradients, gradients, 2 * gradients, gradients * (processes > 1)
+    return Footprint(
+        *fixed,
+        copies=copies,
+        activations=activations,
+        logits=max(made, unmade),
+        layer=passing,
+        peak=sum(fixed) + phases[phase],
+        phase=phase,
+    )
+
+
+def _logits_bytes(config: ModelConfig, targets: int, s: int) -> tuple[int, int]:
+    """Logits as fp32 and their log-softmax; then with two gradients, or with that of the output layer's weights."""
+    scores, table = min(targets * config.vocab_size, MAX_LOGITS), config.vocab_size * config.hidden_size
+    weights_gradient = (FP32 if s == FP32 else FP32 + s) * table
+    return 2 * FP32 * scores, max(3 * FP32 * scores, FP32 * scores + weights_gradient)
+
+
+def _passing_bytes(config: ModelConfig, tokens: int, s: int) -> int:
+    """What a layer's backward pass makes: gradients of gate and up, of the residual, of the largest matrix."""
+    rows = (config.num_experts_per_tok or 1) * tokens
+    residual, matrix = FP32 * config.hidden_size * tokens, FP32 * config.hidden_size * config.intermediate_size
+    return 2 * s * config.intermediate_size * rows + 2 * residual + matrix
+
+
+def _step_bytes(count: Parameters, precision: str, cuda: bool) -> int:
+    """What AdamW makes in passing: one matrix at a time on a CPU, nothing where it is one kernel, else all at once."""
+    if not cuda:
+        return 2 * FP32 * count.largest
+    return FP32 * count.total if precision == "16-mixed" else 0
+
+
+def training_flops(
+    config: ModelConfig, *, tokens: float, squared_lengths: float, activation_checkpointing: bool
+) -> float:
+    """Floating-point operations of training on documents: 6 N per token, and attention.
+
+    6 = 2 (multiply, add) x 3 (forward, and two products in the backward pass), N the parameters that a token is
+    multiplied by (Kaplan et al. 2020, arXiv 2001.08361, section 2.1). Causal attention takes 6 L H E t^2 for a document
+    of t tokens: two products of 2 t^2 H E, halved by causality, times 3. Checkpointing runs the layers forward twice.
+
+    Args:
+        tokens: of all documents.
+        squared_lengths: sum of the squares of their lengths.
+    """
+    count = parameters(config)
+    width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    head = config.vocab_size * config.hidden_size
+    layers = 6 * (count.active - head) * tokens + 6 * width * squared_lengths
+    return 6 * head * tokens + layers * (4 / 3 if activation_checkpointing else 1)
