@@ -23,6 +23,10 @@ look
              python -m minimind_sft predict --config sft.yaml --ckpt_path best
   compare    two models: what the second learned and forgot; exit status 3 when it forgot too much
              python -m minimind_sft compare base.pth tuned.pth --heldout_path text.jsonl --max_forgetting 0.02
+hold on
+  interpolate
+             the models between a base and its fine-tune, and the one that forgot least for nearly the same chat loss
+             python -m minimind_sft interpolate base.pth runs/sft out.pth --val_path val.jsonl --heldout_path text.jsonl
 use
   chat       talk to a model, on a terminal or in a pipe
              python -m minimind_sft chat runs/sft
@@ -43,6 +47,7 @@ MODULES = {  # of the other verbs; each has a `main`
     "compare": "comparison",
     "chat": "terminal",
     "export": "export",
+    "interpolate": "interpolation",
     "sample": "sampling",
     "inspect": "inspection",
 }

@@ -41,6 +41,22 @@ def _there(pattern: Path) -> bool:
     return any(sign in str(pattern) for sign in "*?[") and next(root.glob(str(relative)), None) is not None
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file whole or not at all.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 class Facts(NamedTuple):
     """What a file holds."""
 

@@ -9,16 +9,17 @@ from typing import NoReturn
 
 
 class OptionParser(argparse.ArgumentParser):
-    """A parser for `verb WEIGHTS ...` whose mistakes are `ValueError`s."""
+    """A parser whose mistakes are `ValueError`s; for `verb WEIGHTS ...`, unless `weights` is false."""
 
-    def __init__(self, verb: str, description: str) -> None:
+    def __init__(self, verb: str, description: str, *, weights: bool = True) -> None:
         super().__init__(prog=f"minimind_sft {verb}", description=description, allow_abbrev=False)
-        self.add_argument(
-            "weights",
-            metavar="WEIGHTS",
-            help="a run directory (its best.ckpt), a .ckpt, .pth or .safetensors file, a Hugging Face folder, or "
-            "hf:owner/name",
-        )
+        if weights:
+            self.add_argument(
+                "weights",
+                metavar="WEIGHTS",
+                help="a run directory (its best.ckpt), a .ckpt, .pth or .safetensors file, a Hugging Face folder, or "
+                "hf:owner/name",
+            )
 
     def error(self, message: str) -> NoReturn:
         unknown = re.findall(r"(--[\w-]+)", message) if "unrecognized" in message else []

@@ -7,9 +7,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minimind_sft.forgetting import Reading, perplexity
+
+if TYPE_CHECKING:
+    from minimind_sft.interpolation import Point
 
 
 def aligned(rows: Sequence[tuple[str, str]]) -> str:
@@ -127,6 +130,32 @@ def plot(readings: Sequence[Reading], path: Path) -> None:
     axes.set_xlabel("loss on validation chats, nats per token (better to the right)")
     axes.set_ylabel("forgotten, nats per token of pretraining text")
     axes.set_title("What learning to chat cost", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_interpolation(points: Sequence[Point], chosen: Point, path: Path) -> None:
+    """Chat loss against forgetting from the base (alpha 0) to its fine-tune (alpha 1), as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    chat, forgotten = [point.chat_loss for point in points], [point.forgetting for point in points]
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.plot(chat, forgotten, color="#0072B2", linewidth=2, linestyle=":", marker="o", markersize=4)
+    axes.plot(chosen.chat_loss, chosen.forgetting, color="#D55E00", marker="o", markersize=9)
+    for point in points:
+        text = f"{point.alpha:g}" + (" chosen" if point is chosen else "")
+        where: dict[str, Any] = {"textcoords": "offset points", "xytext": (-8, 2), "ha": "right"}
+        axes.annotate(text, (point.chat_loss, point.forgetting), fontsize=9, **where)
+    axes.axhline(0, color="0.7", linewidth=1)
+    axes.invert_xaxis()
+    axes.margins(0.12)
+    axes.set_xlabel("loss on validation chats, nats per token (better to the right)")
+    axes.set_ylabel("forgotten, nats per token of pretraining text")
+    axes.set_title("From the base (alpha 0) to its fine-tune (alpha 1)", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)

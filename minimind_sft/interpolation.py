@@ -1,0 +1,200 @@
+"""`python -m minimind_sft interpolate BASE TUNED OUT`: the models between a base and its fine-tune, and the best one.
+
+    w(alpha) = w_base + alpha (w_tuned - w_base)
+
+Along this line forgetting falls faster than the chat loss rises, so a model part of the way back often keeps most of
+what was learned for a fraction of what was forgotten, at no cost in training (WiSE-FT, arXiv 2109.01903). Rows of
+control tokens in the embedding and the output layer stay at alpha 1: pretraining may never have trained them, and a
+chat does not work with half a turn marker.
+
+The smallest alpha whose chat loss is within `--tolerance` nats of the fine-tune's is written. Every alpha costs one
+look at the chats and the text with two models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from minimind_sft import export, measures, report, weights
+from minimind_sft.chat import DOCUMENT_FRAMES, ChatTemplate
+from minimind_sft.files import write_whole
+from minimind_sft.model import Transformer
+from minimind_sft.options import OptionParser
+from minimind_sft.origins import Origin, find_origin
+from minimind_sft.pairs import Pair, find_tokenizer, open_pair
+from minimind_sft.sampling import read_lines
+from minimind_sft.stores import Stores
+
+ALPHAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+TOLERANCE = 0.02
+
+
+class Point(NamedTuple):
+    """One model of the line."""
+
+    alpha: float
+    chat_loss: float  # nats per supervised token
+    forgetting: float  # nats per token of text above the base
+    interval: list[float] | None  # of forgetting, 95 %
+
+
+def parser() -> OptionParser:
+    """The command line of `interpolate`."""
+    parser = OptionParser(
+        "interpolate",
+        "Measure the models between BASE and TUNED, and write the one nearest to the base whose chat loss is within "
+        "--tolerance of TUNED's.",
+        weights=False,
+    )
+    add = parser.add_argument
+    add("base", metavar="BASE", help="the model before fine-tuning")
+    add("tuned", metavar="TUNED", help="the model after it, or its run directory")
+    add("out", metavar="OUT", help="what to write: a name that ends in .pth for MiniMind's format, else a Hugging Face "
+        "folder; OUT.json and OUT.png, the curve, come beside it")  # fmt: skip
+    add("--val_path", metavar="FILE", required=True, help="validation chats")
+    add("--heldout_path", metavar="FILE", help="text that the base has not seen")
+    add("--pretrain_path", metavar="FILE", help="text of its pretraining, where there is no --heldout_path")
+    add("--tokenizer", metavar="FOLDER", help="of both models; by default what lies in or beside TUNED or BASE")
+    add("--alphas", type=float, nargs="+", default=list(ALPHAS), metavar="A", help="where to measure, from 0 to 1")
+    add("--tolerance", type=float, default=TOLERANCE, metavar="NATS", help="chat loss that may be given up (0.02)")
+    add("--documents", type=int, default=1000, metavar="N", help="documents of text to measure on (1000)")
+    add("--max_length", type=int, default=768, metavar="N", help="tokens; longer documents are cut (768)")
+    add("--document_format", choices=list(DOCUMENT_FRAMES), default="minimind3", help="how pretraining framed a text")
+    add("--num_attention_heads", type=int, metavar="N", help="of both, where tensors leave it open; MiniMind's is 8")
+    add("--seed", type=int, default=42, help="of the intervals (42)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:7")
+    add("--cache_dir", metavar="DIR", help="folder of tokenized data")
+    add("--overwrite", action="store_true", help="replace what is at OUT")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the verb.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        ValueError: for a mistake in the command, the models or the data.
+    """
+    options = parser().parse_args(list(argv))
+    alphas = sorted({*options.alphas, 1.0})
+    if not all(0.0 <= alpha <= 1.0 for alpha in alphas):
+        raise ValueError(f"--alphas {options.alphas}: an alpha is from 0 (the base) to 1 (the fine-tune)")
+    if not options.tolerance >= 0.0:
+        raise ValueError(f"--tolerance is {options.tolerance}; it is in nats, 0 or above")
+    if not options.heldout_path and not options.pretrain_path:
+        raise ValueError("forgetting is measured on text: give --heldout_path, or --pretrain_path")
+    out = Path(options.out)
+    if out.exists() and not options.overwrite:
+        raise ValueError(f"{out} exists; pass --overwrite to replace it, or another name")
+    origin = find_origin(options.tuned)
+    tokenizer = origin.tokenizer() if origin.run_dir and not options.tokenizer else find_tokenizer(
+        options.base, options.tuned, options.tokenizer
+    )  # fmt: skip
+    template = ChatTemplate.from_folder(tokenizer)
+    pair = open_pair(
+        options.base,
+        str(origin.path),
+        template,
+        num_attention_heads=options.num_attention_heads,
+        device=options.device,
+        max_length=options.max_length,
+        document_format=options.document_format,
+        seed=options.seed,
+    )
+    stores = Stores(
+        train_path=[],
+        tokenizer=str(tokenizer),
+        val_path=options.val_path,
+        heldout_path=options.heldout_path,
+        pretrain_path=None if options.heldout_path else options.pretrain_path,
+        measure_documents=options.documents,
+        document_format=options.document_format,
+        cache_dir=options.cache_dir,
+    )
+    points = curve(pair, stores, alphas)
+    best = choose(points, options.tolerance)
+    model = interpolate(pair.base, pair.tuned, best.alpha, template.control_ids)
+    _write(model, pair, origin, out, tokenizer, best, overwrite=options.overwrite)
+    record = {
+        "command": ["interpolate", *argv],
+        **pair.about,
+        "tolerance": options.tolerance,
+        "chosen": best.alpha,
+        "points": [point._asdict() for point in points],
+    }
+    write_whole(out.with_name(f"{out.name}.json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    report.plot_interpolation(points, best, out.with_name(f"{out.name}.png"))
+    print(_table(points, best))
+    print(f"\nwritten {out} (alpha {best.alpha:g}), {out.name}.json and {out.name}.png", flush=True)
+    return 0
+
+
+@torch.no_grad()
+def interpolate(base: Transformer, tuned: Transformer, alpha: float, control_ids: Sequence[int]) -> Transformer:
+    """The model at `alpha` between two of one shape; control tokens' rows are the tuned model's.
+
+    Raises:
+        ValueError: models of different shapes.
+    """
+    old, new = (dict(model.named_parameters()) for model in (base, tuned))
+    unlike = [name for name in old.keys() | new.keys() if name not in old or name not in new
+              or old[name].shape != new[name].shape]  # fmt: skip
+    if unlike:
+        raise ValueError(f"BASE and TUNED differ in shape ({', '.join(sorted(unlike)[:5])}): no line joins them")
+    model = Transformer(tuned.config).to(tuned.lm_head.weight.device)
+    rows = list(control_ids)
+    for name, parameter in model.named_parameters():
+        torch.lerp(old[name], new[name], alpha, out=parameter.data)
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            parameter[rows] = new[name][rows]
+    return model.eval()
+
+
+def curve(pair: Pair, stores: Stores, alphas: Sequence[float]) -> list[Point]:
+    """Chat loss and forgetting at every alpha."""
+    opened = stores.open(train=False)
+    assert opened.validation is not None and opened.measured is not None
+    points = []
+    for alpha in alphas:
+        there = replace(pair, tuned=interpolate(pair.base, pair.tuned, alpha, pair.template.control_ids))
+        lines = read_lines([Path(file) for file in opened.measured.meta["files"]])
+        text, _, _ = measures.measure_text(there, opened.measured, lines)
+        chats = measures.measure_chats(there, opened.validation)
+        points.append(Point(alpha, chats["after"], text["difference"], text["interval"]))
+        print(f"alpha {alpha:<5g} chats {points[-1].chat_loss:.4f}  forgotten {points[-1].forgetting:+.4f}", flush=True)
+    return points
+
+
+def choose(points: Sequence[Point], tolerance: float) -> Point:
+    """The point of the smallest alpha within `tolerance` of the chat loss at alpha 1."""
+    tuned = max(points, key=lambda point: point.alpha).chat_loss
+    return min((point for point in points if point.chat_loss <= tuned + tolerance), key=lambda point: point.alpha)
+
+
+def _write(
+    model: Transformer, pair: Pair, origin: Origin, out: Path, tokenizer: Path, best: Point, *, overwrite: bool
+) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".pth":
+        weights.export_minimind(model, out)
+        return
+    loaded = weights.load(origin.path)
+    title = f"{out.name}: {best.alpha:g} of the way from its base to {origin.path.name}"
+    export.write_hf(model, loaded, origin, out, tokenizer, title=title, overwrite=overwrite)
+
+
+def _table(points: Sequence[Point], best: Point) -> str:
+    rows = []
+    for point in points:
+        interval = "" if point.interval is None else f"{point.interval[0]:+.4f} to {point.interval[1]:+.4f}"
+        chosen = "chosen" if point is best else ""
+        rows.append((f"{point.alpha:g}", f"{point.chat_loss:.4f}", f"{point.forgetting:+.4f}", interval, chosen))
+    return report.table(("alpha", "chats", "forgotten", "95 %", ""), rows)

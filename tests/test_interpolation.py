@@ -1,0 +1,101 @@
+"""The line between a base and its fine-tune: literals, what is chosen, and the verb."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind_sft.__main__ import main
+from minimind_sft.interpolation import Point, choose, interpolate
+from minimind_sft.model import Transformer
+from minimind_sft.model_config import ModelConfig
+from minimind_sft.weights import export_minimind, load_model
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def model(seed: int, **sizes: int) -> Transformer:
+    made = Transformer(ModelConfig.minimind3(**{"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1} | sizes))
+    made.initialise(seed)
+    return made
+
+
+def test_a_quarter_of_the_way_but_for_control_tokens() -> None:
+    base, tuned = model(0), model(1)
+    there = interpolate(base, tuned, 0.25, [3])
+    for name, weight in there.named_parameters():
+        old, new = base.get_parameter(name), tuned.get_parameter(name)
+        expected = 0.75 * old + 0.25 * new
+        if name == "model.embed_tokens.weight":
+            expected[3] = new[3]
+        torch.testing.assert_close(weight, expected)
+    assert there.lm_head.weight is there.model.embed_tokens.weight
+    end = interpolate(base, tuned, 1.0, []).state_dict()
+    assert all(torch.equal(end[name], tensor) for name, tensor in tuned.state_dict().items())
+
+
+def test_models_of_two_shapes_have_no_line_between_them() -> None:
+    with pytest.raises(ValueError, match=r"differ in shape \(model.layers.1"):
+        interpolate(model(0), model(0, num_hidden_layers=2), 0.5, [])
+
+
+@pytest.mark.parametrize(("tolerance", "alpha"), [(0.0, 1.0), (0.02, 0.6), (5.0, 0.0)])
+def test_the_smallest_alpha_within_the_tolerance_is_chosen(tolerance: float, alpha: float) -> None:
+    losses = {0.0: 5.0, 0.6: 3.015, 0.8: 3.01, 1.0: 3.0}
+    assert choose([Point(a, loss, 0.0, None) for a, loss in losses.items()], tolerance).alpha == alpha
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """The demo's base, and the same with noise, as if it had been tuned."""
+    tuned, _ = load_model(PROJECT / "data" / "base.pth")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    export_minimind(tuned, tmp_path / "tuned.pth")
+    data = PROJECT / "data"
+    return [
+        "interpolate", str(data / "base.pth"), str(tmp_path / "tuned.pth"), str(tmp_path / "held.pth"),
+        f"--val_path={data}/sft_val.jsonl", f"--heldout_path={data}/heldout.jsonl", f"--tokenizer={data}/tokenizer",
+        "--documents=20", f"--cache_dir={tmp_path}/cache", "--device=cpu", "--tolerance=100",
+    ]  # fmt: skip
+
+
+def test_the_verb_writes_the_chosen_model_its_curve_and_a_picture(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--alphas", "0.5"]) == 0
+    record = json.loads((tmp_path / "held.pth.json").read_text(encoding="utf-8"))
+    assert record["chosen"] == 0.5 and [point["alpha"] for point in record["points"]] == [0.5, 1.0]
+    half, whole = (point["forgetting"] for point in record["points"])
+    assert 0 < half < 0.5 * whole
+    assert (tmp_path / "held.pth.png").stat().st_size > 5_000
+    held, _ = load_model(tmp_path / "held.pth")
+    base, tuned = (load_model(path)[0] for path in (PROJECT / "data" / "base.pth", tmp_path / "tuned.pth"))
+    expected = 0.5 * (base.model.norm.weight + tuned.model.norm.weight)
+    torch.testing.assert_close(held.model.norm.weight, expected, rtol=1e-3, atol=1e-3)  # fp16
+    assert "chosen" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--alphas", "1.5"], "an alpha is from 0"),
+        (["--heldout_path="], "give --heldout_path"),
+        (["--tolerance=-1"], "0 or above"),
+        (["--alpha", "1"], "did you mean --alphas"),
+    ],
+)
+def test_mistakes_are_told(
+    command: list[str], more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, *more]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_is_there_is_kept(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "held.pth").write_text("mine")
+    assert main(command) == 2
+    assert "--overwrite" in capsys.readouterr().err and (tmp_path / "held.pth").read_text() == "mine"
