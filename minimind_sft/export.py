@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = origin.tokenizer(options.tokenizer) if options.format == "hf" else None
     out = Path(options.out)
 
-    from minimind_sft import huggingface, weights
+    from minimind_sft import huggingface, minimind, weights
 
     if options.format == "hf":
         huggingface.check_target(out, overwrite=options.overwrite)  # before minutes are spent on reading
@@ -74,10 +74,10 @@ def main(argv: Sequence[str]) -> int:
         write_hf(model, loaded, origin, out, tokenizer, title=name, dtype=options.dtype, overwrite=options.overwrite)
         print(f"written {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     else:
-        target = out / weights.minimind_name(name, loaded.config)
+        target = out / minimind.file_name(name, loaded.config)
         if target.exists() and not options.overwrite:
             raise ValueError(f"{target} exists; pass --overwrite to replace it, or another --name")
-        weights.export_minimind(model, target)
+        minimind.export_minimind(model, target)
         print(f"written {target}")
     return 0
 
@@ -135,7 +135,7 @@ def export_run(run_dir: Path, formats: Sequence[str]) -> list[str]:
     Returns:
         What to tell: one line per checkpoint written, and one per thing that could not be.
     """
-    from minimind_sft import weights
+    from minimind_sft import minimind, weights
 
     told = []
     for checkpoint in (BEST, LAST):
@@ -152,8 +152,8 @@ def export_run(run_dir: Path, formats: Sequence[str]) -> list[str]:
         for format in formats:
             try:
                 if format == "minimind":
-                    target = run_dir / "export" / weights.minimind_name(name, loaded.config)
-                    weights.export_minimind(model, target)
+                    target = run_dir / "export" / minimind.file_name(name, loaded.config)
+                    minimind.export_minimind(model, target)
                 else:
                     target = run_dir / "export" / name
                     title = f"{run_dir.resolve().name}, {name}"

@@ -235,8 +235,8 @@ class LastScreen(Callback):
             report.plot(readings, self.folder / "forgetting.png")
         if not pl_module.from_scratch:
             self._compare(trainer, pl_module)
-        for line in export_run(self.folder, self.exports):
-            print(line, flush=True)
+        if told := export_run(self.folder, self.exports):
+            print("\n" + "\n".join(told), flush=True)
         print(
             f"\nin {self.folder}: "
             f"{', '.join(sorted(p.name for p in self.folder.iterdir() if not p.name.startswith('.')))}",

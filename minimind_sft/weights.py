@@ -1,4 +1,4 @@
-"""Weights in, weights out: strict loading of any supported file, and export to MiniMind's own.
+"""Weights in: strict loading of any supported file.
 
 A checkpoint is read without running any code in it (`weights_only`), its sizes are inferred from its tensors, and it
 must then hold exactly the tensors of that model: anything missing, extra or misshapen is one error that lists it all.
@@ -8,7 +8,6 @@ must then hold exactly the tensors of that model: anything missing, extra or mis
 A file without ``lm_head.weight``, or with one that equals the embedding, is tied. Weights are fp32 from here on.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,13 +18,11 @@ from torch import Tensor
 
 from minimind_sft import huggingface
 from minimind_sft.checkpoint_files import find_file, listing, read, sha256_files
-from minimind_sft.files import sync_folder
+from minimind_sft.minimind import EMBEDDING, HEAD
+from minimind_sft.minimind import export_minimind as export_minimind
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig, infer_config, stretched
 from minimind_sft.origins import find_origin
-from minimind_sft.rotary import MINIMIND_YARN
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -185,66 +182,6 @@ def check_vocab(tokenizer_vocab_size: int, config: ModelConfig, *, key: str = "d
             f"point {key} at the tokenizer that the weights were pretrained with, or set model.resize_vocab to "
             "give the new tokens rows"
         )
-
-
-def export_minimind(model: Transformer, path: str | Path) -> None:
-    """Write the original's file: fp16, every name it expects, the tied head present and sharing its storage.
-
-    The file appears under its name only when complete.
-
-    Args:
-        model: any device, any type.
-        path: where to; an existing file is replaced.
-
-    Raises:
-        ValueError: if the head is untied (the original ties it on loading, so one of the two matrices would be lost),
-            the model computes otherwise than MiniMind's (tensors do not tell, so it would be read as another model),
-            or a weight does not fit fp16.
-    """
-    path = Path(path)
-    if others := _unlike_minimind(model.config):
-        raise ValueError(
-            f"cannot export to {path}: MiniMind's file format holds MiniMind's models only, and this one has "
-            f"{', '.join(others)}; export it as format hf"
-        )
-    if not model.config.tie_word_embeddings:
-        raise ValueError(
-            f"cannot export to {path}: the output layer is untied (model.reset_head), and MiniMind's file format has "
-            "one matrix for both output layer and embedding"
-        )
-    state = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in model.state_dict().items()}
-    overflown = [name for name, tensor in state.items() if not tensor.isfinite().all()]
-    if overflown:
-        raise ValueError(f"cannot export to {path}: not finite in fp16: {listing(overflown)}")
-    state[HEAD] = state[EMBEDDING]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def minimind_name(name: str, config: ModelConfig) -> str:
-    """The original's name for a file: `full_sft_768.pth`, `full_sft_768_moe.pth`."""
-    return f"{name}_{config.hidden_size}{'_moe' if config.num_experts else ''}.pth"
-
-
-def _unlike_minimind(config: ModelConfig) -> list[str]:
-    """What of a model its tensors do not tell, and is not MiniMind's."""
-    make = ModelConfig.minimind3 if config.qk_norm else ModelConfig.minimind2
-    twin = make(num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok or 1)
-    names = ["rms_norm_eps", "rope_theta", "qkv_bias", "o_bias", "mlp_bias"]
-    names += ["norm_topk_prob"] if config.num_experts else []
-    found = [f"{name} {getattr(config, name)}" for name in names if getattr(config, name) != getattr(twin, name)]
-    if config.rope_scaling not in (None, MINIMIND_YARN):
-        found.append("a RoPE scaling")
-    return found
 
 
 def _open(

@@ -59,13 +59,43 @@ def test_help_needs_neither_torch_nor_lightning() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=True)
     assert done.stdout.endswith("set()\n")
-    for verb in ("fit", "validate", "predict", "sample"):
+    for verb in ("fit", "validate", "predict", "sample", "inspect", "chat", "export"):
         assert f"\n  {verb} " in done.stdout
 
 
 def test_an_unknown_verb_is_told_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fitt"]) == 2
     assert "did you mean fit?" in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_is_one_line_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_argv: list[str]) -> int:
+        raise OSError(28, "No space left on device", "out.pth")
+
+    monkeypatch.setattr("minimind_sft.export.main", full)
+    assert main(["export"]) == 2
+    said = capsys.readouterr().err
+    assert said == "minimind_sft: error: [Errno 28] No space left on device: 'out.pth'\n"
+
+
+def test_a_mistake_of_ours_is_one_line_that_names_the_file_with_the_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_argv: list[str]) -> int:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("minimind_sft.export.main", broken)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert main(["export"]) == 1
+    said = capsys.readouterr().err
+    (file,) = tmp_path.iterdir()
+    assert said == f"minimind_sft: unexpected RuntimeError: two lines; where it comes from is in {file}\n"
+    assert "in broken" in file.read_text()
+    monkeypatch.setenv("MINIMIND_SFT_TRACEBACK", "1")
+    with pytest.raises(RuntimeError):
+        main(["export"])
 
 
 def test_fit_leaves_the_record_that_the_readme_lists(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -75,6 +105,8 @@ def test_fit_leaves_the_record_that_the_readme_lists(settings: dict[str, Any], t
         assert (run_dir / name).is_file(), name
     for name in ("last.ckpt", "best.ckpt"):
         assert (run_dir / "checkpoints" / name).is_file(), name
+    for name in ("best_16.pth", "last_16.pth", "best/config.json", "last/README.md"):
+        assert (run_dir / "export" / name).is_file(), name
     table = json.loads((run_dir / "forgetting.json").read_text())
     assert table.keys() == {"before", "after", "best", "forgetting", "seen"}
     assert table["before"].keys() == {"step", "chat_loss", "pretrain_loss", "bits_per_byte"}

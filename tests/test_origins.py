@@ -14,8 +14,10 @@ from minimind_sft import hub
 from minimind_sft.huggingface import export_hf
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
+from minimind_sft.module import SFTModule
 from minimind_sft.origins import find_origin
 from minimind_sft.rundir import refuse_own_weights
+from minimind_sft.stores import Stores
 from minimind_sft.weights import load
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -116,6 +118,12 @@ def test_a_hub_name_is_fetched_and_read_like_a_folder(fake_hub: FakeHub) -> None
     assert fake_hub.calls == [
         ("someone/small-model", None, safe), ("someone/small-model", "v1.0", safe), ("someone/small-model", None, safe),
     ]  # fmt: skip
+
+
+def test_fit_takes_weights_and_tokenizer_from_the_hub(fake_hub: FakeHub, tmp_path: Path) -> None:
+    assert str(fake_hub.folder) in SFTModule(weights="hf:someone/small-model").description
+    stores = Stores(train_path="x.jsonl", tokenizer="hf:someone/small-model", cache_dir=str(tmp_path))
+    assert stores.template.vocab_size == 2560 and len(fake_hub.calls) == 2
 
 
 def test_pickled_weights_are_fetched_only_where_there_are_no_safetensors(fake_hub: FakeHub) -> None:

@@ -11,6 +11,7 @@ import torch
 from minimind_sft import terminal
 from minimind_sft.__main__ import main
 from minimind_sft.chat import ChatTemplate
+from minimind_sft.devices import one_device
 from minimind_sft.generate import generate
 from minimind_sft.huggingface import export_hf
 from minimind_sft.model import Transformer
@@ -90,6 +91,16 @@ def test_line_breaks_are_escaped_for_pipes_only_and_control_characters_for_termi
     assert shown(one_line=True) == "a\\nb\\r\x1b[2Jc\t\n"
     assert shown(on_terminal=True) == "a\nb[2Jc\t\n"
     assert shown() == "a\nb\r\x1b[2Jc\t\n"
+
+
+def test_lines_of_the_output_stay_in_step_with_those_of_the_input(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("minimind_sft.dialogue.Dialogue.ask", lambda _, text: (piece for piece in (text, "\n", "b")))
+    assert say(monkeypatch, "1\n2\n", str(folder), *SHORT) == 0
+    assert capsys.readouterr().out == "1\\nb\n2\\nb\n"
+    assert say(monkeypatch, "", str(folder), "--prompt=1", *SHORT) == 0
+    assert capsys.readouterr().out == "1\nb\n"
 
 
 def test_a_prompt_is_answered_as_it_is(
@@ -179,6 +190,16 @@ def test_bare_weights_need_a_tokenizer_and_may_need_their_heads(
     assert "4 heads (2 kv)" in capsys.readouterr().err
     assert say(monkeypatch, "", str(path), *tokenizer, "--inference_rope_scaling", *SHORT) == 0
     assert "RoPE scaling yarn" in capsys.readouterr().err
+
+
+def test_one_device_is_chosen_by_the_names_of_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert one_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    names = {"auto": "cuda:0", "cuda": "cuda:0", "cuda:1": "cuda:1"}
+    assert {name: str(one_device(name)) for name in names} == names
+    with pytest.raises(ValueError, match="one is needed here, such as cuda:0"):
+        one_device("cuda:0,1")
 
 
 @pytest.mark.parametrize(
