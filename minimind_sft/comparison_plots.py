@@ -92,7 +92,7 @@ def _documents(documents: Sequence[dict[str, Any]], text: dict[str, Any], path: 
         color=ORANGE,
     )
     names = "; ".join(f"{n} {_short(row['where'])}" for n, row in enumerate(text["worst"][:3], 1))
-    axes.set_xlabel(f"loss of the base, nats per token\nmost forgotten: {names}")
+    axes.set_xlabel("loss of the base, nats per token" + (f"\nmost forgotten: {names}" if names else ""))
     axes.set_ylabel("forgotten, nats per token")
     _finish(figure, axes, "What was forgotten, by document", path)
 
@@ -119,7 +119,7 @@ def _facts(groups: dict[str, dict[str, Any]], path: Path) -> None:
     axes.set_xlim(0, 140)
     axes.set_xticks(range(0, 101, 20))
     axes.set_xlabel("% of the facts asked")
-    axes.legend(loc="lower right", frameon=False)
+    figure.legend(loc="outside upper right", ncols=3, frameon=False)  # bars may reach anywhere within the axes
     _finish(figure, axes, "Facts", path)
 
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minimind_sft.forgetting import Reading, perplexity
+from minimind_sft.losses import perplexity
+
+if TYPE_CHECKING:  # its torchmetrics takes seconds to import, and only annotations need it
+    from minimind_sft.forgetting import Reading
 
 
 def aligned(rows: Sequence[tuple[str, str]]) -> str:
