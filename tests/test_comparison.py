@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from minimind_sft import comparison_plots
 from minimind_sft.__main__ import main
 from minimind_sft.huggingface import export_hf
 from minimind_sft.model import Transformer
@@ -19,6 +20,12 @@ from minimind_sft.weights import export_minimind, load_model
 PROJECT = Path(__file__).resolve().parents[1]
 DATA = PROJECT / "data"
 BASE = DATA / "base.pth"
+
+
+@pytest.fixture(autouse=True)
+def _draw_only_where_pictures_are_looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "of_itself" not in request.node.name:  # half of the time of a small comparison
+        monkeypatch.setattr(comparison_plots, "draw", lambda *_: [])
 
 
 def first_lines(name: str, count: int, folder: Path, *, every: int = 1) -> Path:
@@ -172,7 +179,8 @@ def test_heads_that_tensors_do_not_tell_can_be_given(material: dict[str, Path], 
     model.initialise(0)
     export_minimind(model, tmp_path / "old.pth")
     for heads in (8, 4):
-        compare(material, tmp_path / "out", tmp_path / "old.pth", tmp_path / "old.pth", f"--num_attention_heads={heads}")
+        old = tmp_path / "old.pth"
+        compare(material, tmp_path / "out", old, old, f"--num_attention_heads={heads}")
         assert f"{heads} heads" in read(tmp_path / "out")["base"]["description"]
     assert any("no better than guessing" in note for note in read(tmp_path / "out")["notes"])
 
