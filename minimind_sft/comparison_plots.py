@@ -67,7 +67,11 @@ def _sources(text: dict[str, Any], limit: float, path: Path) -> None:
         axes.axhline(len(named) - 1.5, color="0.85", linewidth=1)
     axes.set_yticks(range(len(named)), [f"{name}  ({row['documents']:,})" for name, row in named])
     axes.set_ylim(len(named) - 0.4, -0.6)
-    axes.set_xlabel(f"forgotten, nats per token; lines are {LEVEL:.0%} intervals, hollow: a single parent, no interval")
+    # two parents make an interval that would leave nothing else to be seen: it may run out of the picture
+    points = [0.0, limit] + [row["difference"] for _, row in named] + list(text["interval"] or ())
+    margin = 0.25 * ((max(points) - min(points)) or 1.0)
+    axes.set_xlim(min(points) - margin, max(points) + margin)
+    axes.set_xlabel(f"forgotten, nats per token\nlines are {LEVEL:.0%} intervals; hollow: one parent, so no interval")
     _finish(figure, axes, "What was forgotten, by source (documents)", path, pad=14)
 
 
