@@ -1,6 +1,7 @@
 """The verb `compare`, on the demo's base: against itself, against a damaged copy, in every format."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict
@@ -12,6 +13,7 @@ import torch
 
 from minimind_sft import comparison_plots
 from minimind_sft.__main__ import main
+from minimind_sft.comparison_plots import draw
 from minimind_sft.huggingface import export_hf
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
@@ -111,6 +113,17 @@ def test_a_model_that_forgot_is_told_with_exit_status_3(
     assert "more than the --max_forgetting of 0.02" in said
     assert f"lost, raw text: {found['facts']['lost'][0]['name']}" in said
     assert compare(material, tmp_path, BASE, material["tuned"], f"--max_forgetting={text['difference']}") == 0
+
+
+def test_pictures_can_be_drawn_without_a_limit_and_of_a_broken_model(tmp_path: Path) -> None:
+    row = {"where": "a:1", "source": "s", "documents": 1, "before": 1.0, "difference": 0.1, "interval": None}
+    for text in (row, row | {"difference": math.nan}):
+        result = {
+            "judged": "seen",
+            "text": {"seen": text | {"by_source": [text], "worst": [text]}},
+            "verdict": {"max_forgetting": math.inf},
+        }
+        assert draw(result, [text], tmp_path) == ["sources.png", "documents.png"]
 
 
 def test_a_limit_within_the_interval_is_told(
@@ -255,7 +268,12 @@ def test_something_to_measure_on_is_needed(
     assert "TUNED" in capsys.readouterr().err
 
 
+def test_the_top_level_help_tells_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "\n  compare " in capsys.readouterr().out
+
+
 def test_comparing_does_not_import_lightning() -> None:
-    code = "import sys; import minimind_sft.comparison; print({'lightning', 'transformers'} & set(sys.modules))"
+    code = "import sys; import minimind_sft.comparison; print({'lightning', 'torchmetrics'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=True)
     assert done.stdout == "set()\n"
