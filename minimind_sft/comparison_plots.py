@@ -5,6 +5,7 @@ Colours are from a palette that the colour-blind can tell apart; nothing is told
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,15 +60,20 @@ def _sources(text: dict[str, Any], limit: float, path: Path) -> None:
         filled = color if row["interval"] else "white"
         axes.plot(row["difference"], place, marker="D" if overall else "o", color=color, markerfacecolor=filled)
     axes.axvline(0, color=GREY, linewidth=1)
-    axes.axvline(limit, color="black", linewidth=1, linestyle=":")
-    axes.annotate(
-        f"allowed: {limit:g}", (limit, 1), xycoords=("data", "axes fraction"), xytext=(3, 3), textcoords="offset points"
-    )
+    if math.isfinite(limit):
+        axes.axvline(limit, color="black", linewidth=1, linestyle=":")
+        where: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        axes.annotate(f"allowed: {limit:g}", (limit, 1), xytext=(3, 3), **where)
     if len(named) > 1:
         axes.axhline(len(named) - 1.5, color="0.85", linewidth=1)
     axes.set_yticks(range(len(named)), [f"{name}  ({row['documents']:,})" for name, row in named])
     axes.set_ylim(len(named) - 0.4, -0.6)
-    axes.set_xlabel(f"forgotten, nats per token; lines are {LEVEL:.0%} intervals, hollow: a single parent, no interval")
+    # two parents make an interval that would leave nothing else to be seen: it may run out of the picture
+    points = [0.0, limit] + [row["difference"] for _, row in named] + list(text["interval"] or ())
+    points = [point for point in points if math.isfinite(point)]  # a limit may be infinite, a broken model's loss NaN
+    margin = 0.25 * ((max(points) - min(points)) or 1.0)
+    axes.set_xlim(min(points) - margin, max(points) + margin)
+    axes.set_xlabel(f"forgotten, nats per token\nlines are {LEVEL:.0%} intervals; hollow: one parent, so no interval")
     _finish(figure, axes, "What was forgotten, by source (documents)", path, pad=14)
 
 
@@ -92,7 +98,7 @@ def _documents(documents: Sequence[dict[str, Any]], text: dict[str, Any], path: 
         color=ORANGE,
     )
     names = "; ".join(f"{n} {_short(row['where'])}" for n, row in enumerate(text["worst"][:3], 1))
-    axes.set_xlabel(f"loss of the base, nats per token\nmost forgotten: {names}")
+    axes.set_xlabel("loss of the base, nats per token" + (f"\nmost forgotten: {names}" if names else ""))
     axes.set_ylabel("forgotten, nats per token")
     _finish(figure, axes, "What was forgotten, by document", path)
 
@@ -119,7 +125,7 @@ def _facts(groups: dict[str, dict[str, Any]], path: Path) -> None:
     axes.set_xlim(0, 140)
     axes.set_xticks(range(0, 101, 20))
     axes.set_xlabel("% of the facts asked")
-    axes.legend(loc="lower right", frameon=False)
+    figure.legend(loc="outside upper right", ncols=3, frameon=False)  # bars may reach anywhere within the axes
     _finish(figure, axes, "Facts", path)
 
 

@@ -10,7 +10,7 @@ from minimind_sft.inspection_screen import one_line
 from minimind_sft.report import aligned, table
 from minimind_sft.significance import LEVEL, RESAMPLES
 
-MOST_SOURCES, MOST_WORST, MOST_NAMED = 12, 5, 12
+MOST_SOURCES, MOST_WORST, MOST_NAMED = 12, 5, 8
 WAYS = {"raw": "raw text", "chat": "as a chat", "in_sft": "in the chats", "not_in_sft": "not in the chats"}
 
 
@@ -119,6 +119,8 @@ def _sources(rows: list[dict[str, Any]]) -> str:
 
 
 def _worst(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
     shown = [
         [one_line(row["where"].rsplit("/", 1)[-1], 40), *_three(row), one_line(row["begins"], 48)]
         for row in rows[:MOST_WORST]
@@ -149,18 +151,21 @@ def _facts(section: dict[str, Any]) -> str:
         p_value = f"{group['p_value']:.3f}" if group["p_value"] >= 0.001 else f"{group['p_value']:.1e}"
         rows.append([f"{WAYS[way]}, {WAYS[member]}", *(f"{group[name]:,}" for name in columns), p_value])
     text = table(["facts", "asked", "base", "tuned", "kept", "lost", "gained", "McNemar p"], rows)
-    for what in ("lost", "gained"):
+    for what, tell in (("lost", _lost), ("gained", _name)):
         for way in ("raw", "chat"):
-            named = [row for row in section[what] if row["way"] == way]
+            named = [tell(row) for row in section[what] if row["way"] == way]
             if named:
-                text += f"\n  {what}, {WAYS[way]}: " + "; ".join(_fact(row) for row in named[:MOST_NAMED])
-                text += f"; and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+                more = f"; and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+                text += f"\n  {what}, {WAYS[way]}: {'; '.join(named[:MOST_NAMED])}{more}"
     return text
 
 
-def _fact(row: dict[str, Any]) -> str:
-    said = one_line(row["said"], 24) or "nothing"
-    return f"{one_line(row['name'], 40)} ({row['answer']}; said {said})" if said != row["answer"] else row["name"]
+def _name(row: dict[str, Any]) -> str:
+    return one_line(row["name"], 40)
+
+
+def _lost(row: dict[str, Any]) -> str:
+    return f"{_name(row)}, {one_line(row['answer'], 20)} -> {one_line(row['said'], 20) or 'nothing'}"
 
 
 def _retained(section: dict[str, Any]) -> str:
@@ -168,6 +173,6 @@ def _retained(section: dict[str, Any]) -> str:
     sure = f" ({LEVEL:.0%} interval {interval[0]:.1%} to {interval[1]:.1%})" if interval else ""
     most, unit = "at most " if section["at_most"] else "", "steps" if log["unit"] == "step" else log["unit"]
     return (
-        f"pretraining kept: {most}{section['share']:.1%}{sure} of its {unit}, those after which its log "
-        f"({log['loss']}) first stood as far above its end"
+        f"pretraining kept: {most}{section['share']:.1%}{sure} of its {unit}; by then its log ({log['loss']}) first "
+        "stood no further above its end than the tuned model above the base"
     )

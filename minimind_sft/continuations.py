@@ -98,6 +98,8 @@ def _without_frame(text: str, template: ChatTemplate, document_format: str) -> t
 
 def _shortened(text: str, template: ChatTemplate, room: int) -> str:
     """The beginning of a text that is at most about `room` tokens long; its halves may come out a token longer."""
+    if room < 2 * MIN_TOKENS:
+        return ""
     while (length := len(template.encode_text(text))) > room:
         text = text[: int(len(text) * min(0.95, room / length))]
     return text

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from minimind_sft.losses import perplexity
+
 CHAT, PRETRAIN = "chat", "pretrain"
 
 
@@ -74,11 +76,6 @@ class Reading:
     def score(self) -> float | None:
         """What `best` means: the chat loss, or the text's where there are no chats."""
         return self.chat_loss if self.chat_loss is not None else self.pretrain_loss
-
-
-def perplexity(nats: float) -> float:
-    """exp of nats per token; infinite where that overflows."""
-    return math.exp(nats) if nats < 700 else math.inf
 
 
 class Meter(nn.Module):

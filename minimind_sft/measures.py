@@ -20,8 +20,8 @@ from minimind_sft.batching import Documents
 from minimind_sft.continuations import continuations
 from minimind_sft.corpus import Store
 from minimind_sft.evaluation import prompts
-from minimind_sft.forgetting import perplexity
 from minimind_sft.formats import PlainText, parse
+from minimind_sft.losses import perplexity
 from minimind_sft.pairs import Pair
 from minimind_sft.sampling import Line
 from minimind_sft.scoring import Scores
@@ -71,7 +71,7 @@ def measure_text(pair: Pair, store: Store, lines: Iterator[Line]) -> tuple[Secti
     scores = pair.score_documents(documents, "pretraining text")
     sources = np.array([origin.source for origin in found])
     rows = [_document(origin, scores.at(np.array([place]))) for place, origin in enumerate(found)]
-    worst = sorted(rows, key=lambda row: -row["difference"])[:WORST]
+    worst = sorted((row for row in rows if row["difference"] > 0), key=lambda row: -row["difference"])[:WORST]
     by_source = []
     for source in sorted(set(sources.tolist())):
         members = np.flatnonzero(sources == source)

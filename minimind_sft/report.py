@@ -9,7 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minimind_sft.forgetting import Reading, perplexity
+from minimind_sft.losses import perplexity
+
+if TYPE_CHECKING:  # its torchmetrics takes seconds to import, and only annotations need it
+    from minimind_sft.forgetting import Reading
 
 if TYPE_CHECKING:
     from minimind_sft.interpolation import Point

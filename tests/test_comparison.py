@@ -1,0 +1,279 @@
+"""The verb `compare`, on the demo's base: against itself, against a damaged copy, in every format."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minimind_sft import comparison_plots
+from minimind_sft.__main__ import main
+from minimind_sft.comparison_plots import draw
+from minimind_sft.huggingface import export_hf
+from minimind_sft.model import Transformer
+from minimind_sft.model_config import ModelConfig
+from minimind_sft.weights import export_minimind, load_model
+
+PROJECT = Path(__file__).resolve().parents[1]
+DATA = PROJECT / "data"
+BASE = DATA / "base.pth"
+
+
+@pytest.fixture(autouse=True)
+def _draw_only_where_pictures_are_looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "of_itself" not in request.node.name:  # half of the time of a small comparison
+        monkeypatch.setattr(comparison_plots, "draw", lambda *_: [])
+
+
+def first_lines(name: str, count: int, folder: Path, *, every: int = 1) -> Path:
+    lines = (DATA / name).read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / name).write_text("".join(lines[: count * every : every]), encoding="utf-8")
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A little of everything, and a damaged copy of the base."""
+    folder = tmp_path_factory.mktemp("compare")
+    model, _ = load_model(BASE)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.add_(0.3 * parameter.std() * torch.randn_like(parameter))
+    export_minimind(model, folder / "tuned.pth")
+    return {
+        "tuned": folder / "tuned.pth",
+        "heldout": first_lines("heldout.jsonl", 24, folder),
+        "val": first_lines("sft_val.jsonl", 12, folder),
+        "probes": first_lines("probes.jsonl", 12, folder, every=20),
+        "cache": folder / "cache",
+    }
+
+
+def compare(material: dict[str, Path], out: Path, base: Path, tuned: Path, *more: str, data: str = "text") -> int:
+    """Run the verb, by default on text only."""
+    paths = {"text": ["--heldout_path", material["heldout"]], "chats": ["--val_path", material["val"]], "none": []}
+    words = ["compare", base, tuned, "--out", out, "--cache_dir", material["cache"], "--device", "cpu"]
+    if "--tokenizer" not in more and tuned.is_file():
+        words += ["--tokenizer", DATA / "tokenizer"]
+    return main([str(word) for word in [*words, *paths[data], *more]])
+
+
+def read(out: Path) -> dict[str, Any]:
+    return dict(json.loads((out / "compare.json").read_text(encoding="utf-8")))
+
+
+def test_a_model_has_forgotten_nothing_of_itself(
+    material: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--val_path", str(material["val"]), "--probes", str(material["probes"]), "--answer_tokens", "16"]
+    (tmp_path / "log.csv").write_text("step,loss\n1,4.0\n2,3.0\n")
+    assert compare(material, tmp_path, BASE, BASE, *more, "--pretrain_log", str(tmp_path / "log.csv")) == 0
+    found = read(tmp_path)
+    text = found["text"]["unseen"]
+    assert (text["difference"], text["interval"], text["kl"], text["agreement"]) == (0.0, [0.0, 0.0], 0.0, 1.0)
+    assert text["bits_per_byte"]["difference"] == 0.0 and text["worst"] == []
+    assert (text["documents"], found["chats"]["documents"], found["answers"]["prompts"]) == (24, 12, 12)
+    assert found["chats"]["difference"] == 0.0 and found["chats"]["before"] > 5
+    assert found["answers"]["before"] == found["answers"]["after"]
+    assert found["facts"]["lost"] == found["facts"]["gained"] == []
+    assert sum(group["kept"] for group in found["facts"]["groups"].values()) > 0
+    assert {group["p_value"] for group in found["facts"]["groups"].values()} == {1.0}
+    assert found["retained"]["share"] == 1.0
+    assert found["continuations"]["documents"] > 0
+    assert {row["source"] for row in text["by_source"]} == {
+        json.loads(line)["source"] for line in material["heldout"].read_text(encoding="utf-8").splitlines()
+    }
+    assert "within the --max_forgetting of 0.02" in capsys.readouterr().out
+    for name in ("sources.png", "documents.png", "facts.png", "documents.jsonl"):
+        assert (tmp_path / name).stat().st_size > 1000, name
+
+
+def test_a_model_that_forgot_is_told_with_exit_status_3(
+    material: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare(material, tmp_path, BASE, material["tuned"], "--probes", str(material["probes"])) == 3
+    found = read(tmp_path)
+    text, verdict = found["text"]["unseen"], found["verdict"]
+    assert verdict["exceeded"] and verdict["forgetting"] == text["difference"] > 0.02
+    assert text["interval"][0] < text["difference"] < text["interval"][1]
+    assert text["kl"] > 0 and text["agreement"] < 1
+    worst = [row["difference"] for row in text["worst"]]
+    assert len(worst) == 10 and worst == sorted(worst, reverse=True)
+    documents = [json.loads(line) for line in (tmp_path / "documents.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(documents) == 24 and max(row["difference"] for row in documents) == worst[0]
+    total = sum(row["difference"] * row["tokens"] for row in documents) / sum(row["tokens"] for row in documents)
+    assert total == pytest.approx(text["difference"], rel=1e-9)
+    said = capsys.readouterr().out
+    assert "more than the --max_forgetting of 0.02" in said
+    assert f"lost, raw text: {found['facts']['lost'][0]['name']}" in said
+    assert compare(material, tmp_path, BASE, material["tuned"], f"--max_forgetting={text['difference']}") == 0
+
+
+def test_pictures_can_be_drawn_without_a_limit_and_of_a_broken_model(tmp_path: Path) -> None:
+    row = {"where": "a:1", "source": "s", "documents": 1, "before": 1.0, "difference": 0.1, "interval": None}
+    for text in (row, row | {"difference": math.nan}):
+        result = {
+            "judged": "seen",
+            "text": {"seen": text | {"by_source": [text], "worst": [text]}},
+            "verdict": {"max_forgetting": math.inf},
+        }
+        assert draw(result, [text], tmp_path) == ["sources.png", "documents.png"]
+
+
+def test_a_limit_within_the_interval_is_told(
+    material: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare(material, tmp_path, BASE, material["tuned"])
+    low = read(tmp_path)["text"]["unseen"]["interval"][0]
+    capsys.readouterr()
+    assert compare(material, tmp_path, BASE, material["tuned"], f"--max_forgetting={low + 1e-6}") == 3
+    assert "the limit lies within the interval: the point estimate decides" in capsys.readouterr().out
+
+
+def test_checkpoints_and_folders_of_other_tools_are_taken(material: dict[str, Path], tmp_path: Path) -> None:
+    model, _ = load_model(BASE)
+    checkpoint = {
+        "state_dict": {f"model.{name}": tensor for name, tensor in model.state_dict().items()},
+        "hyper_parameters": {"model_config": asdict(model.config)},
+    }
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    export_hf(model, tmp_path / "hf", tokenizer=DATA / "tokenizer", card="")
+    for number, (base, tuned) in enumerate([(BASE, tmp_path / "last.ckpt"), (tmp_path / "last.ckpt", tmp_path / "hf")]):
+        out = tmp_path / str(number)
+        assert compare(material, out, base, tuned) == 0  # the folder brings its tokenizer
+        assert read(out)["text"]["unseen"]["difference"] == 0.0
+
+
+def test_text_that_was_seen_is_measured_beside_unseen_text_which_is_judged(
+    material: dict[str, Path], tmp_path: Path
+) -> None:
+    seen = first_lines("pretrain.jsonl", 10, tmp_path)
+    compare(material, tmp_path, BASE, material["tuned"], "--pretrain_path", str(seen))
+    both = read(tmp_path)
+    assert both["judged"] == "unseen" and both["text"]["seen"]["documents"] == 10
+    assert both["verdict"]["forgetting"] == both["text"]["unseen"]["difference"]
+    compare(material, tmp_path, BASE, material["tuned"], "--pretrain_path", str(seen), data="none")
+    assert read(tmp_path)["judged"] == "seen"
+
+
+def test_chats_alone_are_not_judged(
+    material: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare(material, tmp_path, BASE, material["tuned"], "--answer_tokens=4", "--prompts=5", data="chats") == 0
+    found = read(tmp_path)
+    assert found["verdict"] == {"judged": None, "exceeded": False} and found["answers"]["prompts"] == 5
+    assert all(row[when]["tokens"] <= 4 for row in found["answers"]["answers"] for when in ("before", "after"))
+    assert "forgetting was not judged" in capsys.readouterr().out
+
+
+def test_every_option_of_measuring_changes_what_is_measured(material: dict[str, Path], tmp_path: Path) -> None:
+    def text(*more: str) -> Any:
+        compare(material, tmp_path, BASE, material["tuned"], *more)
+        return read(tmp_path)["text"]["unseen"]
+
+    plain = text()
+    assert text("--documents=7")["documents"] == 7
+    short = text("--max_length=20")
+    assert short["cut"] > plain["cut"] == 0 and short["tokens"] < plain["tokens"]
+    bare = text("--document_format=bare")
+    assert bare["tokens"] == plain["tokens"] - 2 * plain["documents"]  # no end, and the first token is no target
+    other = text("--seed=1")
+    assert other["difference"] == plain["difference"] and other["interval"] != plain["interval"]
+
+
+def test_heads_that_tensors_do_not_tell_can_be_given(material: dict[str, Path], tmp_path: Path) -> None:
+    model = Transformer(ModelConfig.minimind2(hidden_size=64, num_hidden_layers=1, vocab_size=2560))
+    model.initialise(0)
+    export_minimind(model, tmp_path / "old.pth")
+    for heads in (8, 4):
+        old = tmp_path / "old.pth"
+        compare(material, tmp_path / "out", old, old, f"--num_attention_heads={heads}")
+        assert f"{heads} heads" in read(tmp_path / "out")["base"]["description"]
+    assert any("no better than guessing" in note for note in read(tmp_path / "out")["notes"])
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--val_path", "nowhere.jsonl"], "--val_path: "),
+        (["--probes", "nowhere.jsonl"], "--probes: "),
+        (["--pretrain_log", "nowhere.csv"], "--pretrain_log nowhere.csv: "),
+        (["--max_forgeting", "1"], "The nearest option is --max_forgetting"),
+        (["--documents", "0"], "0 is not a number from 1"),
+        (["--max_forgetting", "-1"], "-1 is not a number of nats per token from 0"),
+        (["--tokenizer", "nowhere"], "--tokenizer must name a folder"),
+        (["--device", "cuda:0,1"], "device"),
+        (["--max_length", "1"], "--max_length is 1"),
+    ],
+)
+def test_mistakes_are_one_line_in_the_words_of_the_command(
+    material: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str
+) -> None:
+    assert compare(material, tmp_path, BASE, BASE, *more) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("minimind_sft: error: ") and error.count("\n") == 1 and said in error
+
+
+def test_bad_lines_are_refused_or_allowed(
+    material: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "The capital of Peru is Lima."}\nno\n')
+    more = ["--pretrain_path", str(tmp_path / "text.jsonl")]
+    assert compare(material, tmp_path, BASE, BASE, *more, data="none") == 2
+    assert "more than --max_bad_ratio = 0.01" in capsys.readouterr().err
+    assert compare(material, tmp_path, BASE, BASE, *more, "--max_bad_ratio=0.5", data="none") == 0
+    assert read(tmp_path)["text"]["seen"]["interval"] is None  # one document
+
+
+@pytest.mark.parametrize("vocab_size", [3000, 2000])
+def test_vocabularies_that_differ_are_refused(
+    material: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], vocab_size: int
+) -> None:
+    model = Transformer(ModelConfig.minimind3(hidden_size=32, num_hidden_layers=1, vocab_size=vocab_size))
+    model.initialise(0)
+    export_minimind(model, tmp_path / "other.pth")
+    assert compare(material, tmp_path, BASE, tmp_path / "other.pth") == 2
+    assert f"BASE has a vocabulary of 2,560 tokens ({BASE}) and TUNED of {vocab_size:,}" in capsys.readouterr().err
+
+
+def test_tokenizers_that_differ_are_refused(
+    material: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = load_model(BASE)
+    export_hf(model, tmp_path / "hf", tokenizer=DATA / "tokenizer", card="")
+    specification = json.loads((tmp_path / "hf" / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = specification["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.get)
+    vocabulary[last + "x"] = vocabulary.pop(last)
+    specification["model"]["merges"] = specification["model"]["merges"][:-1]
+    (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(specification), encoding="utf-8")
+    assert compare(material, tmp_path, BASE, tmp_path / "hf") == 2
+    assert "have different vocabularies" in capsys.readouterr().err
+
+
+def test_something_to_measure_on_is_needed(
+    material: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare(material, tmp_path, BASE, BASE, data="none") == 2
+    assert "nothing to measure on" in capsys.readouterr().err
+    assert compare(material, tmp_path, BASE, BASE, "--max_forgetting=0.1", data="chats") == 2
+    assert "need text" in capsys.readouterr().err
+    assert compare(material, tmp_path, BASE, tmp_path / "nothing.pth", "--tokenizer", str(DATA / "tokenizer")) == 2
+    assert "TUNED" in capsys.readouterr().err
+
+
+def test_the_top_level_help_tells_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "\n  compare " in capsys.readouterr().out
+
+
+def test_comparing_does_not_import_lightning() -> None:
+    code = "import sys; import minimind_sft.comparison; print({'lightning', 'torchmetrics'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=True)
+    assert done.stdout == "set()\n"
