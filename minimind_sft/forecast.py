@@ -44,48 +44,58 @@ def forecast(
     """
     if tflops is not None and not tflops > 0:
         raise ValueError(f"--plan_tflops is {tflops}; it is 10^12 operations per second and must be above 0")
+    accumulate, ranks = trainer["accumulate_grad_batches"], _processes(device, trainer)
+    for name, value in (("data.batch_size", data["batch_size"]), ("trainer.accumulate_grad_batches", accumulate)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
     template = template_of(data["tokenizer"])
     config, source = model_config(model, template.vocab_size if template else None)
     cuda = device != "cpu"
     precision = ("bf16-mixed" if cuda else "32") if precision == "auto" else precision
-    ranks, accumulate = _processes(device, trainer), trainer["accumulate_grad_batches"]
-    for name, value in (("data.batch_size", data["batch_size"]), ("trainer.accumulate_grad_batches", accumulate)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    most = data["batch_size"] * data["max_length"]
-    tokens = min(most, data["max_tokens_per_batch"] or most)
-    off, on = (
+    tokens, bound = _micro_batch(data)
+    known, count = look_at(data, template), memory.parameters(config).total
+    window = data["batch_size"] * accumulate * ranks
+    steps = _steps(known, window, trainer)
+    rows = [
+        ("model", source),
+        ("parameters", f"{count:,} ({_shape(config)})"),
+        ("planned for", f"a {'GPU' if cuda else 'CPU'}, precision {precision}, processes: {ranks}"),
+        ("micro-batch", f"at most {tokens:,} tokens ({bound}), all of them supervised at worst; {accumulate} a step"),
+        ("data", known.told if known else f"not found: {data['train_path']}"),
+        ("steps", f"about {steps:,}" if steps else "unknown without the data; set trainer.max_steps"),
+        ("disk", _disk(count, known, steps, keep_every, config.vocab_size)),
+    ]
+    plain, checkpointing = (
         memory.footprint(
             config,
             tokens=tokens,
             targets=tokens,
             precision=precision,
             cuda=cuda,
-            activation_checkpointing=checkpointing,
+            activation_checkpointing=on,
             accumulate=accumulate,
             processes=ranks,
         )
-        for checkpointing in (False, True)
+        for on in (False, True)
     )
-    bound = f"{data['batch_size']} x {data['max_length']}" if tokens == most else "data.max_tokens_per_batch"
-    known = look_at(data, template)
-    steps = _steps(known, data["batch_size"] * accumulate * ranks, trainer)
-    count = memory.parameters(config)
-    rows = [
-        ("model", source),
-        ("parameters", f"{count.total:,} ({_shape(config)})"),
-        ("planned for", f"a {'GPU' if cuda else 'CPU'}, precision {precision}, processes: {ranks}"),
-        ("micro-batch", f"at most {tokens:,} tokens ({bound}), all of them supervised at worst; {accumulate} a step"),
-        ("data", known.told if known else f"not found: {data['train_path']}"),
-        ("steps", f"about {steps:,}" if steps else "unknown without the data; set trainer.max_steps"),
-        ("disk", _disk(count.total, known, steps, keep_every, config.vocab_size)),
+    on = bool(model["activation_checkpointing"])
+    parts = [
+        report.aligned(rows),
+        _memory_table(plain, checkpointing, on),
+        _cards(plain, checkpointing, count, "fp32" if precision == "32" else "fp16"),
     ]
-    checkpointing = bool(model["activation_checkpointing"])
-    parts = [report.aligned(rows), _memory_table(off, on, checkpointing), _cards(off, on, count.total, precision)]
     if known and steps:
-        done = known._replace(documents=steps * data["batch_size"] * accumulate * ranks)
-        parts.append(_time(config, done, checkpointing, tflops))
+        epochs = steps / math.ceil(known.documents / window)
+        parts.append(_time(config, known, epochs, on, tflops))
     return "\n\n".join(parts)
+
+
+def _micro_batch(data: Mapping[str, Any]) -> tuple[int, str]:
+    """Tokens of the largest one, and what bounds it: even dealing never gives one more than batch_size x max_length."""
+    most, bound = data["batch_size"] * data["max_length"], data["max_tokens_per_batch"]
+    if bound is not None and bound < most:
+        return bound, "data.max_tokens_per_batch"
+    return most, f"{data['batch_size']} x {data['max_length']}"
 
 
 def _processes(device: str, trainer: Mapping[str, Any]) -> int:
@@ -125,7 +135,7 @@ def _disk(count: int, known: Data | None, steps: int | None, keep_every: int | N
     )
 
 
-def _memory_table(off: memory.Footprint, on: memory.Footprint, checkpointing: bool) -> str:
+def _memory_table(plain: memory.Footprint, checkpointing: memory.Footprint, on: bool) -> str:
     names = (
         ("weights, fp32", "weights"),
         ("gradients, fp32", "gradients"),
@@ -137,38 +147,42 @@ def _memory_table(off: memory.Footprint, on: memory.Footprint, checkpointing: bo
         ("one layer in its backward pass", "layer"),
         ("peak (not all of it is there at once)", "peak"),
     )
-    rows = [[name, _gib(getattr(off, key)), _gib(getattr(on, key))] for name, key in names if getattr(off, key)]
-    rows.append(["  falls in", off.phase.removeprefix("the "), on.phase.removeprefix("the ")])
+    rows = [
+        [name, *(_gib(getattr(found, key)) for found in (plain, checkpointing))]
+        for name, key in names
+        if getattr(plain, key)
+    ]
+    rows.append(["  falls in", *(found.phase.removeprefix("the ") for found in (plain, checkpointing))])
     for dtype, size in BASE_COPY.items():
-        rows.append([f"base copy, when replay is on, {dtype}", *[_gib(off.weights / memory.FP32 * size)] * 2])
-    marks = (" (as set)", "") if not checkpointing else ("", " (as set)")
+        rows.append([f"base copy, when replay is on, {dtype}", *[_gib(plain.weights / memory.FP32 * size)] * 2])
+    marks = ("", " (as set)") if on else (" (as set)", "")
     head = ["memory of one process, GiB", f"plain{marks[0]}", f"activation_checkpointing{marks[1]}"]
     return report.table(head, rows)
 
 
-def _cards(off: memory.Footprint, on: memory.Footprint, count: int, precision: str) -> str:
-    dtype = "fp32" if precision == "32" else "fp16"
+def _cards(plain: memory.Footprint, checkpointing: memory.Footprint, count: int, dtype: str) -> str:
+    """Where it fits, also with a base copy of this type."""
     copy = BASE_COPY[dtype] * count
     rows = [
         [name, *("fits" if size <= (1 - SPARE) * card * GIB else "does not" for card in CARDS)]
         for name, size in (
-            ("plain", off.peak),
-            (f"plain, with a base copy in {dtype}", off.peak + copy),
-            ("activation_checkpointing", on.peak),
-            (f"activation_checkpointing, with a base copy in {dtype}", on.peak + copy),
+            ("plain", plain.peak),
+            (f"plain, with a base copy in {dtype}", plain.peak + copy),
+            ("activation_checkpointing", checkpointing.peak),
+            (f"activation_checkpointing, with a base copy in {dtype}", checkpointing.peak + copy),
         )
     ]
     head = [f"beside a card's memory, {SPARE:.0%} left for the rest (assumed)", *(f"{card} GB" for card in CARDS)]
     return report.table(head, rows)
 
 
-def _time(config: ModelConfig, known: Data, checkpointing: bool, tflops: float | None) -> str:
+def _time(config: ModelConfig, known: Data, epochs: float, checkpointing: bool, tflops: float | None) -> str:
     """Minutes at a throughput that is given, or at each of several."""
-    tokens = known.documents * known.tokens
+    tokens = epochs * known.documents * known.tokens
     needed = memory.training_flops(
         config,
         tokens=tokens,
-        squared_lengths=known.documents * known.squares,
+        squared_lengths=epochs * known.documents * known.squares,
         activation_checkpointing=checkpointing,
     )
     told = (

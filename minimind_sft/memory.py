@@ -15,7 +15,10 @@ token and layer, with s bytes (4, or 2 under autocast) and everything residual i
 With checkpointing only 4 C stay (Chen et al. 2016, arXiv 1604.06174), and one layer at a time is made again. Logits are
 fp32: log-softmax, its gradient and the gradient before it, 12 V a target, bounded by `MAX_LOGITS`.
 
-Not counted: the device's context (0.3 to 1 GB on CUDA), fragmentation, and what saving takes in host memory.
+Measured against `fit` on a CPU (live bytes of all tensors): within 1 % from 6 M to 116 M parameters, with and without
+checkpointing. What CUDA's kernels keep is read off their signatures (a norm is one kernel there, FlashAttention takes
+ragged batches whole), not measured. Not counted: the device's context, fragmentation (the resident set of those runs
+was 0.1 to 0.5 GiB above the live bytes), and what saving takes in host memory.
 
 Shapes: C hidden, H heads, K key/value heads, E head dimension, I feed-forward, L layers, V vocabulary, X experts.
 """

@@ -47,6 +47,9 @@ def model_config(model: Mapping[str, Any], tokenizer_vocab: int | None) -> tuple
 
     Of weights that are there, names and shapes are read and nothing is copied; of a folder without weights its
     `config.json`; of weights that are not there the keys under `model`.
+
+    Raises:
+        ValueError: sizes that cannot be found out, or that `fit` would refuse.
     """
     path, family = resolve(model["weights"]), model["family"]
     if model["weights"] != "scratch" and huggingface.is_folder(path) and not _holds_weights(path):
@@ -69,6 +72,8 @@ def model_config(model: Mapping[str, Any], tokenizer_vocab: int | None) -> tuple
             source += f"; vocabulary {config.vocab_size} by default (model.vocab_size)"
     if model["resize_vocab"] and tokenizer_vocab is not None and tokenizer_vocab > config.vocab_size:
         config, source = replace(config, vocab_size=tokenizer_vocab), f"{source}; vocabulary resized"
+    if tokenizer_vocab is not None:
+        weight_files.check_vocab(tokenizer_vocab, config)
     if model["reset_head"]:
         config = replace(config, tie_word_embeddings=False)
     return config, f"{config.family}, {source}"

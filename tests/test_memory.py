@@ -291,10 +291,12 @@ def test_a_file_is_planned_with_the_sizes_that_it_then_loads_with(tmp_path: Path
         "resize_vocab": False,
         "reset_head": False,
     }
-    config, said = model_config(settings, tokenizer_vocab=120)
+    config, said = model_config(settings, tokenizer_vocab=100)
     assert config == load(tmp_path / "w.pth", inference_rope_scaling=True).config and "w.pth" in said
     config, _ = model_config(settings | {"resize_vocab": True, "reset_head": True}, tokenizer_vocab=120)
     assert (config.vocab_size, config.tie_word_embeddings) == (120, False)
+    with pytest.raises(ValueError, match="120 tokens .* model.resize_vocab"):
+        model_config(settings, tokenizer_vocab=120)
 
 
 @pytest.mark.parametrize(
