@@ -13,6 +13,9 @@ minimind_sft: supervised fine-tuning that does not make a small language model f
 
 usage: python -m minimind_sft VERB [OPTIONS]        (or: minimind-sft VERB [OPTIONS])
 
+see what it is about
+  demo       train a small base twice, plainly and holding on, and show what each forgot (4 minutes on 2 cores)
+             python -m minimind_sft demo
 train
   fit        fine-tune a base on chats, and measure what it forgets
              python -m minimind_sft fit --config sft.yaml           (--plan: only print what it would take)
@@ -44,6 +47,7 @@ minimind2_2048x20.yaml (the original 0.9 B command line)."""
 
 TRAINING_VERBS = ("fit", "validate", "predict")
 MODULES = {  # of the other verbs; each has a `main`
+    "demo": "demonstration",
     "compare": "comparison",
     "chat": "terminal",
     "export": "export",

@@ -158,8 +158,8 @@ def interpolate(base: Transformer, tuned: Transformer, alpha: float, control_ids
     return model.eval()
 
 
-def curve(pair: Pair, stores: Stores, alphas: Sequence[float]) -> list[Point]:
-    """Chat loss and forgetting at every alpha."""
+def curve(pair: Pair, stores: Stores, alphas: Sequence[float], *, tell: bool = True) -> list[Point]:
+    """Chat loss and forgetting at every alpha; told as they come, unless `tell` is false."""
     opened = stores.open(train=False)
     assert opened.validation is not None and opened.measured is not None
     points = []
@@ -169,7 +169,8 @@ def curve(pair: Pair, stores: Stores, alphas: Sequence[float]) -> list[Point]:
         text, _, _ = measures.measure_text(there, opened.measured, lines)
         chats = measures.measure_chats(there, opened.validation)
         points.append(Point(alpha, chats["after"], text["difference"], text["interval"]))
-        print(f"alpha {alpha:<5g} chats {points[-1].chat_loss:.4f}  forgotten {points[-1].forgetting:+.4f}", flush=True)
+        if tell:
+            print(f"alpha {alpha:<5g} chats {chats['after']:.4f}  forgotten {text['difference']:+.4f}", flush=True)
     return points
 
 
