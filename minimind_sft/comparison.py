@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -56,10 +57,8 @@ def main(argv: Sequence[str]) -> int:
             out / "documents.jsonl", "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in documents)
         )
     pictures = comparison_plots.draw(result, documents, out)
-    print(screen(result))
-    print(
-        f"\nin {out}: {', '.join(['compare.json', *(['documents.jsonl'] if documents else []), *pictures])}", flush=True
-    )
+    files = ["compare.json", *(["documents.jsonl"] if documents else []), *pictures]
+    _say(f"{screen(result)}\n\nin {out}: {', '.join(files)}")
     return EXCEEDED if result["verdict"]["exceeded"] else 0
 
 
@@ -215,6 +214,15 @@ def _write(path: Path, text: str) -> None:
         raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _say(text: str) -> None:
+    """Print, whatever the output can hold: an exit status is waited for."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _finite(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -266,6 +267,24 @@ def test_something_to_measure_on_is_needed(
     assert "need text" in capsys.readouterr().err
     assert compare(material, tmp_path, BASE, tmp_path / "nothing.pth", "--tokenizer", str(DATA / "tokenizer")) == 2
     assert "TUNED" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_hold_chinese_gets_the_exit_status_all_the_same(
+    material: dict[str, Path], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "minimind_sft", "compare", BASE, material["tuned"], "--out", tmp_path]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    more = ["--heldout_path", material["heldout"], "--cache_dir", material["cache"], "--device", "cpu"]
+    done = subprocess.run(
+        [str(word) for word in [*command, *more]],  # and the tokenizer beside the base is found
+        env=environment,
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "\\u" in done.stdout
 
 
 def test_the_top_level_help_tells_of_it(capsys: pytest.CaptureFixture[str]) -> None:
