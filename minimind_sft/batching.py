@@ -7,8 +7,8 @@ the micro-batch that holds the fewest tokens (the LPT rule). Nothing is padded: 
 end to end, and `cu_seqlens` says where each one begins.
 
 Everything here is a pure function of (seed, epoch): no state to save, and a resumed run sees the same documents in
-the same micro-batches. What is drawn at random per document (whether an empty think block stays) is drawn while
-planning.
+the same micro-batches. What is drawn at random per document (whether an empty think block stays, which system prompt is
+put in front) is drawn while planning.
 
 Shapes: D documents, N tokens of a micro-batch, W windows of an epoch.
 """
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from minimind_sft.corpus import OPTIONAL, SUPERVISED, Store
+from minimind_sft.documents import NO_PROMPT, Documents
 
 if TYPE_CHECKING:  # planning needs no torch; only a finished Batch does
     from torch import Tensor
@@ -87,75 +87,12 @@ def pack(rows: list[tuple[np.ndarray, np.ndarray]], *, window_targets: int = 0, 
     return MicroBatch(batch, torch.from_numpy(targets), window_targets or len(targets), window_tokens or len(labels))
 
 
-class Documents:
-    """A store seen through `max_length`: which documents can be learned from, and how long each one is.
-
-    Cutting (`truncate_right`) happens here, not in the store, so that another `max_length` needs no new tokenization.
-
-    Attributes:
-        index: (D,) the store's numbers of the documents that hold a target within `max_length`, in the store's order.
-        nothing_to_learn: numbers of those that hold none; they are left out.
-        cut: how many of `index` are longer than `max_length`.
-        targets_lost: share of the supervised tokens that lie beyond `max_length`, in [0, 1].
-    """
-
-    def __init__(self, store: Store, *, max_length: int) -> None:
-        if max_length < 2:
-            raise ValueError(f"data.max_length is {max_length}; a document needs at least 2 tokens to have a target")
-        self.store, self.max_length = store, max_length
-        everything = np.arange(len(store))
-        kept = np.ones(len(store), bool)
-        _, targets = self._sizes(everything, kept)
-        self.index = everything[targets > 0]
-        self.nothing_to_learn = everything[targets == 0]
-        lengths, uncut = self._sizes(everything, kept, max_length=np.iinfo(np.int32).max)
-        self.cut = int((lengths[self.index] > max_length).sum())
-        self.targets_lost = 1.0 - float(targets.sum()) / max(1.0, float(uncut.sum()))
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def sizes(self, keep_optional: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and targets of every document.
-
-        Args:
-            keep_optional: (D,) bool, whether a document's optional spans stay.
-
-        Returns:
-            lengths (D,) and targets (D,), int64, after leaving out and cutting.
-        """
-        return self._sizes(self.index, keep_optional)
-
-    def row(self, number: int, keep_optional: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids (L,) and supervised flags (L,) of document `number` of `index`, cut to `max_length`."""
-        ids, flags = self.store.document(int(self.index[number]))
-        if not keep_optional and (flags & OPTIONAL).any():
-            stays = (flags & OPTIONAL) == 0
-            ids, flags = ids[stays], flags[stays]
-        return ids[: self.max_length].astype(np.int64), (flags[: self.max_length] & SUPERVISED) != 0
-
-    def _sizes(
-        self, index: np.ndarray, keep: np.ndarray, max_length: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        limit = self.max_length if max_length is None else max_length
-        spans, owner = self.store.spans_of(index)  # (S,) numbers of spans, (S,) which of `index` each one belongs to
-        flags = self.store.span_flags[spans]
-        size = self.store.span_lengths[spans].astype(np.int64)
-        size[((flags & OPTIONAL) != 0) & ~keep[owner]] = 0
-        running = np.cumsum(size)
-        before = np.concatenate([[0], np.bincount(owner, size, len(index)).astype(np.int64).cumsum()])[owner]
-        end = np.minimum(running - before, limit)
-        start = np.minimum(running - before - size, limit)
-        supervised = (flags & SUPERVISED) != 0
-        targets = np.where(supervised, end - np.maximum(start, 1), 0).clip(min=0)  # nothing predicts a first token
-        lengths = np.minimum(np.bincount(owner, size, len(index)), limit).astype(np.int64)
-        return lengths, np.bincount(owner, targets, len(index)).astype(np.int64)
-
-
 class Epoch:
     """One pass over the documents: their order, what was drawn for each, and its windows.
 
     Attributes:
+        keep: (D,) whether a document keeps its empty think blocks.
+        prompt: (D,) the number of the system prompt in front of it, or `NO_PROMPT`.
         window_targets: (W,) supervised tokens of each window, over all ranks.
         window_tokens: (W,) all its tokens.
     """
@@ -168,11 +105,22 @@ class Epoch:
             np.random.default_rng([plan.seed, number, 0]).permutation(count) if plan.shuffle else np.arange(count)
         )
         self.keep = np.random.default_rng([plan.seed, number, 1]).random(count) < plan.empty_think_ratio
-        self.lengths, self.targets = documents.sizes(self.keep)
+        self.prompt = self._draw_prompts(number)
+        self.lengths, self.targets = documents.sizes(self.keep, self.prompt)
         starts = np.arange(0, count, plan.window_size)
         self.window_targets = np.add.reduceat(self.targets[self.order], starts)
         self.window_tokens = np.add.reduceat(self.lengths[self.order], starts)
         self.deal = lru_cache(maxsize=1)(self._deal)
+
+    def _draw_prompts(self, number: int) -> np.ndarray:
+        """(D,) the number of each document's system prompt, or `NO_PROMPT`."""
+        documents, plan = self.plan.documents, self.plan
+        prompt = np.full(len(documents), NO_PROMPT)
+        if documents.prompts is not None and plan.system_ratio:
+            drawn = np.random.default_rng([plan.seed, number, 3]).random(len(documents)) < plan.system_ratio
+            which = np.random.default_rng([plan.seed, number, 4]).integers(len(documents.prompts.ids), size=len(prompt))
+            prompt = np.where(drawn & documents.takes_prompt, which, NO_PROMPT)
+        return prompt
 
     def _deal(self, window: int) -> list[list[int]]:
         """Documents of each of the window's `accumulate * ranks` micro-batches, the fullest first."""
@@ -203,6 +151,7 @@ class Plan:
         seed: of the order and of what is drawn per document.
         shuffle: a new order each epoch; else the order of the store, each time.
         empty_think_ratio: share of the documents, drawn anew each epoch, that keep their empty think blocks.
+        system_ratio: share of the documents without a system prompt that get one, drawn anew each epoch.
         max_tokens_per_batch: bound on a micro-batch's tokens, or None.
 
     Raises:
@@ -219,18 +168,20 @@ class Plan:
         seed: int = 42,
         shuffle: bool = True,
         empty_think_ratio: float = 0.2,
+        system_ratio: float = 0.2,
         max_tokens_per_batch: int | None = None,
     ) -> None:
         if not len(documents):
             raise ValueError("no document has a supervised token within data.max_length; nothing can be learned")
         if batch_size < 1:
             raise ValueError(f"data.batch_size is {batch_size}; it counts conversations and must be at least 1")
-        if not 0.0 <= empty_think_ratio <= 1.0:
-            raise ValueError(f"data.empty_think_ratio is {empty_think_ratio}; it is a share between 0 and 1")
+        for name, ratio in (("empty_think_ratio", empty_think_ratio), ("system_ratio", system_ratio)):
+            if not 0.0 <= ratio <= 1.0:
+                raise ValueError(f"data.{name} is {ratio}; it is a share between 0 and 1")
         self.documents, self.seed, self.shuffle = documents, seed, shuffle
         self.batch_size, self.accumulate, self.ranks = batch_size, accumulate, ranks
         self.window_size = batch_size * accumulate * ranks
-        self.empty_think_ratio = empty_think_ratio
+        self.empty_think_ratio, self.system_ratio = empty_think_ratio, system_ratio
         self.max_tokens_per_batch = max_tokens_per_batch
         self.windows = math.ceil(len(documents) / self.window_size)
         self.epoch = lru_cache(maxsize=2)(self._epoch)
@@ -266,7 +217,9 @@ class Plan:
         epoch = self.epoch(epoch_number)
         window, share = divmod(position, self.accumulate)
         members = epoch.deal(window)[share * self.ranks + rank]
-        rows = [self.documents.row(number, bool(epoch.keep[number])) for number in members]
+        rows = [
+            self.documents.row(number, bool(epoch.keep[number]), int(epoch.prompt[number])) for number in members
+        ]
         return pack(
             rows,
             window_targets=int(epoch.window_targets[window]),

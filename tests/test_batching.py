@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from minimind_sft import corpus
-from minimind_sft.batching import IGNORE, Documents, Plan, in_order, pack
+from minimind_sft.batching import IGNORE, Plan, in_order, pack
 from minimind_sft.chat import ChatTemplate, Span
 from minimind_sft.corpus import Store
+from minimind_sft.documents import Documents
 from minimind_sft.sampling import Line
 
 PROJECT = Path(__file__).resolve().parents[1]
