@@ -196,6 +196,7 @@ class StepLog(Callback):
             "train/loss": result.loss,
             "lr": result.learning_rate,
             "grad_norm": result.grad_norm,
+            **{f"train/{name}": value for name, value in result.terms.items()},
             "tokens_per_second": round(speed, 1),
             "seconds": round(time.time(), 1),
         }

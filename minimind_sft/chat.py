@@ -187,6 +187,11 @@ class ChatTemplate:
         """The ids of people's text: no string in it is a control token."""
         return self._encoder.encode(text)
 
+    @property
+    def control_ids(self) -> list[int]:
+        """The ids of all control tokens, ascending."""
+        return sorted(self._controls.values())
+
     def decode(self, ids: list[int]) -> str:
         """The text of ids, control tokens included."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)

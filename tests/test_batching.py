@@ -121,13 +121,13 @@ def test_a_short_window_still_has_exactly_its_micro_batches(ragged: Documents) -
     plan = Plan(ragged, batch_size=2, accumulate=8)  # 43 = 16 + 16 + 11
     assert [len(plan.epoch(0).deal(window)) for window in range(3)] == [8, 8, 8]
     assert Plan(ragged, batch_size=5, accumulate=8).windows == 2  # and 3 documents for 8 micro-batches
-    assert [len(share) for share in Plan(ragged, batch_size=5, accumulate=8).epoch(0).deal(1)] == [1] * 3 + [0] * 5
+    assert [len(share.chats) for share in Plan(ragged, batch_size=5, accumulate=8).epoch(0).deal(1)] == [1] * 3 + [0] * 5
 
 
 def test_the_longest_goes_first_to_the_emptiest_micro_batch(tmp_path: Path) -> None:
     store = store_of(tmp_path / "s", [chat(1, size - 1) for size in (2, 8, 4, 7, 5, 6)])
     epoch = Plan(Documents(store, max_length=40), batch_size=3, accumulate=2).epoch(0)
-    assert [sorted(epoch.lengths[share].tolist()) for share in epoch.deal(0)] == [[4, 5, 8], [2, 6, 7]]
+    assert [sorted(epoch.lengths[share.chats].tolist()) for share in epoch.deal(0)] == [[4, 5, 8], [2, 6, 7]]
 
 
 def test_the_bound_on_tokens_says_which_settings_can_keep_it(ragged: Documents) -> None:
