@@ -60,7 +60,7 @@ class SFTModule(LightningModule):
             ntp, to predict its next token.
         replay_weight: factor of that loss; 0 is off.
         l2_sp: decay towards the base, decoupled as AdamW's; 0 is off.
-        freeze: patterns (as in a shell, e.g. `*.embed_tokens.*`) of parameters that are not trained.
+        freeze: patterns of parameters that are not trained, as in a shell: "*.mlp.*", or a list of them.
         terms: further losses, as `class_path` and `init_args`; see `terms.py`.
         family: minimind3 or minimind2; null to tell it from the weights (minimind3 for `scratch`).
         hidden_size: width; for `scratch`, else only checked against the weights.
@@ -89,7 +89,7 @@ class SFTModule(LightningModule):
         replay_loss: Literal["kl", "ntp"] = "kl",
         replay_weight: float = 1.0,
         l2_sp: float = 0.0,
-        freeze: list[str] | None = None,
+        freeze: str | list[str] | None = None,
         terms: list[Term] | None = None,
         family: str | None = None,
         hidden_size: int | None = None,
@@ -110,10 +110,12 @@ class SFTModule(LightningModule):
             raise ValueError(f"model.learning_rate is {learning_rate}; it must be above 0")
         self.learning_rate, self.warmup_ratio, self.min_lr_ratio = learning_rate, warmup_ratio, min_lr_ratio
         self.weight_decay, self.decay_all, self.seed = weight_decay, decay_all, seed
-        self.reset_head, self.freeze = reset_head, freeze or []
+        self.reset_head, self.frozen = reset_head, [freeze] if isinstance(freeze, str) else freeze or []
         self.replay_loss, self.replay_weight, self.l2_sp, self._more_terms = replay_loss, replay_weight, l2_sp, terms
         self.terms: list[Term] = []  # those at work
-        self._base: tuple[Transformer, ...] = ()  # one or none; in a tuple, or it would be trained and saved
+        # what belongs to the base is in tuples, of one or none, or it would be trained and saved
+        self._base: tuple[Transformer, ...] = ()
+        self._base_head: tuple[torch.nn.Parameter, ...] = ()
         self._shape = {
             "hidden_size": hidden_size,
             "num_hidden_layers": num_hidden_layers,
@@ -149,7 +151,7 @@ class SFTModule(LightningModule):
             if wanted is not None and wanted != found:
                 raise ValueError(f"model.{name} is {wanted}, but {loaded.path} has {found}; leave model.{name} out")
         self.base_sha256, self.description = loaded.sha256, loaded.describe()
-        self._base_head = self.model.lm_head.weight
+        self._base_head = (self.model.lm_head.weight,)
         if self.reset_head:
             self.model.reset_head(self.seed)
 
@@ -171,7 +173,7 @@ class SFTModule(LightningModule):
             self.meter = Meter(list(data.evaluation))
 
     def _freeze(self) -> None:
-        for pattern in self.freeze:
+        for pattern in self.frozen:
             found = [p for name, p in self.model.named_parameters() if fnmatchcase(name, pattern)]
             if not found:
                 names = ", ".join(name for name, _ in self.model.named_parameters())
@@ -179,7 +181,7 @@ class SFTModule(LightningModule):
             for parameter in found:
                 parameter.requires_grad_(False)
         if not any(p.requires_grad for p in self.model.parameters()):
-            raise ValueError(f"model.freeze {self.freeze} leaves nothing to train")
+            raise ValueError(f"model.freeze {self.frozen} leaves nothing to train")
 
     def _choose_terms(self) -> None:
         """What holds on to the base, and a copy of it; now, because a checkpoint is restored next."""
@@ -194,7 +196,7 @@ class SFTModule(LightningModule):
         )
         if self.terms:
             base = copy.deepcopy(self.model).requires_grad_(False).eval()
-            base.lm_head.weight = torch.nn.Parameter(self._base_head.detach().clone(), requires_grad=False)
+            base.lm_head.weight = torch.nn.Parameter(self._base_head[0].detach().clone(), requires_grad=False)
             self._base = (base,)
 
     @property
@@ -407,7 +409,7 @@ class SFTModule(LightningModule):
             "model.replay_loss": self.replay_loss,
             "model.replay_weight": self.replay_weight,
             "model.l2_sp": self.l2_sp,
-            "model.freeze": self.freeze,
+            "model.freeze": self.frozen,
             "model.terms": [type(term).__name__ for term in self.terms],
             "trainer.max_epochs": trainer.max_epochs,
             "trainer.max_steps": trainer.max_steps,

@@ -32,6 +32,7 @@ class Opened(NamedTuple):
     train: Store | None
     validation: Store | None  # chats
     measured: Store | None  # text that forgetting is measured on
+    replay: Store | None = None  # text of pretraining, none of it measured
 
 
 class Stores:
@@ -68,6 +69,7 @@ class Stores:
         max_bad_ratio: float = 0.01,
         max_overlap: float = 0.2,
         measure_documents: int = 1_000,
+        replay_documents: int = 20_000,
         format: str = "auto",
         document_format: str = "minimind3",
         probes_path: str | None = None,
@@ -80,7 +82,7 @@ class Stores:
         self.max_length, self.too_long, self.supervise = max_length, too_long, supervise
         self.val_fraction = val_fraction
         self.seed, self.max_bad_ratio, self.max_overlap = seed, max_bad_ratio, max_overlap
-        self.measure_documents = measure_documents
+        self.measure_documents, self.replay_documents = measure_documents, replay_documents
         self.format, self.document_format = format, document_format
         self.cache = Path(cache_dir) if cache_dir else default_cache()
         self.files = Files(self.cache)
@@ -133,11 +135,12 @@ class Stores:
         by_ratio = self.max_ratio * self.pretrain_bytes / MEBIBYTE
         return ("max_mb", self.max_mb) if self.max_mb is not None and self.max_mb <= by_ratio else ("max_ratio", by_ratio)
 
-    def open(self, *, train: bool) -> Opened:
+    def open(self, *, train: bool, replay: bool = False) -> Opened:
         """Open the stores, from the cache or made now.
 
         Args:
             train: whether the training chats are wanted too; with `val_fraction` they always are.
+            replay: whether the text to replay is.
 
         Raises:
             ValueError: for files that are not there, too many bad lines, or held-out text that the chats repeat.
@@ -147,12 +150,12 @@ class Stores:
         measured = self._measure_store()
         if self.heldout_path is not None and chats is not None and measured is not None:
             self._refuse_overlap(chats, measured)
-        return Opened(chats, validation, measured)
+        return Opened(chats, validation, measured, self._replay_store() if replay else None)
 
     def documents(self, opened: Opened) -> Dealt:
         """What is trained on, validated on and measured on, no document in two of them; see `deal`."""
         return deal(
-            *opened,
+            *opened[:3],
             max_length=self.max_length,
             too_long=self.too_long,
             val_fraction=self.val_fraction,
@@ -242,6 +245,34 @@ class Stores:
 
         key = self._key("measure", files, documents=self.measure_documents, known=self._hashes(known))
         return self._checked(corpus.open_or_build(self.cache, key, make), f"data.{name}")
+
+    def _replay_store(self) -> Store:
+        if self.pretrain_path is None:
+            raise ValueError(
+                "data.replay_ratio asks for text to replay, but data.pretrain_path is not set. Set it to the text that "
+                "the base was pretrained on (a part of it is enough), or data.replay_ratio to 0"
+            )
+        if self.replay_documents < 1:
+            raise ValueError(f"data.replay_documents is {self.replay_documents}; it must be at least 1")
+        files = self.files.expand(self.pretrain_path, "data.pretrain_path")
+        held_out = self.files.expand(self.heldout_path, "data.heldout_path") if self.heldout_path else []
+        measured = 0 if held_out else self.measure_documents  # of the same text: those with the smallest hashes
+
+        def make(folder: Path) -> None:
+            with track("tokenizing the text to replay") as progress:
+                chosen = choose_by_hash(read_lines(files), measured + self.replay_documents)[measured:]
+                corpus.build(folder, without(chosen, read_lines(held_out)), progress=progress, **self._tokenization)
+
+        key = self._key(
+            "replay", files, documents=self.replay_documents, measured=measured, held_out=self._hashes(held_out)
+        )
+        store = corpus.open_or_build(self.cache, key, make)
+        if not len(store):
+            raise ValueError(
+                f"there is no text to replay: all of data.pretrain_path is measured on (data.measure_documents "
+                f"{self.measure_documents}). Give more text, measure on less, or set data.replay_ratio to 0"
+            )
+        return self._checked(store, "data.pretrain_path")
 
     @property
     def _tokenization(self) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def ragged(tmp_path: Path) -> Documents:
 def windows(plan: Plan, epoch: int) -> list[set[int]]:
     """The documents of each window, over all its micro-batches."""
     shares = [plan.epoch(epoch).deal(window) for window in range(plan.windows)]
-    return [{document for share in window for document in share} for window in shares]
+    return [{document for share in window for document in share.chats} for window in shares]
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate", "ranks"), [(16, 1, 1), (4, 4, 1), (1, 16, 1), (2, 4, 2)])
