@@ -61,6 +61,7 @@ class SFTModule(LightningModule):
         replay_weight: factor of that loss; 0 is off.
         l2_sp: decay towards the base, decoupled as AdamW's; 0 is off.
         freeze: patterns of parameters that are not trained, as in a shell: "*.mlp.*", or a list of them.
+        max_forgetting: nats per token of forgetting above which no reading is the best; null for no bound.
         terms: further losses, as `class_path` and `init_args`; see `terms.py`.
         family: minimind3 or minimind2; null to tell it from the weights (minimind3 for `scratch`).
         hidden_size: width; for `scratch`, else only checked against the weights.
@@ -90,6 +91,7 @@ class SFTModule(LightningModule):
         replay_weight: float = 1.0,
         l2_sp: float = 0.0,
         freeze: str | list[str] | None = None,
+        max_forgetting: float | None = None,
         terms: list[Term] | None = None,
         family: str | None = None,
         hidden_size: int | None = None,
@@ -112,10 +114,11 @@ class SFTModule(LightningModule):
         self.weight_decay, self.decay_all, self.seed = weight_decay, decay_all, seed
         self.reset_head, self.frozen = reset_head, [freeze] if isinstance(freeze, str) else freeze or []
         self.replay_loss, self.replay_weight, self.l2_sp, self._more_terms = replay_loss, replay_weight, l2_sp, terms
+        self.max_forgetting = max_forgetting
         self.terms: list[Term] = []  # those at work
         # what belongs to the base is in tuples, of one or none, or it would be trained and saved
         self._base: tuple[Transformer, ...] = ()
-        self._base_head: tuple[torch.nn.Parameter, ...] = ()
+        self._base_head: tuple[Tensor, ...] = ()
         self._shape = {
             "hidden_size": hidden_size,
             "num_hidden_layers": num_hidden_layers,

@@ -121,7 +121,8 @@ def test_a_short_window_still_has_exactly_its_micro_batches(ragged: Documents) -
     plan = Plan(ragged, batch_size=2, accumulate=8)  # 43 = 16 + 16 + 11
     assert [len(plan.epoch(0).deal(window)) for window in range(3)] == [8, 8, 8]
     assert Plan(ragged, batch_size=5, accumulate=8).windows == 2  # and 3 documents for 8 micro-batches
-    assert [len(share.chats) for share in Plan(ragged, batch_size=5, accumulate=8).epoch(0).deal(1)] == [1] * 3 + [0] * 5
+    short = Plan(ragged, batch_size=5, accumulate=8).epoch(0).deal(1)
+    assert [len(share.chats) for share in short] == [1] * 3 + [0] * 5
 
 
 def test_the_longest_goes_first_to_the_emptiest_micro_batch(tmp_path: Path) -> None:

@@ -8,17 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_batching import chat, store_of
 from torch import Tensor
 
 from minimind_sft.__main__ import main
 from minimind_sft.batching import MicroBatch, Plan, pack
+from minimind_sft.callbacks import Measure
 from minimind_sft.documents import Documents
+from minimind_sft.forgetting import Reading
 from minimind_sft.losses import kl_divergence
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 from minimind_sft.replay import ReplayStream
 from minimind_sft.terms import L2SP, ReplayKL, ReplayNextToken, Term
-from test_batching import chat, store_of
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -68,9 +70,8 @@ def test_replay_is_the_same_however_a_window_is_dealt(
     whole = Plan(chats, batch_size=16, replay=stream)
     plan = Plan(chats, batch_size=batch_size, accumulate=accumulate, ranks=ranks, replay=stream)
     for window in range(plan.windows):
-        parts = [
-            plan.micro_batch(0, window * accumulate + share, rank) for share in range(accumulate) for rank in range(ranks)
-        ]
+        places = range(window * accumulate, (window + 1) * accumulate)
+        parts = [plan.micro_batch(0, place, rank) for place in places for rank in range(ranks)]
         expected = whole.micro_batch(0, window, 0).replay
         assert expected is not None and len(expected.targets) == expected.window_targets > 0
         assert sum(len(part.replay.targets) for part in parts) == expected.window_targets  # type: ignore[union-attr]
@@ -277,3 +278,32 @@ def test_a_pattern_that_freezes_nothing_is_an_error(
     with pytest.raises(AssertionError):
         fit(tmp_path / "run", cache, "--model.freeze=*.mpl.*")
     assert "no parameter is called '*.mpl.*'" in capsys.readouterr().err
+
+
+# ---- which reading is the best, and when to stop
+
+
+def measured(*losses: tuple[float, float], bound: float | None) -> Measure:
+    measure = Measure(log_every=1, val_every=1, save_every=1, max_forgetting=bound, patience=2)
+    measure.readings = [Reading(step, chat, text) for step, (chat, text) in enumerate(losses)]
+    return measure
+
+
+@pytest.mark.parametrize(("bound", "best", "stops"), [(None, 2, False), (0.25, 1, True), (0.05, 1, True)])
+def test_the_best_reading_is_within_the_bound_or_the_one_that_forgot_least(
+    bound: float | None, best: int, stops: bool
+) -> None:
+    measure = measured((5.0, 2.0), (4.0, 2.2), (3.0, 2.5), (3.5, 2.6), bound=bound)
+    assert measure.best is not None and measure.best.step == best and measure.at_plateau == stops
+    assert measure.within(measure.best) == (bound != 0.05)
+
+
+def test_a_run_out_of_patience_stops_saves_and_stays_stopped(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--val_every_steps=2", "--patience=1", "--model.max_forgetting=0"]
+    rows = fit(tmp_path / "run", cache, *options)
+    assert rows[-1]["step"] == "4" and state(tmp_path / "run")["global_step"] == 4
+    said = capsys.readouterr().out
+    assert "no better reading since step 2" in said and "no reading was within model.max_forgetting = 0" in said
+    assert fit(tmp_path / "run", cache, *options, ckpt="last")[-1]["step"] == "4"
