@@ -4,11 +4,12 @@ A *window* is what one optimizer step learns from: the next `batch_size * accumu
 order. It is dealt into exactly `accumulate` micro-batches per rank, also where the last window is short, so that
 Lightning's accumulation stays in phase, and so that token counts are even: the longest document goes first, always to
 the micro-batch that holds the fewest tokens (the LPT rule). Nothing is padded: a micro-batch is whole documents laid
-end to end, and `cu_seqlens` says where each one begins.
+end to end, and `cu_seqlens` says where each one begins. Text to replay (`replay.py`) is dealt along with the chats and
+lies behind them in the same row, so that one forward pass serves both.
 
 Everything here is a pure function of (seed, epoch): no state to save, and a resumed run sees the same documents in
-the same micro-batches. What is drawn at random per document (whether an empty think block stays) is drawn while
-planning.
+the same micro-batches. What is drawn at random per document (whether an empty think block stays, which system prompt is
+put in front) is drawn while planning.
 
 Shapes: D documents, N tokens of a micro-batch, W windows of an epoch.
 """
@@ -22,7 +23,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from minimind_sft.corpus import OPTIONAL, SUPERVISED, Store
+from minimind_sft.documents import NO_PROMPT, Documents
+from minimind_sft.replay import ReplayStream
 
 if TYPE_CHECKING:  # planning needs no torch; only a finished Batch does
     from torch import Tensor
@@ -43,29 +45,50 @@ class Batch(NamedTuple):
     max_length: int
 
 
+class Replayed(NamedTuple):
+    """The replay text of a micro-batch: the documents from `first_document` on, which begin at token `start`."""
+
+    targets: Tensor  # (R,) int64: where batch.labels counts from `start` on
+    window_targets: int  # of the whole window, over all micro-batches and ranks
+    start: int
+    first_document: int
+
+
 class MicroBatch(NamedTuple):
     """One rank's share of a window between two calls of backward."""
 
     batch: Batch
-    targets: (
-        Tensor  # (M,) int64: where batch.labels is not -100; found on the host, so that the device need not be asked
-    )
+    targets: Tensor  # (M,) int64: where batch.labels counts for the chats; found on the host, not asked of the device
     window_targets: int  # supervised tokens of the whole window, over all micro-batches and ranks
     window_tokens: int = 1  # all its tokens, likewise
     target_bytes: int = 0  # bytes of text behind the targets; counted for evaluation only
+    replay: Replayed | None = None
 
 
-def pack(rows: list[tuple[np.ndarray, np.ndarray]], *, window_targets: int = 0, window_tokens: int = 0) -> MicroBatch:
+Row = tuple[np.ndarray, np.ndarray]  # token ids (L,), and whether each one is supervised (L,)
+
+
+def pack(
+    chats: list[Row],
+    *,
+    window_targets: int = 0,
+    window_tokens: int = 0,
+    replay: list[Row] | None = None,
+    window_replay_targets: int = 0,
+) -> MicroBatch:
     """Lay documents end to end.
 
     Args:
-        rows: per document its token ids and whether each one is supervised, both (L,). No rows give one token without a
-            target, so that a rank without documents still takes part in every collective call.
+        chats: what is learned. No rows give one token without a target, so that a rank without documents still takes
+            part in every collective call.
         window_targets, window_tokens: see `MicroBatch`; 0 stands for these rows' own number.
+        replay: what is replayed; None where nothing ever is.
+        window_replay_targets: see `Replayed`.
     """
     import torch
 
-    rows = rows or [(np.zeros(1, np.int64), np.zeros(1, bool))]
+    chats = chats or [(np.zeros(1, np.int64), np.zeros(1, bool))]
+    rows = chats + (replay or [])
     lengths = [len(ids) for ids, _ in rows]
     ends = np.cumsum([0, *lengths])
     input_ids = np.empty(ends[-1], np.int64)
@@ -76,7 +99,9 @@ def pack(rows: list[tuple[np.ndarray, np.ndarray]], *, window_targets: int = 0, 
         input_ids[start:end] = ids
         labels[start : end - 1] = np.where(supervised[1:], ids[1:], IGNORE)
         positions[start:end] = np.arange(len(ids))
-    targets = np.flatnonzero(labels != IGNORE)
+    targets = torch.from_numpy(np.flatnonzero(labels != IGNORE))
+    start = int(ends[len(chats)])
+    learned = int((targets < start).sum())
     batch = Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
@@ -84,79 +109,31 @@ def pack(rows: list[tuple[np.ndarray, np.ndarray]], *, window_targets: int = 0, 
         cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
         max_length=max(lengths),
     )
-    return MicroBatch(batch, torch.from_numpy(targets), window_targets or len(targets), window_tokens or len(labels))
+    replayed = None
+    if replay is not None:
+        replayed = Replayed(targets[learned:], window_replay_targets, start, len(chats))
+    return MicroBatch(
+        batch, targets[:learned], window_targets or learned, window_tokens or len(labels), replay=replayed
+    )
 
 
-class Documents:
-    """A store seen through `max_length`: which documents can be learned from, and how long each one is.
+class Share(NamedTuple):
+    """The documents of one micro-batch."""
 
-    Cutting (`truncate_right`) happens here, not in the store, so that another `max_length` needs no new tokenization.
-
-    Attributes:
-        index: (D,) the store's numbers of the documents that hold a target within `max_length`, in the store's order.
-        nothing_to_learn: numbers of those that hold none; they are left out.
-        cut: how many of `index` are longer than `max_length`.
-        targets_lost: share of the supervised tokens that lie beyond `max_length`, in [0, 1].
-    """
-
-    def __init__(self, store: Store, *, max_length: int) -> None:
-        if max_length < 2:
-            raise ValueError(f"data.max_length is {max_length}; a document needs at least 2 tokens to have a target")
-        self.store, self.max_length = store, max_length
-        everything = np.arange(len(store))
-        kept = np.ones(len(store), bool)
-        _, targets = self._sizes(everything, kept)
-        self.index = everything[targets > 0]
-        self.nothing_to_learn = everything[targets == 0]
-        lengths, uncut = self._sizes(everything, kept, max_length=np.iinfo(np.int32).max)
-        self.cut = int((lengths[self.index] > max_length).sum())
-        self.targets_lost = 1.0 - float(targets.sum()) / max(1.0, float(uncut.sum()))
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def sizes(self, keep_optional: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and targets of every document.
-
-        Args:
-            keep_optional: (D,) bool, whether a document's optional spans stay.
-
-        Returns:
-            lengths (D,) and targets (D,), int64, after leaving out and cutting.
-        """
-        return self._sizes(self.index, keep_optional)
-
-    def row(self, number: int, keep_optional: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids (L,) and supervised flags (L,) of document `number` of `index`, cut to `max_length`."""
-        ids, flags = self.store.document(int(self.index[number]))
-        if not keep_optional and (flags & OPTIONAL).any():
-            stays = (flags & OPTIONAL) == 0
-            ids, flags = ids[stays], flags[stays]
-        return ids[: self.max_length].astype(np.int64), (flags[: self.max_length] & SUPERVISED) != 0
-
-    def _sizes(
-        self, index: np.ndarray, keep: np.ndarray, max_length: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        limit = self.max_length if max_length is None else max_length
-        spans, owner = self.store.spans_of(index)  # (S,) numbers of spans, (S,) which of `index` each one belongs to
-        flags = self.store.span_flags[spans]
-        size = self.store.span_lengths[spans].astype(np.int64)
-        size[((flags & OPTIONAL) != 0) & ~keep[owner]] = 0
-        running = np.cumsum(size)
-        before = np.concatenate([[0], np.bincount(owner, size, len(index)).astype(np.int64).cumsum()])[owner]
-        end = np.minimum(running - before, limit)
-        start = np.minimum(running - before - size, limit)
-        supervised = (flags & SUPERVISED) != 0
-        targets = np.where(supervised, end - np.maximum(start, 1), 0).clip(min=0)  # nothing predicts a first token
-        lengths = np.minimum(np.bincount(owner, size, len(index)), limit).astype(np.int64)
-        return lengths, np.bincount(owner, targets, len(index)).astype(np.int64)
+    chats: list[int]
+    replay: list[int]
+    tokens: int
 
 
 class Epoch:
     """One pass over the documents: their order, what was drawn for each, and its windows.
 
     Attributes:
-        window_targets: (W,) supervised tokens of each window, over all ranks.
+        keep: (D,) whether a document keeps its empty think blocks.
+        prompt: (D,) the number of the system prompt in front of it, or `NO_PROMPT`.
+        replay: per window the documents that are replayed; empty where none ever are.
+        window_targets: (W,) supervised tokens of each window's chats, over all ranks.
+        window_replay_targets: (W,) of its replay text, likewise.
         window_tokens: (W,) all its tokens.
     """
 
@@ -168,28 +145,47 @@ class Epoch:
             np.random.default_rng([plan.seed, number, 0]).permutation(count) if plan.shuffle else np.arange(count)
         )
         self.keep = np.random.default_rng([plan.seed, number, 1]).random(count) < plan.empty_think_ratio
-        self.lengths, self.targets = documents.sizes(self.keep)
+        self.prompt = self._draw_prompts(number)
+        self.lengths, self.targets = documents.sizes(self.keep, self.prompt)
         starts = np.arange(0, count, plan.window_size)
         self.window_targets = np.add.reduceat(self.targets[self.order], starts)
         self.window_tokens = np.add.reduceat(self.lengths[self.order], starts)
+        self.replay: list[np.ndarray] = []
+        self.window_replay_targets = np.zeros(len(starts), np.int64)
+        if plan.replay is not None:
+            self.replay = plan.replay.windows(number, self.window_tokens, plan.most_tokens)
+            self.window_replay_targets += [plan.replay.targets[window].sum() for window in self.replay]
+            self.window_tokens += [plan.replay.lengths[window].sum() for window in self.replay]
         self.deal = lru_cache(maxsize=1)(self._deal)
 
-    def _deal(self, window: int) -> list[list[int]]:
-        """Documents of each of the window's `accumulate * ranks` micro-batches, the fullest first."""
-        plan = self.plan
-        members = self.order[window * plan.window_size : (window + 1) * plan.window_size]
-        members = members[np.argsort(-self.lengths[members], kind="stable")]
-        heap: list[tuple[int, int]] = [(0, share) for share in range(plan.accumulate * plan.ranks)]
-        shares: list[list[int]] = [[] for _ in heap]
-        for document, length in zip(members.tolist(), self.lengths[members].tolist(), strict=True):
-            tokens, share = heap[0]
-            shares[share].append(document)
-            heapq.heapreplace(heap, (tokens + length, share))
-        return sorted(shares, key=self.tokens_of, reverse=True)
+    def _draw_prompts(self, number: int) -> np.ndarray:
+        """(D,) the number of each document's system prompt, or `NO_PROMPT`."""
+        documents, plan = self.plan.documents, self.plan
+        prompt = np.full(len(documents), NO_PROMPT)
+        if documents.prompts is not None and plan.system_ratio:
+            drawn = np.random.default_rng([plan.seed, number, 3]).random(len(documents)) < plan.system_ratio
+            which = np.random.default_rng([plan.seed, number, 4]).integers(len(documents.prompts.ids), size=len(prompt))
+            prompt = np.where(drawn & documents.takes_prompt, which, NO_PROMPT)
+        return prompt
 
-    def tokens_of(self, documents: list[int]) -> int:
-        """Tokens of a micro-batch of these documents."""
-        return int(self.lengths[documents].sum())
+    def _deal(self, window: int) -> list[Share]:
+        """The window's `accumulate * ranks` micro-batches, the fullest first."""
+        plan = self.plan
+        chats = self.order[window * plan.window_size : (window + 1) * plan.window_size]
+        replay, lengths = np.zeros(0, np.int64), self.lengths[chats]
+        if plan.replay is not None:
+            replay = self.replay[window]
+            lengths = np.concatenate([lengths, plan.replay.lengths[replay]])
+        members = np.concatenate([chats, replay]).tolist()
+        heap: list[tuple[int, int]] = [(0, share) for share in range(plan.accumulate * plan.ranks)]
+        shares = [Share([], [], 0) for _ in heap]
+        for place in np.argsort(-lengths, kind="stable").tolist():
+            tokens, share = heap[0]
+            tokens += int(lengths[place])
+            (shares[share].chats if place < len(chats) else shares[share].replay).append(members[place])
+            shares[share] = shares[share]._replace(tokens=tokens)
+            heapq.heapreplace(heap, (tokens, share))
+        return sorted(shares, key=lambda share: share.tokens, reverse=True)
 
 
 class Plan:
@@ -203,7 +199,9 @@ class Plan:
         seed: of the order and of what is drawn per document.
         shuffle: a new order each epoch; else the order of the store, each time.
         empty_think_ratio: share of the documents, drawn anew each epoch, that keep their empty think blocks.
+        system_ratio: share of the documents without a system prompt that get one, drawn anew each epoch.
         max_tokens_per_batch: bound on a micro-batch's tokens, or None.
+        replay: text that is replayed beside the documents, or None.
 
     Raises:
         ValueError: nothing to learn from; a window that cannot be dealt within `max_tokens_per_batch`.
@@ -219,19 +217,23 @@ class Plan:
         seed: int = 42,
         shuffle: bool = True,
         empty_think_ratio: float = 0.2,
+        system_ratio: float = 0.2,
         max_tokens_per_batch: int | None = None,
+        replay: ReplayStream | None = None,
     ) -> None:
         if not len(documents):
             raise ValueError("no document has a supervised token within data.max_length; nothing can be learned")
         if batch_size < 1:
             raise ValueError(f"data.batch_size is {batch_size}; it counts conversations and must be at least 1")
-        if not 0.0 <= empty_think_ratio <= 1.0:
-            raise ValueError(f"data.empty_think_ratio is {empty_think_ratio}; it is a share between 0 and 1")
+        for name, ratio in (("empty_think_ratio", empty_think_ratio), ("system_ratio", system_ratio)):
+            if not 0.0 <= ratio <= 1.0:
+                raise ValueError(f"data.{name} is {ratio}; it is a share between 0 and 1")
         self.documents, self.seed, self.shuffle = documents, seed, shuffle
         self.batch_size, self.accumulate, self.ranks = batch_size, accumulate, ranks
         self.window_size = batch_size * accumulate * ranks
-        self.empty_think_ratio = empty_think_ratio
-        self.max_tokens_per_batch = max_tokens_per_batch
+        self.empty_think_ratio, self.system_ratio = empty_think_ratio, system_ratio
+        self.max_tokens_per_batch, self.replay = max_tokens_per_batch, replay
+        self.most_tokens = int(documents.sizes(np.ones(len(documents), bool))[0].sum())  # of an epoch, without prompts
         self.windows = math.ceil(len(documents) / self.window_size)
         self.epoch = lru_cache(maxsize=2)(self._epoch)
 
@@ -244,8 +246,8 @@ class Plan:
     def _check_bound(self, epoch: Epoch) -> None:
         bound = self.max_tokens_per_batch
         assert bound is not None
-        worst = max(range(self.windows), key=lambda window: epoch.tokens_of(epoch.deal(window)[0]))
-        need = epoch.tokens_of(epoch.deal(worst)[0])
+        worst = max(range(self.windows), key=lambda window: epoch.deal(window)[0].tokens)
+        need = epoch.deal(worst)[0].tokens
         if need <= bound:
             return
         longest = int(epoch.lengths.max())
@@ -265,12 +267,14 @@ class Plan:
         """What `rank` sees at `position` (counted in micro-batches) of an epoch."""
         epoch = self.epoch(epoch_number)
         window, share = divmod(position, self.accumulate)
-        members = epoch.deal(window)[share * self.ranks + rank]
-        rows = [self.documents.row(number, bool(epoch.keep[number])) for number in members]
+        chats, replay, _ = epoch.deal(window)[share * self.ranks + rank]
+        rows = [self.documents.row(number, bool(epoch.keep[number]), int(epoch.prompt[number])) for number in chats]
         return pack(
             rows,
             window_targets=int(epoch.window_targets[window]),
             window_tokens=int(epoch.window_tokens[window]),
+            replay=None if self.replay is None else [self.replay.documents.row(number, True) for number in replay],
+            window_replay_targets=int(epoch.window_replay_targets[window]),
         )
 
     def window_documents(self, epoch_number: int, window: int) -> np.ndarray:

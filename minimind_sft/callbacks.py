@@ -65,19 +65,54 @@ class Measure(Callback):
 
     Args:
         log_every, val_every, save_every: see `Intervals.resolve`.
+        max_forgetting: nats of forgetting above which a reading cannot be the best; None for no bound.
+        patience: readings in a row without a new best after which training ends; None to train to the end.
+
+    Raises:
+        ValueError: a patience below 1.
     """
 
-    def __init__(self, *, log_every: int, val_every: int | None, save_every: int | None) -> None:
+    def __init__(
+        self,
+        *,
+        log_every: int,
+        val_every: int | None,
+        save_every: int | None,
+        max_forgetting: float | None = None,
+        patience: int | None = None,
+    ) -> None:
+        if patience is not None and patience < 1:
+            raise ValueError(f"patience is {patience}; it counts readings and must be at least 1, or null to go on")
         self._asked = {"log_every": log_every, "val_every": val_every, "save_every": save_every}
+        self.max_forgetting, self.patience = max_forgetting, patience
         self.readings: list[Reading] = []
         self.seconds = 0.0  # of the last look
         self.intervals: Intervals
 
     @property
     def best(self) -> Reading | None:
-        """The reading with the lowest loss after step 0, the earliest of equals."""
-        scored = [(r.score, r.step, r) for r in self.readings if r.step and r.score is not None]
-        return min(scored)[2] if scored else None
+        """The reading with the lowest loss after step 0 within `max_forgetting`, the earliest of equals; where none is
+        within it, the one that forgot least."""
+        scored = [reading for reading in self.readings if reading.step and reading.score is not None]
+        within = [reading for reading in scored if self.within(reading)]
+        if within or not scored:
+            return min(within, key=lambda reading: (reading.score, reading.step), default=None)
+        return min(scored, key=lambda reading: (reading.pretrain_loss, reading.step))
+
+    def within(self, reading: Reading) -> bool:
+        """Whether a reading forgot no more than `max_forgetting`."""
+        base = self.readings[0].pretrain_loss
+        if self.max_forgetting is None or base is None or reading.pretrain_loss is None:
+            return True
+        return reading.pretrain_loss - base <= self.max_forgetting
+
+    @property
+    def at_plateau(self) -> bool:
+        """Whether `patience` is at its end."""
+        best = self.best
+        if self.patience is None or best is None:
+            return False
+        return sum(reading.step > best.step for reading in self.readings) >= self.patience
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self.intervals = Intervals.resolve(trainer.datamodule, **self._asked)  # type: ignore[attr-defined, arg-type]
@@ -90,6 +125,7 @@ class Measure(Callback):
             self._log(trainer, pl_module, reading)
             for logger in trainer.loggers:
                 logger.save()
+        trainer.should_stop = self.at_plateau  # of a run that is resumed
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
@@ -97,6 +133,19 @@ class Measure(Callback):
         step = trainer.global_step
         if step % self.intervals.val_every == 0 or step == pl_module.total_steps:
             self._log(trainer, pl_module, self.look(trainer, pl_module))
+            trainer.should_stop = self.at_plateau
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not trainer.is_global_zero or self.best is None:
+            return
+        if self.at_plateau:
+            print(f"stopped at step {trainer.global_step}: no better reading since step {self.best.step}", flush=True)
+        if not self.within(self.best):
+            print(
+                f"no reading was within model.max_forgetting = {self.max_forgetting:g}; best.ckpt is the one that "
+                f"forgot least, of step {self.best.step}",
+                flush=True,
+            )
 
     def look(self, trainer: pl.Trainer, pl_module: SFTModule) -> Reading:
         """Score the model as it is on every evaluation document, and keep the reading."""
@@ -196,6 +245,7 @@ class StepLog(Callback):
             "train/loss": result.loss,
             "lr": result.learning_rate,
             "grad_norm": result.grad_norm,
+            **{f"train/{name}": value for name, value in result.terms.items()},
             "tokens_per_second": round(speed, 1),
             "seconds": round(time.time(), 1),
         }

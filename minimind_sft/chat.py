@@ -51,11 +51,13 @@ class Span(NamedTuple):
         ids: Token ids.
         supervised: Whether they are targets.
         optional: Whether they are an empty think block, which may be left out.
+        ends_turn: Whether an assistant's turn, supervised or not, ends behind them.
     """
 
     ids: list[int]
     supervised: bool
     optional: bool = False
+    ends_turn: bool = False
 
 
 class ChatTemplate:
@@ -144,7 +146,8 @@ class ChatTemplate:
             plans.append(plan)
             texts += plan.texts(slots)
         encoded = iter(self._encoder.encode_many(texts))
-        return [[Span(span.ids(encoded), span.supervised, span.optional) for span in plan.spans] for plan in plans]
+        return [[Span(span.ids(encoded), span.supervised, span.optional, span.ends_turn) for span in plan.spans]
+                for plan in plans]
 
     def prompt(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, *, thinking: bool = False
@@ -230,7 +233,7 @@ class ChatTemplate:
             items = planned_items(segment.text, skeleton, control=self._control, ids=self._controls,
                                   encode=self.encode_text)
             supervised = segment.message is not None and segment.message not in context
-            spans.append(PlannedSpan(supervised, segment.optional, items))
+            spans.append(PlannedSpan(supervised, segment.optional, segment.ends_turn, items))
         return Plan(spans, dropped_fields(skeleton, slots, roles))
 
 

@@ -138,7 +138,8 @@ class Checkpoints(Checkpoint):
             return
         step = trainer.global_step
         names = []
-        if step % self.measure.intervals.save_every == 0 or step == pl_module.total_steps:
+        ending = step == pl_module.total_steps or trainer.should_stop
+        if ending or step % self.measure.intervals.save_every == 0:
             names.append(LAST)
         if self.measure.best is not None and self.measure.best.step == step:
             names.append(BEST)

@@ -172,6 +172,12 @@ class SFTCLI(LightningCLI):
             help="steps between two checkpoints that are kept for good; null: only last and best",
         )
         parser.add_argument(
+            "--patience",
+            type=OptionalInt,
+            default=None,
+            help="readings in a row without a new best after which training ends; null: train to the end",
+        )
+        parser.add_argument(
             "--on_nonfinite",
             type=Literal["stop", "skip"],
             default="stop",
@@ -293,6 +299,8 @@ class SFTCLI(LightningCLI):
             log_every=settings["log_every_steps"],
             val_every=settings["val_every_steps"],
             save_every=settings["save_every_steps"],
+            max_forgetting=self.model.max_forgetting,
+            patience=settings["patience"],
         )
         return [
             Record(self.run_dir, self._yaml, self.command),

@@ -153,7 +153,7 @@ def _measure_chats(result: Section, pair: Pair, stores: Stores, *, prompts: int,
     store = stores.open(train=False).validation
     assert store is not None
     result["chats"] = measures.measure_chats(pair, store)
-    lines = stores.validation_lines()
+    lines = stores.validation_lines(None)
     result["answers"] = measures.measure_answers(pair, lines, count=prompts, max_new_tokens=answer_tokens)
 
 

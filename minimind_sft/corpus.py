@@ -2,8 +2,8 @@
 
 A store is a folder of flat arrays: the token ids of all documents end to end, the spans they are made of, and where
 each document came from. Reading it costs no parsing and next to no memory, whatever its size; the second run with the
-same data starts from it. Documents are stored whole: cutting to `max_length` and leaving out an empty think block are
-views (`batching.Documents`), so that neither needs a new tokenization.
+same data starts from it. Documents are stored whole: cutting to `max_length`, leaving out an empty think block and
+putting a system prompt in front are views (`documents.py`), so that none needs a new tokenization.
 
 The name of a store in the cache is a hash of everything that its content depends on: the bytes of the input files,
 what was selected from them, the tokenizer with its template, the format options and `FORMAT_VERSION`. A stale store
@@ -11,12 +11,13 @@ is thus never found. It is built under a temporary name and then moved, so a kil
 mistaken for a store.
 
 Every line ends as a document or as a rejection with a reason: `len(store) + sum(store.rejected.values())` is the
-number of lines that came in.
+number of lines that were taken.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -24,27 +25,29 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minimind_sft.chat import ChatTemplate, Span
-from minimind_sft.formats import Conversation, PlainText, Rejected, parse
+from minimind_sft.formats import Rejected
 from minimind_sft.sampling import Line
+from minimind_sft.tokenization import tokenize
 
-FORMAT_VERSION = 1
-SUPERVISED, OPTIONAL = 1, 2  # bits of a span's flags
+FORMAT_VERSION = 2
+SUPERVISED, OPTIONAL, ENDS_TURN = 1, 2, 4  # bits of a span's flags
 
-_RENDER_TOGETHER = 512  # conversations per call of the tokenizer
+_RENDER_TOGETHER = 512  # lines per call of the tokenizer
 _ARRAYS = {
     "offsets": "q",  # (D + 1,) where each document begins in ids
     "span_offsets": "q",  # (D + 1,) where each document's spans begin
     "span_lengths": "i",  # (S,) tokens
-    "span_flags": "B",  # (S,) SUPERVISED | OPTIONAL
+    "span_flags": "B",  # (S,) SUPERVISED | OPTIONAL | ENDS_TURN
     "line_files": "H",  # (D,) index into meta["files"]
     "line_numbers": "q",  # (D,) from 1
     "sources": "H",  # (D,) index into meta["sources"]
-    "hashes": "Q",  # (D,) of the tokens and their flags
+    "takes_system": "B",  # (D,) 1 where it is a chat with neither a system message nor tools
+    "hashes": "Q",  # (D,) of the tokens: equal for conversations that are rendered alike
 }
 
 
@@ -53,7 +56,8 @@ class Store:
 
     Attributes:
         ids: (T,) token ids of all documents, uint16 or uint32.
-        offsets, span_offsets, span_lengths, span_flags, line_files, line_numbers, sources, hashes: see `_ARRAYS`.
+        offsets, span_offsets, span_lengths, span_flags, line_files, line_numbers, sources, takes_system, hashes: see
+            `_ARRAYS`.
         rejected: lines that became no document, counted by reason.
         meta: what the builder noted (`files`, `sources`, and its own `note`).
     """
@@ -65,6 +69,7 @@ class Store:
     line_files: np.ndarray
     line_numbers: np.ndarray
     sources: np.ndarray
+    takes_system: np.ndarray
     hashes: np.ndarray
 
     def __init__(self, folder: Path) -> None:
@@ -120,20 +125,21 @@ class _Writer:
         self.ids = open(folder / "ids.bin", "wb")  # noqa: SIM115 (closed by finish)
         self.refusals = open(folder / "rejected.jsonl", "w", encoding="utf-8")  # noqa: SIM115
 
-    def add(self, line: Line, spans: list[Span], source: str | None) -> None:
+    def add(self, line: Line, spans: list[Span], source: str | None, *, takes_system: bool = False) -> None:
         spans = [span for span in spans if span.ids]
         ids = np.fromiter((token for span in spans for token in span.ids), self.dtype)
-        flags = [SUPERVISED * span.supervised | OPTIONAL * span.optional for span in spans]
         arrays = self.arrays
         arrays["offsets"].append(arrays["offsets"][-1] + len(ids))
         arrays["span_offsets"].append(arrays["span_offsets"][-1] + len(spans))
         arrays["span_lengths"].extend(len(span.ids) for span in spans)
-        arrays["span_flags"].extend(flags)
+        arrays["span_flags"].extend(
+            SUPERVISED * span.supervised | OPTIONAL * span.optional | ENDS_TURN * span.ends_turn for span in spans
+        )
         arrays["line_files"].append(self.files.setdefault(line.file, len(self.files)))
         arrays["line_numbers"].append(line.number)
         arrays["sources"].append(self.sources.setdefault(source or "", len(self.sources)))
+        arrays["takes_system"].append(takes_system)
         digest = hashlib.blake2b(ids.tobytes(), digest_size=8)
-        digest.update(repr([(len(span.ids), flag) for span, flag in zip(spans, flags, strict=True)]).encode())
         arrays["hashes"].append(int.from_bytes(digest.digest(), "little"))
         self.ids.write(ids.tobytes())
 
@@ -161,6 +167,15 @@ class _Writer:
         (self.folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
+class Taken(NamedTuple):
+    """What `build` took of the lines that it was given."""
+
+    lines: int
+    bytes: int  # of the lines in UTF-8, without newlines
+    tokens: int  # of the documents, each counted up to `max_length`
+    stopped: bool  # whether `max_tokens` ended it
+
+
 def build(
     folder: Path,
     lines: Iterable[Line],
@@ -168,7 +183,10 @@ def build(
     template: ChatTemplate,
     format: str = "auto",
     document_format: str = "minimind3",
-    note: Callable[[], dict[str, Any]] = dict,
+    supervise: str = "all",
+    max_tokens: int | None = None,
+    max_length: int | None = None,
+    note: Callable[[Taken], dict[str, Any]] = lambda taken: {},
     progress: Callable[[int], None] = lambda lines: None,
 ) -> None:
     """Tokenize lines into a new store.
@@ -179,53 +197,31 @@ def build(
         template: tokenizer and chat template.
         format: of the lines, see `formats.parse`.
         document_format: how a raw text is framed, see `ChatTemplate.document`.
+        supervise: `all` assistant turns, or the `last`.
+        max_tokens: stop for good at the first document that would make more tokens than this; None for no cap.
+        max_length: count no more tokens than this of a document.
         note: called at the end; what it returns is kept in `meta["note"]`.
         progress: called with the number of lines done so far.
     """
     writer = _Writer(folder, template.vocab_size)
-    pending: list[tuple[Line, Conversation]] = []
-    done = 0
-
-    def flush() -> None:
-        for (line, _), spans in zip(pending, _render([c for _, c in pending], template), strict=True):
-            if isinstance(spans, Rejected):
-                writer.reject(line, spans)
+    taken, size, tokens, stopped = 0, 0, 0, False
+    stream = iter(lines)
+    while not stopped and (chunk := list(itertools.islice(stream, _RENDER_TOGETHER))):
+        made = tokenize(chunk, template, format=format, document_format=document_format, supervise=supervise)
+        for line, document in zip(chunk, made, strict=True):
+            if isinstance(document, Rejected):
+                writer.reject(line, document)
             else:
-                writer.add(line, spans, None)
-        pending.clear()
-
-    for line in lines:
-        try:
-            parsed = parse(line.text, format=format)
-        except Rejected as why:
-            writer.reject(line, why)
-            parsed = None
-        if isinstance(parsed, Conversation):
-            pending.append((line, parsed))
-        elif isinstance(parsed, PlainText):
-            flush()  # keeps the order of the lines
-            writer.add(line, template.document(parsed.text, format=document_format), parsed.source)
-        done += 1
-        if len(pending) == _RENDER_TOGETHER:
-            flush()
-        if done % _RENDER_TOGETHER == 0:
-            progress(done)
-    flush()
-    progress(done)
-    writer.finish(note())
-
-
-def _render(conversations: list[Conversation], template: ChatTemplate) -> list[list[Span] | Rejected]:
-    try:
-        return list(template.render_many(conversations))
-    except Rejected:  # one of them; the others must not suffer
-        results: list[list[Span] | Rejected] = []
-        for conversation in conversations:
-            try:
-                results.append(template.render(conversation))
-            except Rejected as why:
-                results.append(why)
-        return results
+                length = sum(len(span.ids) for span in document.spans)
+                length = length if max_length is None else min(length, max_length)
+                stopped = max_tokens is not None and tokens + length > max_tokens
+                if stopped:
+                    break
+                writer.add(line, document.spans, document.source, takes_system=document.takes_system)
+                tokens += length
+            taken, size = taken + 1, size + len(line.text.encode())
+        progress(taken)
+    writer.finish(note(Taken(taken, size, tokens, stopped)))
 
 
 def open_or_build(cache: Path, key: dict[str, Any], make: Callable[[Path], None]) -> Store:

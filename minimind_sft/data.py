@@ -12,16 +12,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from minimind_sft.batching import Documents, MicroBatch, Plan
+from minimind_sft.batching import MicroBatch, Plan
+from minimind_sft.corpus import Store
+from minimind_sft.documents import Documents
 from minimind_sft.evaluation import EvaluationBatches, bytes_of_tokens, prompts
 from minimind_sft.forgetting import CHAT, PRETRAIN
+from minimind_sft.replay import ReplayStream
 from minimind_sft.stores import Opened, Stores
+
+if TYPE_CHECKING:
+    from minimind_sft.module import SFTModule
 
 RULE_OF_THUMB = (1_000, 10_000)  # SFT : pretraining, 1 : N
 
@@ -49,6 +55,9 @@ class SFTDataModule(LightningDataModule):
         max_overlap: refuse held-out documents that share more than this share of their 50-character shingles with the
             training chats.
         measure_documents: documents of pretraining text to measure on, chosen by content hash.
+        replay_ratio: tokens of `pretrain_path` per token of chat that every window holds besides, none of them
+            measured on; 0 is off. What is asked of them: `model.replay_loss`.
+        replay_documents: documents of `pretrain_path` to replay from, chosen by content hash.
         format: of the lines: auto, or one of the formats in the README.
         document_format: how pretraining framed a raw text: minimind3, minimind2 (the markers are in the text) or bare.
         probes_path: facts to ask before and after training, see `probes.py`.
@@ -77,6 +86,8 @@ class SFTDataModule(LightningDataModule):
         max_bad_ratio: float = 0.01,
         max_overlap: float = 0.2,
         measure_documents: int = 1_000,
+        replay_ratio: float = 0.0,
+        replay_documents: int = 20_000,
         format: str = "auto",
         document_format: str = "minimind3",
         probes_path: str | None = None,
@@ -86,6 +97,9 @@ class SFTDataModule(LightningDataModule):
         self.seed, self.max_length, self.batch_size = seed, max_length, batch_size
         self.max_tokens_per_batch, self.shuffle = max_tokens_per_batch, shuffle
         self.empty_think_ratio, self.document_format = empty_think_ratio, document_format
+        if not replay_ratio >= 0.0:
+            raise ValueError(f"data.replay_ratio is {replay_ratio}; it is replay tokens per chat token, 0 or above")
+        self.replay_ratio = replay_ratio
         self.stores = Stores(
             train_path=train_path,
             tokenizer=tokenizer,
@@ -99,6 +113,7 @@ class SFTDataModule(LightningDataModule):
             max_bad_ratio=max_bad_ratio,
             max_overlap=max_overlap,
             measure_documents=measure_documents,
+            replay_documents=replay_documents,
             format=format,
             document_format=document_format,
             probes_path=probes_path,
@@ -114,7 +129,15 @@ class SFTDataModule(LightningDataModule):
 
     def _open(self) -> Opened:
         assert self.trainer is not None
-        return self.stores.open(train=self.trainer.state.fn == "fit")
+        fit = self.trainer.state.fn == "fit"
+        return self.stores.open(train=fit, replay=fit and self._replays)
+
+    @property
+    def _replays(self) -> bool:
+        """Whether there is text to replay, and a base whose text it is."""
+        assert self.trainer is not None
+        model: SFTModule = self.trainer.lightning_module  # type: ignore[assignment]
+        return self.replay_ratio > 0.0 and model.replay_weight > 0.0 and not model.from_scratch
 
     def setup(self, stage: str) -> None:
         """Open the stores; `fit` also plans the windows."""
@@ -137,10 +160,16 @@ class SFTDataModule(LightningDataModule):
                 shuffle=self.shuffle,
                 empty_think_ratio=self.empty_think_ratio,
                 max_tokens_per_batch=self.max_tokens_per_batch,
+                replay=self._replay_stream(opened.replay),
             )
             if self.max_tokens_per_batch is not None:  # a later epoch must not fail after hours
                 for epoch in range(max(1, self.trainer.max_epochs or 1)):
                     self.plan.epoch(epoch)
+
+    def _replay_stream(self, store: Store | None) -> ReplayStream | None:
+        if store is None:
+            return None
+        return ReplayStream(Documents(store, max_length=self.max_length), ratio=self.replay_ratio, seed=self.seed)
 
     @property
     def pretrain_bytes(self) -> int | None:
@@ -165,6 +194,7 @@ class SFTDataModule(LightningDataModule):
             "shuffle": self.shuffle,
             "max_length": self.max_length,
             "empty_think_ratio": self.empty_think_ratio,
+            "replay": self.plan.replay and f"{self.replay_ratio:g} of {self.plan.replay.documents.store.folder.name}",
         }
 
     def check_identity(self, saved: dict[str, Any]) -> None:
@@ -226,7 +256,7 @@ class SFTDataModule(LightningDataModule):
         return list(itertools.islice(self._prompts(), count))
 
     def _prompts(self) -> Iterator[dict[str, Any]]:
-        return prompts(self.stores.validation_lines(), self.template, self.max_length)
+        return prompts(self.stores.validation_lines(None), self.template, self.max_length)
 
 
 def _loader(dataset: Dataset[MicroBatch], sampler: Sampler[Any] | None = None) -> DataLoader[MicroBatch]:

@@ -24,6 +24,7 @@ class StepResult(NamedTuple):
     loss: float  # nats per supervised token of the window, over all ranks
     grad_norm: float  # before clipping
     learning_rate: float
+    terms: dict[str, float] = {}  # what holds on, by name: nats before the weight
 
 
 class Guard:

@@ -33,6 +33,7 @@ from minimind_sft.model_config import from_sizes
 from minimind_sft.probes import answer_text
 from minimind_sft.resume import set_progress
 from minimind_sft.schedule import learning_rate_at
+from minimind_sft.terms import Term, chosen, freeze, frozen_copy
 
 if TYPE_CHECKING:
     from minimind_sft.data import SFTDataModule
@@ -57,6 +58,13 @@ class SFTModule(LightningModule):
             old ones; else that is an error.
         activation_checkpointing: keep what goes into each layer and compute the rest again in the backward pass: a
             third more arithmetic for a fraction of the memory; `fit --plan` prints both.
+        replay_loss: what is asked of the replay text (`data.replay_ratio`): kl, to give it the base's distribution, or
+            ntp, to predict its next token.
+        replay_weight: factor of that loss; 0 is off.
+        l2_sp: decay towards the base, decoupled as AdamW's; 0 is off.
+        freeze: patterns of parameters that are not trained, as in a shell: "*.mlp.*", or a list of them.
+        max_forgetting: nats per token of forgetting above which no reading is the best; null for no bound.
+        terms: further losses, as `class_path` and `init_args`; see `terms.py`.
         family: minimind3 or minimind2; null to tell it from the weights (minimind3 for `scratch`).
         hidden_size: width; for `scratch`, else only checked against the weights.
         num_hidden_layers: depth; likewise.
@@ -86,6 +94,12 @@ class SFTModule(LightningModule):
         reset_head: bool = False,
         resize_vocab: bool = False,
         activation_checkpointing: bool = False,
+        replay_loss: Literal["kl", "ntp"] = "kl",
+        replay_weight: float = 1.0,
+        l2_sp: float = 0.0,
+        freeze: str | list[str] | None = None,
+        max_forgetting: float | None = None,
+        terms: list[Term] | None = None,
         family: str | None = None,
         hidden_size: int | None = None,
         num_hidden_layers: int | None = None,
@@ -110,6 +124,13 @@ class SFTModule(LightningModule):
         self.weight_decay, self.decay_all, self.seed = weight_decay, decay_all, seed
         self.reset_head, self.resize_vocab = reset_head, resize_vocab
         self.activation_checkpointing = activation_checkpointing
+        self.reset_head, self.frozen = reset_head, [freeze] if isinstance(freeze, str) else freeze or []
+        self.replay_loss, self.replay_weight, self.l2_sp, self._more_terms = replay_loss, replay_weight, l2_sp, terms
+        self.max_forgetting = max_forgetting
+        self.terms: list[Term] = []  # those at work
+        # what belongs to the base is in tuples, of one or none, or it would be trained and saved
+        self._base: tuple[Transformer, ...] = ()
+        self._base_head: tuple[Tensor, ...] = ()
         self._shape = {
             "hidden_size": hidden_size,
             "num_hidden_layers": num_hidden_layers,
@@ -151,6 +172,7 @@ class SFTModule(LightningModule):
             if wanted is not None and wanted != found:
                 raise ValueError(f"model.{name} is {wanted}, but {loaded.path} has {found}; leave model.{name} out")
         self.base_sha256, self.description = loaded.sha256, loaded.describe()
+        self._base_head = (self.model.lm_head.weight,)
         if self.reset_head:
             self.model.reset_head(self.seed)
 
@@ -167,6 +189,9 @@ class SFTModule(LightningModule):
                 self.model.reset_head(self.seed)
         self._fit_vocab(data.template.vocab_size)
         self.model.activation_checkpointing = self.activation_checkpointing
+        freeze(self.model, self.frozen)
+        if self.trainer.state.fn == "fit" and not self.terms:
+            self._choose_terms()
         if not hasattr(self, "meter"):
             self.meter = Meter(list(data.evaluation))
 
@@ -181,6 +206,30 @@ class SFTModule(LightningModule):
                 f"each of the {wanted - old} new rows of the {tables} is the mean of the old"
             )
         weight_files.check_vocab(wanted, self.model.config)
+
+    def _choose_terms(self) -> None:
+        """What holds on to the base, and a copy of it; now, because a checkpoint is restored next."""
+        if self.from_scratch:
+            return
+        self.terms = chosen(
+            replay=self._data.plan.replay is not None,
+            replay_loss=self.replay_loss,
+            replay_weight=self.replay_weight,
+            l2_sp=self.l2_sp,
+            more=self._more_terms,
+        )
+        if self.terms:
+            self._base = (frozen_copy(self.model, self._base_head[0] if self.reset_head else None),)
+
+    @property
+    def _losses(self) -> list[Term]:
+        return [term for term in self.terms if type(term).loss is not Term.loss]
+
+    def on_fit_start(self) -> None:
+        for base in self._base:
+            base.to(self.device)
+            for term in self.terms:
+                term.start(base, self._data.template.control_ids, half=self._half)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **settings: Any) -> SFTModule:  # type: ignore[override]
@@ -207,6 +256,7 @@ class SFTModule(LightningModule):
         return min(bounds)
 
     def configure_optimizers(self) -> Optimizer:
+        # frozen ones too, without a gradient, as a checkpoint knows parameters by their place
         parameters = list(self.model.parameters())
         # always these two groups, whatever is decayed: a checkpoint knows parameters by their place
         groups = [[p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]]
@@ -226,23 +276,26 @@ class SFTModule(LightningModule):
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """The micro-batch's share of the window's mean loss; see the module's docstring for its scale."""
         accumulate = self.trainer.accumulate_grad_batches
-        nats, balance = self._nats_and_balance(batch) if self.model.config.num_experts else (self._nats(batch), None)
+        flat, config = batch.batch, self.model.config
+        rows = (flat.input_ids, flat.positions, flat.cu_seqlens, flat.max_length)
+        balance = None
+        if config.num_experts:
+            hidden, balance = self.model.hidden_and_balance(*rows, aux_scope=self.aux_scope)
+        else:
+            hidden = self.model.hidden(*rows)
+        nats = cross_entropy(hidden, flat.labels, batch.targets, self.model.logits, config.vocab_size)
+        loss, shares = nats / batch.window_targets, [nats.detach()]
+        for term in self._losses:
+            share = term.loss(self.model, hidden, batch)
+            shares.append(share.detach())
+            loss = loss + term.weight * share
         if batch_idx % accumulate == 0:
-            self._window_nats = torch.zeros((), dtype=torch.float64, device=nats.device)
-        self._window_nats += nats.detach()
+            self._window = torch.zeros(len(shares), dtype=torch.float64, device=nats.device)
+        self._window += torch.stack(shares)
         self._window_targets = batch.window_targets
-        loss = nats / batch.window_targets
         if balance is not None and len(batch.targets):  # a rank without documents has one token that is nobody's
             loss = loss + balance / batch.window_tokens
         return loss * accumulate * self.trainer.world_size
-
-    def _nats_and_balance(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        flat = batch.batch
-        hidden, balance = self.model.hidden_and_balance(
-            flat.input_ids, flat.positions, flat.cu_seqlens, flat.max_length, aux_scope=self.aux_scope
-        )
-        vocab_size = self.model.config.vocab_size
-        return cross_entropy(hidden, flat.labels, batch.targets, self.model.logits, vocab_size), balance
 
     def _nats(self, batch: MicroBatch) -> Tensor:
         flat = batch.batch
@@ -254,6 +307,10 @@ class SFTModule(LightningModule):
         for group, decay in zip(optimizer.param_groups, self._weight_decays(), strict=True):
             group["lr"], group["weight_decay"] = self.learning_rate_now(), decay  # a checkpoint's must not win
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if not self.guard.skipped:
+            with torch.no_grad():
+                for term in self.terms:
+                    term.after_step(self.model, optimizer.param_groups[0]["lr"])
 
     def learning_rate_now(self) -> float:
         """Learning rate of the step that comes next."""
@@ -277,10 +334,15 @@ class SFTModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             gradient_clip_val = None
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val or math.inf)
-        nats = self.trainer.strategy.reduce(self._window_nats, reduce_op="sum")
-        loss, grad_norm = torch.stack([nats / self._window_targets, norm.double()]).tolist()
-        step = self.trainer.global_step + 1
-        self.last_step = StepResult(step, loss, grad_norm, optimizer.param_groups[0]["lr"])
+        sums = self.trainer.strategy.reduce(self._window, reduce_op="sum")
+        nats, grad_norm, *shares = torch.cat([sums[:1], norm.double()[None], sums[1:]]).tolist()
+        self.last_step = StepResult(
+            step=self.trainer.global_step + 1,
+            loss=nats / self._window_targets,
+            grad_norm=grad_norm,
+            learning_rate=optimizer.param_groups[0]["lr"],
+            terms={term.name: share for term, share in zip(self._losses, shares, strict=True)},
+        )
         if not self.guard.takes(self.last_step, self._window_documents, scaled=self._scaler is not None):
             optimizer.zero_grad(set_to_none=True)  # nothing to step with: weights and moments stay
 
@@ -325,12 +387,16 @@ class SFTModule(LightningModule):
     # ---- device and checkpoints
 
     @property
-    def attention(self) -> str:
-        """The attention that training runs with."""
+    def _half(self) -> torch.dtype | None:
+        """The half-precision type that training multiplies in, if it does."""
         dtypes = {"bf16": torch.bfloat16, "16-": torch.float16}
         precision = str(self.trainer.precision)
-        dtype = next((dtype for start, dtype in dtypes.items() if precision.startswith(start)), torch.float32)
-        return attention_backend(self.device, dtype, self.model.config.head_dim)
+        return next((dtype for start, dtype in dtypes.items() if precision.startswith(start)), None)
+
+    @property
+    def attention(self) -> str:
+        """The attention that training runs with."""
+        return attention_backend(self.device, self._half or torch.float32, self.model.config.head_dim)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a micro-batch; boundaries stay on the host where attention reads them there."""
@@ -360,6 +426,11 @@ class SFTModule(LightningModule):
             "model.min_lr_ratio": self.min_lr_ratio,
             "model.weight_decay": self.weight_decay,
             "model.decay_all": self.decay_all,
+            "model.replay_loss": self.replay_loss,
+            "model.replay_weight": self.replay_weight,
+            "model.l2_sp": self.l2_sp,
+            "model.freeze": self.frozen,
+            "model.terms": [type(term).__name__ for term in self.terms],
             "trainer.max_epochs": trainer.max_epochs,
             "trainer.max_steps": trainer.max_steps,
             "trainer.gradient_clip_val": trainer.gradient_clip_val,

@@ -24,6 +24,7 @@ class PlannedSpan(NamedTuple):
 
     supervised: bool
     optional: bool
+    ends_turn: bool
     items: list[list[int] | Text]
 
     def ids(self, encoded: Iterator[list[int]]) -> list[int]:

@@ -21,6 +21,7 @@ COLUMNS = (
     "train/loss",
     "lr",
     "grad_norm",
+    "train/replay",
     "val/chat/loss",
     "val/chat/perplexity",
     "val/pretrain/loss",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 
@@ -106,6 +107,7 @@ class FirstScreen(Callback):
                 f"{pl_module.attention} attention",
             ),
             *_data_rows(data),
+            ("holding on", _holding(data, pl_module)),
             (
                 "steps",
                 f"{windows:,} per epoch, {total:,} in all; a step learns from {data.plan.window_size:,} documents, "
@@ -176,6 +178,21 @@ def _data_rows(data: SFTDataModule) -> list[tuple[str, str]]:
             known = "" if name == CHAT else ", seen by the base" if data.seen else ", unseen by the base"
             rows.append((what, f"{len(found):,} documents{known}; rejected: {report.rejected(found.store.rejected)}"))
     return rows
+
+
+def _holding(data: SFTDataModule, pl_module: SFTModule) -> str:
+    """What keeps the model near its base."""
+    said, replay = [], data.plan.replay
+    if replay is not None:
+        tokens = np.mean([replay.lengths[window].sum() for window in data.plan.epoch(0).replay])
+        said.append(
+            f"replay of {tokens:,.0f} tokens of pretraining text a step ({data.replay_ratio:g} of the chats'; "
+            f"{len(replay.documents):,} documents, none of them measured), {pl_module.replay_loss} loss of weight "
+            f"{pl_module.replay_weight:g}"
+        )
+    said += [f"{term.name}, weight {term.weight:g}" for term in pl_module.terms if term.name != "replay"]
+    said += [f"frozen: {', '.join(pl_module.frozen)}"] if pl_module.frozen else []
+    return "; ".join(said) or "by nothing but the little data"
 
 
 def _text_line(text: float, chat: float | None, pl_module: SFTModule, data: SFTDataModule) -> str:

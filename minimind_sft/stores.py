@@ -3,23 +3,25 @@
 Paths are resolved, the sample is selected, and everything is tokenized once into stores under the cache folder
 (`corpus.py`); a second run opens them. What would spoil a run is refused here, before anything is trained: more bad
 lines than `max_bad_ratio`, held-out text that the chats repeat. `fit` and `inspect` both come through here, so that
-what is looked at is what is trained on.
+what is looked at is what is trained on. Who gets which document is `dealing.py`'s.
 """
 
 from __future__ import annotations
 
-import hashlib
-import heapq
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minimind_sft import corpus, hub, overlap
 from minimind_sft.chat import ChatTemplate
-from minimind_sft.corpus import Store
+from minimind_sft.corpus import Store, Taken
+from minimind_sft.dealing import Dealt, choose_by_hash, deal, without
+from minimind_sft.documents import Documents
 from minimind_sft.files import Files, default_cache, resolve
 from minimind_sft.progress import track
-from minimind_sft.sampling import Line, read_lines, select
+from minimind_sft.sampling import Line, Selection, read_lines, select
+from minimind_sft.system_prompts import find_prompts, read_prompts
 
 MEBIBYTE = 1 << 20
 
@@ -30,6 +32,7 @@ class Opened(NamedTuple):
     train: Store | None
     validation: Store | None  # chats
     measured: Store | None  # text that forgetting is measured on
+    replay: Store | None = None  # text of pretraining, none of it measured
 
 
 class Stores:
@@ -55,10 +58,18 @@ class Stores:
         max_mb: float | None = 72.0,
         max_ratio: float | None = None,
         pretrain_mb: float | None = None,
+        max_rows: int | None = None,
+        max_tokens: int | None = None,
         seed: int = 42,
+        max_length: int = 768,
+        too_long: str = "truncate_right",
+        supervise: str = "all",
+        val_fraction: float | None = None,
+        system_prompts: str | list[str] | None = None,
         max_bad_ratio: float = 0.01,
         max_overlap: float = 0.2,
         measure_documents: int = 1_000,
+        replay_documents: int = 20_000,
         format: str = "auto",
         document_format: str = "minimind3",
         probes_path: str | None = None,
@@ -67,13 +78,30 @@ class Stores:
         self.train_path, self.val_path = train_path, val_path
         self.pretrain_path, self.heldout_path = pretrain_path, heldout_path
         self.max_mb, self.max_ratio, self.pretrain_mb = max_mb, max_ratio, pretrain_mb
+        self.max_rows, self.max_tokens = max_rows, max_tokens
+        self.max_length, self.too_long, self.supervise = max_length, too_long, supervise
+        self.val_fraction = val_fraction
         self.seed, self.max_bad_ratio, self.max_overlap = seed, max_bad_ratio, max_overlap
-        self.measure_documents = measure_documents
+        self.measure_documents, self.replay_documents = measure_documents, replay_documents
         self.format, self.document_format = format, document_format
         self.cache = Path(cache_dir) if cache_dir else default_cache()
         self.files = Files(self.cache)
         self.probes = self.files.expand(probes_path, "data.probes_path")[0] if probes_path else None
+        self._check()
         self.template = ChatTemplate.from_folder(hub.local(resolve(tokenizer)))
+        self.prompts = None if system_prompts is None else find_prompts(self.template, read_prompts(system_prompts))
+
+    def _check(self) -> None:
+        if self.supervise not in ("all", "last"):
+            raise ValueError(f"data.supervise {self.supervise!r} is not known; choose all or last")
+        for name, cap in (("max_rows", self.max_rows), ("max_tokens", self.max_tokens)):
+            if cap is not None and cap < 1:
+                raise ValueError(f"data.{name} is {cap}; give a number of at least 1, or null for no cap")
+        if self.val_fraction is not None:
+            if not 0 < self.val_fraction < 1:
+                raise ValueError(f"data.val_fraction is {self.val_fraction}; it is a share between 0 and 1")
+            if self.val_path is not None:
+                raise ValueError("data.val_path and data.val_fraction are both set; set one of them to null")
 
     @property
     def seen(self) -> bool | None:
@@ -94,49 +122,96 @@ class Stores:
     @property
     def cap_mb(self) -> float | None:
         """The cap on the sample, in MB: the tighter of `max_mb` and `max_ratio`."""
+        return self._cap()[1]
+
+    def _cap(self) -> tuple[str, float | None]:
+        """The tighter of `max_mb` and `max_ratio`, by name, and what it comes to in MB."""
         if self.max_ratio is None:
-            return self.max_mb
+            return "max_mb", self.max_mb
         if self.pretrain_bytes is None:
             raise ValueError(
                 "data.max_ratio needs the size of the pretraining text: set data.pretrain_path or data.pretrain_mb"
             )
         by_ratio = self.max_ratio * self.pretrain_bytes / MEBIBYTE
-        return by_ratio if self.max_mb is None else min(self.max_mb, by_ratio)
+        return ("max_mb", self.max_mb) if self.max_mb is not None and self.max_mb <= by_ratio else ("max_ratio", by_ratio)
 
-    def open(self, *, train: bool) -> Opened:
+    def open(self, *, train: bool, replay: bool = False) -> Opened:
         """Open the stores, from the cache or made now.
 
         Args:
-            train: whether the training chats are wanted too.
+            train: whether the training chats are wanted too; with `val_fraction` they always are.
+            replay: whether the text to replay is.
 
         Raises:
             ValueError: for files that are not there, too many bad lines, or held-out text that the chats repeat.
         """
-        chats = self.train_store() if train else None
+        chats = self.train_store() if train or self.val_fraction else None
         validation = None if self.val_path is None else self._whole_store("val_path", self.val_path)
         measured = self._measure_store()
         if self.heldout_path is not None and chats is not None and measured is not None:
             self._refuse_overlap(chats, measured)
-        return Opened(chats, validation, measured)
+        return Opened(chats, validation, measured, self._replay_store() if replay else None)
+
+    def documents(self, opened: Opened) -> Dealt:
+        """What is trained on, validated on and measured on, no document in two of them; see `deal`."""
+        return deal(
+            *opened[:3],
+            max_length=self.max_length,
+            too_long=self.too_long,
+            val_fraction=self.val_fraction,
+            prompts=self.prompts,
+        )
 
     def train_store(self) -> Store:
-        """The sample of `train_path`, tokenized."""
-        files, cap = self.files.expand(self.train_path, "data.train_path"), self.cap_mb
+        """The sample of `train_path`, tokenized.
+
+        `meta["note"]` is the manifest of the selection, with the caps that it does not know and the `tightest` of them.
+        """
+        files, (by, cap) = self.files.expand(self.train_path, "data.train_path"), self._cap()
+        capped = {"max_mb": cap, "max_rows": self.max_rows, "max_tokens": self.max_tokens}
+        uncapped = all(value is None for value in capped.values())
 
         def make(folder: Path) -> None:
-            selection = select(files, max_mb=cap, seed=self.seed)
+            selection = select(files, max_mb=cap, max_rows=self.max_rows, seed=self.seed)
             selection.require_some()
             with track("tokenizing the chats", total=selection.selected) as progress:
                 # everything: the order of the sample means nothing, so the files' own order is kept
-                lines = read_lines(files) if cap is None else selection.lines()
-                corpus.build(folder, lines, progress=progress, note=selection.manifest, **self._tokenization)
+                corpus.build(
+                    folder,
+                    read_lines(files) if uncapped else selection.lines(),
+                    progress=progress,
+                    note=partial(self._note, selection, by),
+                    max_tokens=self.max_tokens,
+                    max_length=self.max_length,
+                    **self._tokenization,
+                )
 
-        store = corpus.open_or_build(self.cache, self._key("train", files, max_mb=cap, seed=self.seed), make)
-        return self._checked(store, "data.train_path")
+        key = self._key("train", files, **capped, by=by, seed=self.seed)
+        if self.max_tokens is not None:
+            key["max_length"] = self.max_length
+        return self._checked(corpus.open_or_build(self.cache, key, make), "data.train_path")
 
-    def validation_lines(self) -> Iterator[Line]:
-        """The lines of the validation chats; none where there are none."""
-        return read_lines(self.files.expand(self.val_path, "data.val_path")) if self.val_path else iter(())
+    def _note(self, selection: Selection, by: str, taken: Taken) -> dict[str, Any]:
+        tightest = by if selection.stopped_by == "max_mb" else selection.stopped_by
+        manifest = selection.manifest()
+        if taken.stopped:
+            if not taken.lines:
+                raise ValueError(f"data.max_tokens is {self.max_tokens}; the first document has more: raise it")
+            tightest = "max_tokens"  # in the manifest as rows, so that `sample --manifest` can rebuild the selection
+            manifest |= {"max_rows": taken.lines, "selected": taken.lines, "bytes": taken.bytes}
+            manifest["stopped_by"] = "max_rows"
+        return manifest | {"max_tokens": self.max_tokens, "tokens": taken.tokens, "tightest": tightest}
+
+    def validation_lines(self, validation: Documents | None) -> Iterator[Line]:
+        """The lines of the validation chats, in the files' order; none where there are none."""
+        if self.val_path:
+            yield from read_lines(self.files.expand(self.val_path, "data.val_path"))
+        elif validation is not None:
+            store = validation.store
+            names = store.meta["files"]
+            places = {(names[store.line_files[n]], int(store.line_numbers[n])) for n in validation.index}
+            lines = read_lines(self.files.expand(self.train_path, "data.train_path"))
+            yield from (line for line in lines if (line.file, line.number) in places)
 
     def _whole_store(self, name: str, paths: str | list[str]) -> Store:
         files = self.files.expand(paths, f"data.{name}")
@@ -153,27 +228,72 @@ class Stores:
         if paths is None:
             return None
         files = self.files.expand(paths, f"data.{name}")
+        known = self.files.expand(self.pretrain_path, "data.pretrain_path") if self.pretrain_path else []
+        known = known if self.heldout_path else []
 
         def make(folder: Path) -> None:
             with track(f"tokenizing data.{name}") as progress:
-                lines = choose_by_hash(read_lines(files), self.measure_documents)
-                corpus.build(folder, lines, progress=progress, **self._tokenization)
+                chosen = choose_by_hash(read_lines(files), self.measure_documents)
+                unseen = without(chosen, read_lines(known))
+                note = {"in_pretrain": len(chosen) - len(unseen)}
+                if not unseen:
+                    raise ValueError(
+                        "data.heldout_path: every document also stands in data.pretrain_path, so none is unseen. Set "
+                        "data.heldout_path to null, or to text that the base has not seen"
+                    )
+                corpus.build(folder, unseen, progress=progress, note=lambda _: note, **self._tokenization)
 
-        key = self._key("measure", files, documents=self.measure_documents)
+        key = self._key("measure", files, documents=self.measure_documents, known=self._hashes(known))
         return self._checked(corpus.open_or_build(self.cache, key, make), f"data.{name}")
+
+    def _replay_store(self) -> Store:
+        if self.pretrain_path is None:
+            raise ValueError(
+                "data.replay_ratio asks for text to replay, but data.pretrain_path is not set. Set it to the text that "
+                "the base was pretrained on (a part of it is enough), or data.replay_ratio to 0"
+            )
+        if self.replay_documents < 1:
+            raise ValueError(f"data.replay_documents is {self.replay_documents}; it must be at least 1")
+        files = self.files.expand(self.pretrain_path, "data.pretrain_path")
+        held_out = self.files.expand(self.heldout_path, "data.heldout_path") if self.heldout_path else []
+        measured = 0 if held_out else self.measure_documents  # of the same text: those with the smallest hashes
+
+        def make(folder: Path) -> None:
+            with track("tokenizing the text to replay") as progress:
+                chosen = choose_by_hash(read_lines(files), measured + self.replay_documents)[measured:]
+                corpus.build(folder, without(chosen, read_lines(held_out)), progress=progress, **self._tokenization)
+
+        key = self._key(
+            "replay", files, documents=self.replay_documents, measured=measured, held_out=self._hashes(held_out)
+        )
+        store = corpus.open_or_build(self.cache, key, make)
+        if not len(store):
+            raise ValueError(
+                f"there is no text to replay: all of data.pretrain_path is measured on (data.measure_documents "
+                f"{self.measure_documents}). Give more text, measure on less, or set data.replay_ratio to 0"
+            )
+        return self._checked(store, "data.pretrain_path")
 
     @property
     def _tokenization(self) -> dict[str, Any]:
-        return {"template": self.template, "format": self.format, "document_format": self.document_format}
+        return {
+            "template": self.template,
+            "format": self.format,
+            "document_format": self.document_format,
+            "supervise": self.supervise,
+        }
 
     def _key(self, kind: str, files: list[Path], **more: Any) -> dict[str, Any]:
         return {
             "kind": kind,
-            "files": [[str(path), self.files.facts(path).sha256] for path in files],
+            "files": self._hashes(files),
             "tokenizer": self.template.fingerprint,
-            "format": [self.format, self.document_format],
+            "format": [self.format, self.document_format, self.supervise],
             **more,
         }
+
+    def _hashes(self, files: list[Path]) -> list[list[str]]:
+        return [[str(path), self.files.facts(path).sha256] for path in files]
 
     def _checked(self, store: Store, key: str) -> Store:
         bad = sum(store.rejected.values())
@@ -206,14 +326,3 @@ class Stores:
                 f"shingles with the training chats; forgetting measured on them would be flattered. The worst: "
                 f"{held_out.where(worst)} ({shares[worst]:.0%}). Remove them, or raise data.max_overlap"
             )
-
-
-def choose_by_hash(lines: Iterator[Line], count: int) -> list[Line]:
-    """The `count` lines whose content hash is smallest: the same ones however the file is ordered or grows
-    elsewhere."""
-
-    def keyed() -> Iterator[tuple[bytes, int, Line]]:
-        for number, line in enumerate(lines):
-            yield hashlib.blake2b(line.text.encode(), digest_size=8).digest(), number, line
-
-    return [line for _, _, line in heapq.nsmallest(count, keyed())]

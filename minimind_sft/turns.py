@@ -41,11 +41,19 @@ _TOOL_PROBE: _Probe = (
 
 
 class Segment(NamedTuple):
-    """A stretch of marked text. `message` is the assistant message whose turn it is part of; None between turns."""
+    """A stretch of marked text.
+
+    Attributes:
+        text: The stretch.
+        message: The assistant message whose turn it is part of; None between turns.
+        optional: Whether it is an empty think block.
+        ends_turn: Whether the turn ends behind it.
+    """
 
     text: str
     message: int | None
     optional: bool = False
+    ends_turn: bool = False
 
 
 class Turns(NamedTuple):
@@ -83,12 +91,14 @@ class Turns(NamedTuple):
             header = text.find(self.header, max(0, start - len(self.header)), start + len(self.header))
             asked = start if header < 0 else header + len(self.header)  # behind `start` where a marker stands too early
             head = self._tail(text, asked)
-            segments += [
-                Segment(text[position:start], None),
+            turn = [
                 Segment(text[start:asked], message),
                 Segment(text[asked : asked + len(head)], message, head in self.blocks),
                 Segment(text[asked + len(head) : end], message),
             ]
+            turn = [segment for segment in turn if segment.text]
+            ending = [segment._replace(ends_turn=True) for segment in turn[-1:]]
+            segments += [Segment(text[position:start], None), *turn[:-1], *ending]
             position = end
         return [segment for segment in [*segments, Segment(text[position:], None)] if segment.text]
 

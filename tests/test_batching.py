@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from minimind_sft import corpus
-from minimind_sft.batching import IGNORE, Documents, Plan, in_order, pack
+from minimind_sft.batching import IGNORE, Plan, in_order, pack
 from minimind_sft.chat import ChatTemplate, Span
 from minimind_sft.corpus import Store
+from minimind_sft.documents import Documents
 from minimind_sft.sampling import Line
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -83,7 +84,7 @@ def ragged(tmp_path: Path) -> Documents:
 def windows(plan: Plan, epoch: int) -> list[set[int]]:
     """The documents of each window, over all its micro-batches."""
     shares = [plan.epoch(epoch).deal(window) for window in range(plan.windows)]
-    return [{document for share in window for document in share} for window in shares]
+    return [{document for share in window for document in share.chats} for window in shares]
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate", "ranks"), [(16, 1, 1), (4, 4, 1), (1, 16, 1), (2, 4, 2)])
@@ -120,13 +121,14 @@ def test_a_short_window_still_has_exactly_its_micro_batches(ragged: Documents) -
     plan = Plan(ragged, batch_size=2, accumulate=8)  # 43 = 16 + 16 + 11
     assert [len(plan.epoch(0).deal(window)) for window in range(3)] == [8, 8, 8]
     assert Plan(ragged, batch_size=5, accumulate=8).windows == 2  # and 3 documents for 8 micro-batches
-    assert [len(share) for share in Plan(ragged, batch_size=5, accumulate=8).epoch(0).deal(1)] == [1] * 3 + [0] * 5
+    short = Plan(ragged, batch_size=5, accumulate=8).epoch(0).deal(1)
+    assert [len(share.chats) for share in short] == [1] * 3 + [0] * 5
 
 
 def test_the_longest_goes_first_to_the_emptiest_micro_batch(tmp_path: Path) -> None:
     store = store_of(tmp_path / "s", [chat(1, size - 1) for size in (2, 8, 4, 7, 5, 6)])
     epoch = Plan(Documents(store, max_length=40), batch_size=3, accumulate=2).epoch(0)
-    assert [sorted(epoch.lengths[share].tolist()) for share in epoch.deal(0)] == [[4, 5, 8], [2, 6, 7]]
+    assert [sorted(epoch.lengths[share.chats].tolist()) for share in epoch.deal(0)] == [[4, 5, 8], [2, 6, 7]]
 
 
 def test_the_bound_on_tokens_says_which_settings_can_keep_it(ragged: Documents) -> None:

@@ -1,0 +1,178 @@
+"""Who gets which document: training, validation or measuring, by content and never two of them.
+
+Equal documents are found by the hash of their tokens (`Store.hashes`): a conversation that stands in the files twice is
+trained once, and one that is validated or measured on leaves training. Shares are drawn by hash as well, so a document
+stays on its side of the split when the files grow, are put in another order, or are sampled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minimind_sft.corpus import Store
+from minimind_sft.documents import NOTHING_TO_LEARN, TOO_LONG_REASON, Documents
+from minimind_sft.formats import PlainText, Rejected, parse
+from minimind_sft.sampling import Line
+from minimind_sft.system_prompts import SystemPrompts
+
+DUPLICATE, IN_VALIDATION, IN_MEASURED = "duplicate", "in_validation", "in_measured"
+VALIDATION = "validation"  # not a reason to reject: these are used
+
+
+class Dealt(NamedTuple):
+    """What the run's documents are for; None where there are none."""
+
+    train: Documents | None
+    validation: Documents | None
+    measured: Documents | None
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        """Lines of the sample that are used for nothing, counted by reason: with the documents of `train`, and of
+        `validation` where it comes from the same store, they make up the sample."""
+        assert self.train is not None
+        left_out = {reason: len(numbers) for reason, numbers in self.train.left_out.items() if reason != VALIDATION}
+        return self.train.store.rejected | left_out
+
+    def rejections(self) -> Iterator[dict[str, Any]]:
+        """The lines that `rejected` counts, each with `file`, `line`, `reason` and `detail`."""
+        assert self.train is not None
+        store = self.train.store
+        yield from store.rejections()
+        for reason, numbers in self.train.left_out.items():
+            if reason != VALIDATION:
+                details = self._details(reason, numbers)
+                for number, detail in zip(numbers.tolist(), details, strict=True):
+                    file, line = store.meta["files"][store.line_files[number]], int(store.line_numbers[number])
+                    yield {"file": file, "line": line, "reason": reason, "detail": detail}
+
+    def _details(self, reason: str, numbers: np.ndarray) -> Iterator[str]:
+        assert self.train is not None
+        store, limit = self.train.store, self.train.max_length
+        if reason in (NOTHING_TO_LEARN, TOO_LONG_REASON):
+            what = "data.too_long is drop" if reason == TOO_LONG_REASON else "no supervised token within it"
+            sizes = np.asarray(store.offsets)[numbers + 1] - np.asarray(store.offsets)[numbers]
+            return (f"{size} tokens, data.max_length is {limit}: {what}" for size in sizes.tolist())
+        if reason == DUPLICATE:
+            others = np.setdiff1d(np.arange(len(store)), np.concatenate(list(self.train.left_out.values())))
+            others = np.union1d(others, self.train.left_out.get(VALIDATION, others))
+            for kept in (IN_VALIDATION, IN_MEASURED):
+                others = np.union1d(others, self.train.left_out.get(kept, others))
+            return _same_as(store, numbers, store, others)
+        documents = self.validation if reason == IN_VALIDATION else self.measured
+        assert documents is not None
+        return _same_as(store, numbers, documents.store, np.arange(len(documents.store)))
+
+
+def _same_as(store: Store, numbers: np.ndarray, other: Store, candidates: np.ndarray) -> Iterator[str]:
+    """Which of the other store's documents each one equals."""
+    hashes = np.asarray(other.hashes)[candidates]
+    order = np.argsort(hashes, kind="stable")
+    places = candidates[order[np.searchsorted(hashes[order], np.asarray(store.hashes)[numbers])]]
+    return (f"the same as {other.where(int(place))}" for place in places)
+
+
+def deal(
+    train: Store | None,
+    validation: Store | None,
+    measured: Store | None,
+    *,
+    max_length: int,
+    too_long: str = "truncate_right",
+    val_fraction: float | None = None,
+    prompts: SystemPrompts | None = None,
+) -> Dealt:
+    """Deal the documents.
+
+    Args:
+        train, validation, measured: the stores, None where there is none.
+        max_length, too_long: see `Documents`; measured text is always cut on the right.
+        val_fraction: share of the training documents, by content hash, to validate on; None for none.
+        prompts: system prompts for training.
+
+    Raises:
+        ValueError: nothing is left to train on, or nothing falls to validation.
+    """
+    looked_at = {
+        name: Documents(store, max_length=max_length, too_long=too_long if name == IN_VALIDATION else "truncate_right")
+        for name, store in ((IN_VALIDATION, validation), (IN_MEASURED, measured))
+        if store is not None
+    }
+    pool = None
+    if train is not None:
+        pool = Documents(train, max_length=max_length, too_long=too_long, prompts=prompts)
+        pool.leave_out(DUPLICATE, _repeated(_hashes(pool)))
+        if val_fraction is not None:
+            chosen = _hashes(pool) < np.uint64(val_fraction * 2.0**64)
+            if not chosen.any():
+                raise ValueError(
+                    f"data.val_fraction {val_fraction:g} of {len(pool)} chats is none; raise it, or set data.val_path"
+                )
+            looked_at[IN_VALIDATION] = Documents(
+                train, max_length=max_length, too_long=too_long, numbers=pool.index[chosen]
+            )
+            pool.leave_out(VALIDATION, chosen)
+        for reason, documents in looked_at.items():
+            if documents.store is not train:
+                pool.leave_out(reason, np.isin(_hashes(pool), documents.store.hashes))
+        if not len(pool):
+            counts = ", ".join(f"{len(numbers)} {reason}" for reason, numbers in pool.left_out.items())
+            raise ValueError(f"nothing can be learned: no training document is left ({counts or 'there was none'})")
+    return Dealt(pool, looked_at.get(IN_VALIDATION), looked_at.get(IN_MEASURED))
+
+
+def _hashes(documents: Documents) -> np.ndarray:
+    return np.asarray(documents.store.hashes)[documents.index]
+
+
+def _repeated(hashes: np.ndarray) -> np.ndarray:
+    """(D,) bool: whether an earlier one is equal."""
+    first = np.unique(hashes, return_index=True)[1]
+    repeated = np.ones(len(hashes), bool)
+    repeated[first] = False
+    return repeated
+
+
+# ---- by content, before anything is tokenized
+
+
+def content_hash(line: Line) -> bytes:
+    """Of what a line says: of its text where it is a text, whatever else stands beside it."""
+    content = line.text
+    if '"text"' in content:
+        try:
+            parsed = parse(content)
+            content = parsed.text if isinstance(parsed, PlainText) else content
+        except Rejected:
+            pass
+    return hashlib.blake2b(content.encode(), digest_size=16).digest()
+
+
+def choose_by_hash(lines: Iterable[Line], count: int) -> list[Line]:
+    """The `count` lines whose content hash is smallest, each content once: the same ones however the file is ordered
+    or grows elsewhere."""
+    chosen: dict[bytes, Line] = {}
+    heap: list[tuple[int, bytes]] = []  # the largest hash first
+    for line in lines:
+        digest = content_hash(line)
+        key = (-int.from_bytes(digest, "big"), digest)
+        if digest in chosen or (len(heap) == count and key < heap[0]):
+            continue
+        chosen[digest] = line
+        gone = heapq.heappushpop(heap, key) if len(heap) == count else heapq.heappush(heap, key)
+        if gone is not None:
+            del chosen[gone[1]]
+    return [chosen[digest] for _, digest in sorted(heap, reverse=True)]
+
+
+def without(lines: list[Line], known: Iterable[Line]) -> list[Line]:
+    """The lines whose content is not that of a known line."""
+    wanted = {content_hash(line): line for line in lines}
+    for line in known:
+        wanted.pop(content_hash(line), None)
+    return list(wanted.values())

@@ -1,0 +1,78 @@
+"""Replay: how much pretraining text, and which, goes into every window beside the chats.
+
+The pool of replay documents is read as one endless stream, pass after pass, each in an order of its own. A window takes
+the documents that begin in its stretch of the stream, and the stretches are as long as the ratio asks: over an epoch
+the replay text makes up its share of the tokens to within a document, though a single window may be a document off.
+Everything is a pure function of (seed, epoch), so that a resumed run replays the same text.
+
+The base has seen this text (arXiv 2403.08763 replays 1 to 5 % to keep continual pretraining from forgetting; arXiv
+2605.26097 a quarter of the tokens for small models under SFT).
+
+Shapes: D documents of the pool, W windows of an epoch.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from minimind_sft.documents import Documents
+
+
+class ReplayStream:
+    """Pretraining text to be replayed, dealt to windows.
+
+    Args:
+        documents: the pool.
+        ratio: tokens of replay per token of chat; above 0.
+        seed: of the order of every pass.
+
+    Raises:
+        ValueError: an empty pool, or a ratio that is not above 0.
+    """
+
+    def __init__(self, documents: Documents, *, ratio: float, seed: int) -> None:
+        if not ratio > 0.0:
+            raise ValueError(f"data.replay_ratio is {ratio}; it is replay tokens per chat token, above 0 (0 is off)")
+        if not len(documents):
+            raise ValueError(
+                "there is no text to replay: every document of data.pretrain_path is measured on. Give more text, "
+                "lower data.measure_documents, or set data.replay_ratio to 0"
+            )
+        self.documents, self.ratio, self.seed = documents, ratio, seed
+        self.lengths, self.targets = documents.sizes(np.ones(len(documents), bool))
+        self.tokens = int(self.lengths.sum())  # of one pass
+        self._pass = lru_cache(maxsize=2)(self._order)
+
+    def _order(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Documents (D,) of a pass in order, and where in the pass each one begins (D,)."""
+        order = np.random.default_rng([self.seed, number, 5]).permutation(len(self.documents))
+        lengths = self.lengths[order]
+        return order, lengths.cumsum() - lengths
+
+    def between(self, start: int, stop: int) -> np.ndarray:
+        """The documents that begin at the stream's tokens `start` to `stop`, in order."""
+        found = [np.zeros(0, np.int64)]
+        for number in range(start // self.tokens, -(-stop // self.tokens)):
+            order, begins = self._pass(number)
+            first, last = np.searchsorted(begins, [start - number * self.tokens, stop - number * self.tokens])
+            found.append(order[first:last])
+        return np.concatenate(found)
+
+    def windows(self, epoch: int, chat_tokens: np.ndarray, epoch_tokens: int) -> list[np.ndarray]:
+        """What every window of an epoch replays.
+
+        Args:
+            epoch: from 0.
+            chat_tokens: (W,) tokens of each window's chats.
+            epoch_tokens: about the chat tokens of any epoch; decides where in the stream each one begins.
+
+        Returns:
+            W arrays of documents.
+        """
+        begin = epoch * int(self.ratio * epoch_tokens)
+        stops = begin + np.floor(self.ratio * np.cumsum(chat_tokens)).astype(np.int64)
+        return [
+            self.between(int(start), int(stop)) for start, stop in zip([begin, *stops[:-1]], stops, strict=True)
+        ]

@@ -1,0 +1,171 @@
+"""Terms: what is added to a window's loss, or done after a step, so that the model holds on to what it knew.
+
+A term gets a frozen copy of the base before training, which lives outside the module and is neither trained nor
+saved. Losses are sums over the window's own count, as everywhere (`losses.py`), so a term splits over
+micro-batches and ranks like the loss that it is added to.
+
+One's own term is a class with these methods, named in the YAML under `model.terms`:
+
+    terms:
+      - class_path: my_package.MyTerm
+        init_args: {weight: 0.1}
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minimind_sft.batching import MicroBatch
+from minimind_sft.losses import cross_entropy, kl_divergence
+from minimind_sft.model import Transformer
+
+
+class Term:
+    """Something that holds on; does nothing by itself.
+
+    Args:
+        weight: factor of its loss.
+
+    Attributes:
+        name: under which it is logged, as `train/<name>`, in nats before the weight.
+    """
+
+    name = "term"
+
+    def __init__(self, weight: float = 1.0) -> None:
+        if not weight >= 0.0:
+            raise ValueError(f"the weight of {self.name} is {weight}; it must not be negative")
+        self.weight = weight
+
+    def start(self, base: Transformer, control_ids: list[int], *, half: torch.dtype | None) -> None:
+        """Look at the base, on its device, before the first step (and again in a process that resumes).
+
+        Args:
+            base: the model as it was loaded, frozen; all terms share it, so none may change it.
+            control_ids: the ids of the tokenizer's control tokens.
+            half: the type that the device multiplies fastest, where that is a half-precision one.
+        """
+
+    def loss(self, model: Transformer, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        """The micro-batch's share of the window's loss, (), before the weight. Not asked where it is not overridden.
+
+        Args:
+            model: as it is now.
+            hidden: (N, C) its states for the micro-batch, after the final norm.
+            batch: the micro-batch, with chats and replay text.
+        """
+        raise NotImplementedError
+
+    def after_step(self, model: Transformer, learning_rate: float) -> None:
+        """Called without gradients after an optimizer step that was taken with this learning rate."""
+
+
+class ReplayKL(Term):
+    """KL(base || model) on the replay text, the mean over its tokens.
+
+    The base's whole distribution is kept, not only the next token that happens to stand there; nothing new is learned
+    from the replay text. The base runs in half precision where the device is good at it.
+
+    Source: arXiv 1606.09282 (Learning without Forgetting), with text of pretraining instead of the new task's.
+    """
+
+    name = "replay"
+
+    def start(self, base: Transformer, control_ids: list[int], *, half: torch.dtype | None) -> None:
+        self._base = base if half is None else copy.deepcopy(base).to(half)
+
+    def loss(self, model: Transformer, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        replay, flat = batch.replay, batch.batch
+        assert replay is not None
+        if not len(replay.targets):
+            return hidden.new_zeros((), dtype=torch.float32)
+        with torch.no_grad():
+            base_hidden = self._base.hidden(
+                flat.input_ids[replay.start :],
+                flat.positions[replay.start :],
+                flat.cu_seqlens[replay.first_document :] - replay.start,
+                flat.max_length,
+            )[replay.targets - replay.start]
+        nats = kl_divergence(
+            hidden[replay.targets], base_hidden, model.logits, self._base.logits, model.config.vocab_size
+        )
+        return nats / replay.window_targets
+
+
+class ReplayNextToken(Term):
+    """Next-token loss on the replay text, the mean over its tokens: experience replay, which also goes on learning from
+    that text. Source: arXiv 2403.08763."""
+
+    name = "replay"
+
+    def loss(self, model: Transformer, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        replay = batch.replay
+        assert replay is not None
+        nats = cross_entropy(hidden, batch.batch.labels, replay.targets, model.logits, model.config.vocab_size)
+        return nats / max(1, replay.window_targets)
+
+
+class L2SP(Term):
+    """Decay towards the base instead of towards zero, decoupled from the gradient as in AdamW:
+
+        w <- w - lr * weight * (w - w_base)
+
+    Rows of control tokens in the embedding (and output layer) are left alone, because pretraining may never have
+    trained them. Source: arXiv 1802.01483 (L2-SP), decoupled as in arXiv 1711.05101.
+    """
+
+    name = "l2_sp"
+
+    def start(self, base: Transformer, control_ids: list[int], *, half: torch.dtype | None) -> None:
+        self._base = dict(base.named_parameters())
+        self._control = torch.tensor(control_ids, device=base.lm_head.weight.device)
+
+    def after_step(self, model: Transformer, learning_rate: float) -> None:
+        for name, parameter in model.named_parameters():
+            if name not in self._base or not parameter.requires_grad:  # a new output layer has no base
+                continue
+            pull = parameter - self._base[name]
+            if name in ("model.embed_tokens.weight", "lm_head.weight"):
+                pull[self._control] = 0.0
+            parameter.sub_(pull, alpha=learning_rate * self.weight)
+
+
+def chosen(
+    *, replay: bool, replay_loss: str, replay_weight: float, l2_sp: float, more: list[Term] | None
+) -> list[Term]:
+    """The terms that the settings name, in the order in which they are logged."""
+    kinds: dict[str, type[Term]] = {"kl": ReplayKL, "ntp": ReplayNextToken}
+    terms = [kinds[replay_loss](replay_weight)] if replay and replay_weight else []
+    return [*terms, *([L2SP(l2_sp)] if l2_sp else []), *(more or [])]
+
+
+def freeze(model: Transformer, patterns: Sequence[str]) -> None:
+    """Train no parameter whose name matches one of the patterns, as in a shell.
+
+    Raises:
+        ValueError: a pattern that matches nothing; nothing left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            raise ValueError(f"model.freeze: no parameter is called {pattern!r}; there are {', '.join(names)[:400]}")
+        for name in found:
+            model.get_parameter(name).requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"model.freeze {list(patterns)} leaves nothing to train")
+
+
+def frozen_copy(model: Transformer, head: Tensor | None) -> Transformer:
+    """A copy that is not trained, with another output layer (V, C) where one is given."""
+    base = copy.deepcopy(model).requires_grad_(False).eval()
+    if head is not None:
+        more = base.config.vocab_size - len(head)  # a vocabulary that was resized, as `Transformer.resize_vocab` does
+        rows = torch.cat([head, head.mean(0, keepdim=True).expand(more, -1)]).detach().clone()
+        base.lm_head.weight = torch.nn.Parameter(rows, requires_grad=False)
+    return base

@@ -1,0 +1,62 @@
+"""Lines to documents of token ids, or to the reasons why they are none.
+
+A pure function of the lines, many at once, because the tokenizer is several times faster so.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from minimind_sft.chat import ChatTemplate, Span
+from minimind_sft.formats import Conversation, PlainText, Rejected, parse
+from minimind_sft.sampling import Line
+
+
+class Document(NamedTuple):
+    """A line, tokenized."""
+
+    spans: list[Span]
+    source: str | None = None
+    takes_system: bool = False
+
+
+def tokenize(
+    lines: list[Line], template: ChatTemplate, *, format: str, document_format: str, supervise: str
+) -> list[Document | Rejected]:
+    """Lines to documents, or to the reasons why they are none, in order; see `build`."""
+    parsed = [_parsed(line, format) for line in lines]
+    chats = [entry for entry in parsed if isinstance(entry, Conversation)]
+    texts = [entry for entry in parsed if isinstance(entry, PlainText)]
+    rendered = iter(_render(chats, template, supervise))
+    framed = iter(template.documents([entry.text for entry in texts], format=document_format) if texts else [])
+    made: list[Document | Rejected] = []
+    for entry in parsed:
+        if isinstance(entry, Conversation):
+            spans = next(rendered)
+            plain = not entry.tools and all(message["role"] != "system" for message in entry.messages)
+            made.append(spans if isinstance(spans, Rejected) else Document(spans, takes_system=plain))
+        else:
+            made.append(Document(next(framed), entry.source) if isinstance(entry, PlainText) else entry)
+    return made
+
+
+def _parsed(line: Line, format: str) -> Conversation | PlainText | Rejected:
+    try:
+        return parse(line.text, format=format)
+    except Rejected as why:
+        return why
+
+
+def _render(
+    conversations: list[Conversation], template: ChatTemplate, supervise: str
+) -> list[list[Span]] | list[list[Span] | Rejected]:
+    try:
+        return template.render_many(conversations, supervise=supervise)
+    except Rejected:  # one of them; the others must not suffer
+        results: list[list[Span] | Rejected] = []
+        for conversation in conversations:
+            try:
+                results.append(template.render(conversation, supervise=supervise))
+            except Rejected as why:
+                results.append(why)
+        return results

@@ -1,0 +1,309 @@
+"""What holds on to the base: replay text in every window, KL, L2-SP, freezing, and one's own terms."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_batching import chat, store_of
+from torch import Tensor
+
+from minimind_sft.__main__ import main
+from minimind_sft.batching import MicroBatch, Plan, pack
+from minimind_sft.callbacks import Measure
+from minimind_sft.documents import Documents
+from minimind_sft.forgetting import Reading
+from minimind_sft.losses import kl_divergence
+from minimind_sft.model import Transformer
+from minimind_sft.model_config import ModelConfig
+from minimind_sft.replay import ReplayStream
+from minimind_sft.terms import L2SP, ReplayKL, ReplayNextToken, Term
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+# ---- which text is replayed when
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Documents:
+    return Documents(store_of(tmp_path / "pool", [chat(1, size) for size in range(2, 22)]), max_length=40)
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Documents:
+    sizes = np.random.default_rng(0).integers(1, 30, (43, 2)).tolist()
+    return Documents(store_of(tmp_path / "chats", [chat(q, a) for q, a in sizes]), max_length=40)
+
+
+def test_a_pass_of_the_stream_holds_every_document_once_in_an_order_of_its_own(pool: Documents) -> None:
+    stream = ReplayStream(pool, ratio=1.0, seed=0)
+    first, second = (stream.between(n * stream.tokens, (n + 1) * stream.tokens).tolist() for n in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(20)) and first != second
+    cut = stream.tokens // 3
+    pieces = [stream.between(a, b) for a, b in ((0, cut), (cut, 2 * cut), (2 * cut, 2 * stream.tokens))]
+    assert np.concatenate(pieces).tolist() == first + second
+    assert ReplayStream(pool, ratio=1.0, seed=1).between(0, stream.tokens).tolist() != first
+
+
+def test_an_epoch_replays_its_share_of_tokens_and_goes_on_where_the_last_one_ended(
+    pool: Documents, chats: Documents
+) -> None:
+    plan = Plan(chats, batch_size=8, replay=ReplayStream(pool, ratio=0.25, seed=0))
+    plain = Plan(chats, batch_size=8)
+    replayed = [plan.epoch(epoch).window_tokens - plain.epoch(epoch).window_tokens for epoch in (0, 1)]
+    tokens = int(plain.epoch(0).window_tokens.sum())
+    assert all(abs(int(share.sum()) - 0.25 * tokens) < 22 for share in replayed)  # the longest document has 22 tokens
+    documents = [np.concatenate(plan.epoch(epoch).replay).tolist() for epoch in (0, 1)]
+    assert sorted((documents[0] + documents[1])[:20]) == list(range(20))  # none twice before all came once
+    assert plan.epoch(1).order.tolist() == plain.epoch(1).order.tolist()  # the chats are not disturbed
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate", "ranks"), [(4, 4, 1), (1, 16, 1), (2, 4, 2)])
+def test_replay_is_the_same_however_a_window_is_dealt(
+    pool: Documents, chats: Documents, batch_size: int, accumulate: int, ranks: int
+) -> None:
+    stream = ReplayStream(pool, ratio=0.25, seed=0)
+    whole = Plan(chats, batch_size=16, replay=stream)
+    plan = Plan(chats, batch_size=batch_size, accumulate=accumulate, ranks=ranks, replay=stream)
+    for window in range(plan.windows):
+        places = range(window * accumulate, (window + 1) * accumulate)
+        parts = [plan.micro_batch(0, place, rank) for place in places for rank in range(ranks)]
+        expected = whole.micro_batch(0, window, 0).replay
+        assert expected is not None and len(expected.targets) == expected.window_targets > 0
+        assert sum(len(part.replay.targets) for part in parts) == expected.window_targets  # type: ignore[union-attr]
+        assert all(part.replay.window_targets == expected.window_targets for part in parts)  # type: ignore[union-attr]
+
+
+def test_replay_text_lies_behind_the_chats_with_targets_of_its_own() -> None:
+    rows = [(np.array(ids), np.array(flags, bool)) for ids, flags in (([1, 2, 3], [0, 1, 0]), ([4, 5], [1, 1]))]
+    batch = pack(rows[:1], replay=rows[1:], window_replay_targets=9)
+    assert batch.batch.input_ids.tolist() == [1, 2, 3, 4, 5]
+    assert batch.batch.labels.tolist() == [2, -100, -100, 5, -100]
+    assert batch.targets.tolist() == [0] and batch.window_targets == 1
+    assert batch.replay is not None and batch.replay.targets.tolist() == [3]
+    assert batch.replay[1:] == (9, 3, 1)
+
+
+# ---- the terms
+
+
+def test_kl_is_the_sum_over_positions_of_base_against_model() -> None:
+    base = torch.tensor([[0.0, math.log(3.0)], [1.0, 1.0]])  # 1/4, 3/4 and 1/2, 1/2
+    model = torch.zeros(2, 2, requires_grad=True)
+    nats = kl_divergence(model, base, lambda x: x, lambda x: x, 2)
+    assert nats.item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
+    (gradient,) = torch.autograd.grad(nats, model)
+    torch.testing.assert_close(gradient, torch.tensor([[0.25, -0.25], [0.0, 0.0]]))
+
+
+def test_chunks_of_kl_give_the_same_value_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hidden, base = torch.randn(9, 5, requires_grad=True), torch.randn(9, 5)
+    values = []
+    for limit in (1 << 20, 30):
+        monkeypatch.setattr("minimind_sft.losses.MAX_LOGITS", limit)
+        nats = kl_divergence(hidden, base, lambda x: x, lambda x: 2 * x, 5)
+        values.append((nats.detach(), *torch.autograd.grad(nats, hidden)))
+    torch.testing.assert_close(values[0], values[1])
+
+
+def small_model(seed: int = 0) -> Transformer:
+    model = Transformer(ModelConfig.minimind3(vocab_size=32, hidden_size=32, num_hidden_layers=1))
+    model.initialise(seed)
+    return model
+
+
+def with_replay(chat_length: int) -> MicroBatch:
+    rows = [(np.arange(1, length + 1), np.ones(length, bool)) for length in (chat_length, 6, 4)]
+    return pack(rows[:1], replay=rows[1:], window_replay_targets=10)
+
+
+def states(model: Transformer, batch: MicroBatch) -> Tensor:
+    flat = batch.batch
+    return model.hidden(flat.input_ids, flat.positions, flat.cu_seqlens, flat.max_length)
+
+
+def test_the_kl_of_the_base_is_zero_and_that_of_another_model_does_not_depend_on_the_chats() -> None:
+    term, model = ReplayKL(), small_model()
+    term.start(small_model(), [], half=None)
+    assert term.loss(model, states(model, with_replay(3)), with_replay(3)).item() == pytest.approx(0.0, abs=1e-6)
+    other = small_model(1)
+    found = [term.loss(other, states(other, batch), batch).item() for batch in map(with_replay, (3, 20))]
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0] > 1e-4
+
+
+def test_next_token_replay_is_the_cross_entropy_of_the_replay_text_alone() -> None:
+    model, batch = small_model(), with_replay(3)
+    logits = model.logits(states(model, batch))[batch.replay.targets]  # type: ignore[union-attr]
+    wanted = torch.tensor([2, 3, 4, 5, 6, 2, 3, 4])
+    expected = -torch.log_softmax(logits, -1)[range(8), wanted].sum() / 10
+    assert ReplayNextToken().loss(model, states(model, batch), batch).item() == pytest.approx(expected.item())
+
+
+def test_l2_sp_decays_towards_the_base_and_spares_control_tokens() -> None:
+    model, term = small_model(1), L2SP(0.5)
+    base, old = small_model(0), small_model(1)
+    term.start(base, [7], half=None)
+    with torch.no_grad():
+        term.after_step(model, 0.2)
+    for name, weight in model.named_parameters():
+        before, origin = old.get_parameter(name), base.get_parameter(name)
+        expected = before - 0.2 * 0.5 * (before - origin)
+        if name == "model.embed_tokens.weight":
+            expected[7] = before[7]
+        torch.testing.assert_close(weight, expected)
+
+
+# ---- through `fit`
+
+
+class PullNorms(Term):
+    """Somebody's own term."""
+
+    name = "pull_norms"
+
+    def loss(self, model: Transformer, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        return model.model.norm.weight.square().sum() * len(batch.targets) / batch.window_targets
+
+
+def fit(run_dir: Path, cache: Path, *more: str, ckpt: str | None = None) -> list[dict[str, str]]:
+    """The metrics of a few steps on the demo's data."""
+    arguments = [
+        f"--run_dir={run_dir}", "--device=cpu", "--log_every_steps=1", "--val_every_steps=4", "--save_every_steps=2",
+        f"--model.weights={PROJECT}/data/base.pth", f"--data.train_path={PROJECT}/data/sft_train.jsonl",
+        f"--data.pretrain_path={PROJECT}/data/pretrain.jsonl", f"--data.heldout_path={PROJECT}/data/heldout.jsonl",
+        f"--data.tokenizer={PROJECT}/data/tokenizer", f"--data.cache_dir={cache}", "--data.measure_documents=40",
+        "--data.replay_documents=200", "--data.max_overlap=1.0", "--data.batch_size=16", "--trainer.max_steps=8",
+        "--model.learning_rate=2e-3",
+        *more, *([f"--ckpt_path={ckpt}"] if ckpt else []),
+    ]  # fmt: skip
+    assert main(["fit", *arguments]) == 0
+    with open(run_dir / "metrics.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def state(run_dir: Path) -> dict[str, Any]:
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+REPLAY = "--data.replay_ratio=0.5"
+
+
+@pytest.fixture(scope="module")
+def held(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, str]]]:
+    run_dir = tmp_path_factory.mktemp("held") / "run"
+    return run_dir, fit(run_dir, cache, REPLAY)
+
+
+def test_replay_forgets_less_and_is_logged_and_the_base_is_not_saved(
+    held: tuple[Path, list[dict[str, str]]], cache: Path, tmp_path: Path
+) -> None:
+    run_dir, rows = held
+    plain = fit(tmp_path / "plain", cache)
+    assert float(rows[-1]["val/forgetting"]) < 0.7 * float(plain[-1]["val/forgetting"])
+    assert float(rows[1]["train/replay"]) == pytest.approx(0.0, abs=1e-5)  # at step 1 the model is the base
+    assert float(rows[8]["train/replay"]) > 1e-3
+    assert all(row["train/replay"] == "" for row in plain)
+    assert rows[1]["train/loss"] == pytest.approx(plain[1]["train/loss"])
+    names = state(run_dir)["state_dict"].keys()
+    assert names == state(tmp_path / "plain")["state_dict"].keys()
+
+
+def test_how_a_window_is_dealt_does_not_change_a_run_with_replay(
+    held: tuple[Path, list[dict[str, str]]], cache: Path, tmp_path: Path
+) -> None:
+    rows = fit(tmp_path / "run", cache, REPLAY, "--data.batch_size=4", "--trainer.accumulate_grad_batches=4")
+    for row, expected in zip(rows[1:], held[1][1:], strict=True):
+        for name in ("train/loss", "train/replay", "grad_norm"):
+            assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-4, abs=1e-5)
+
+
+def test_a_run_with_replay_resumes_bit_for_bit_and_on_no_other_replay(
+    held: tuple[Path, list[dict[str, str]]], cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schedule = ["--trainer.max_epochs=1", "--trainer.max_steps=-1", "--data.max_mb=0.012"]
+    whole = fit(tmp_path / "whole", cache, REPLAY, *schedule, "--keep_every_steps=2")
+    (middle,) = (tmp_path / "whole" / "checkpoints").glob("*2.ckpt")
+    rest = fit(tmp_path / "rest", cache, REPLAY, *schedule, ckpt=str(middle))
+    assert len(rest) > 1
+    for row, expected in zip(rest, whole[-len(rest) :], strict=True):
+        skip = ("seconds", "tokens_per_second")
+        assert {k: v for k, v in row.items() if k not in skip} == {k: v for k, v in expected.items() if k not in skip}
+    one, other = (state(tmp_path / name)["state_dict"] for name in ("whole", "rest"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(AssertionError):
+        fit(tmp_path / "refused", cache, "--data.replay_ratio=0.25", *schedule, ckpt=str(middle))
+    assert "replay was" in capsys.readouterr().err
+
+
+def test_replay_needs_text_and_says_what_to_do(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(AssertionError):
+        fit(tmp_path / "run", cache, REPLAY, "--data.pretrain_path=null")
+    assert "set it to the text that the base was pretrained on" in capsys.readouterr().err.lower()
+
+
+def test_every_other_way_to_hold_on_changes_the_run(
+    held: tuple[Path, list[dict[str, str]]], cache: Path, tmp_path: Path
+) -> None:
+    losses = {"kl": held[1][-1]["train/loss"]}
+    for name, options in {
+        "ntp": [REPLAY, "--model.replay_loss=ntp"],
+        "weight": [REPLAY, "--model.replay_weight=3"],
+        "l2_sp": ["--model.l2_sp=10"],
+        "freeze": ['--model.freeze=["*.mlp.*", "*embed_tokens*"]'],
+        "term": ["--model.terms=[{class_path: test_holding.PullNorms, init_args: {weight: 0.1}}]"],
+        "plain": [],
+    }.items():
+        losses[name] = fit(tmp_path / name, cache, *options)[-1]["train/loss"]
+    assert len(set(losses.values())) == len(losses)
+    base = torch.load(PROJECT / "data" / "base.pth", weights_only=True)
+    frozen = state(tmp_path / "freeze")["state_dict"]
+    for name, tensor in frozen.items():
+        unchanged = torch.equal(tensor, base[name.removeprefix("model.")].float())
+        assert unchanged == (".mlp." in name or "embed_tokens" in name or "lm_head" in name), name
+
+
+def test_a_pattern_that_freezes_nothing_is_an_error(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(AssertionError):
+        fit(tmp_path / "run", cache, "--model.freeze=*.mpl.*")
+    assert "no parameter is called '*.mpl.*'" in capsys.readouterr().err
+
+
+# ---- which reading is the best, and when to stop
+
+
+def measured(*losses: tuple[float, float], bound: float | None) -> Measure:
+    measure = Measure(log_every=1, val_every=1, save_every=1, max_forgetting=bound, patience=2)
+    measure.readings = [Reading(step, chat, text) for step, (chat, text) in enumerate(losses)]
+    return measure
+
+
+@pytest.mark.parametrize(("bound", "best", "stops"), [(None, 2, False), (0.25, 1, True), (0.05, 1, True)])
+def test_the_best_reading_is_within_the_bound_or_the_one_that_forgot_least(
+    bound: float | None, best: int, stops: bool
+) -> None:
+    measure = measured((5.0, 2.0), (4.0, 2.2), (3.0, 2.5), (3.5, 2.6), bound=bound)
+    assert measure.best is not None and measure.best.step == best and measure.at_plateau == stops
+    assert measure.within(measure.best) == (bound != 0.05)
+
+
+def test_a_run_out_of_patience_stops_saves_and_stays_stopped(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--val_every_steps=2", "--patience=1", "--model.max_forgetting=0"]
+    rows = fit(tmp_path / "run", cache, *options)
+    assert rows[-1]["step"] == "4" and state(tmp_path / "run")["global_step"] == 4
+    said = capsys.readouterr().out
+    assert "no better reading since step 2" in said and "no reading was within model.max_forgetting = 0" in said
+    assert fit(tmp_path / "run", cache, *options, ckpt="last")[-1]["step"] == "4"
