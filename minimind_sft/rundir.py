@@ -24,6 +24,7 @@ OUR_FILES = (
     "run.json",
     "last.pth",
     "sample.json",
+    "rejected.jsonl",
     "config.yaml",
 )
 
