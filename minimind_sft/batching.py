@@ -222,7 +222,8 @@ class Plan:
         replay: ReplayStream | None = None,
     ) -> None:
         if not len(documents):
-            raise ValueError("no document has a supervised token within data.max_length; nothing can be learned")
+            counts = ", ".join(f"{count} {reason}" for reason, count in documents.rejected.items())
+            raise ValueError(f"nothing can be learned: no document is left to train on ({counts or 'there was none'})")
         if batch_size < 1:
             raise ValueError(f"data.batch_size is {batch_size}; it counts conversations and must be at least 1")
         for name, ratio in (("empty_think_ratio", empty_think_ratio), ("system_ratio", system_ratio)):

@@ -29,7 +29,7 @@ from minimind_sft.formats import Conversation, Rejected
 from minimind_sft.plans import Plan, PlannedSpan, dropped_fields, planned_items
 from minimind_sft.rendering import Template
 from minimind_sft.skeleton import CutError, Outline, Skeleton, Slot, Touched
-from minimind_sft.turns import learn_turns
+from minimind_sft.turns import THOUGHT, learn_turns, without_reasoning
 
 CODE_VERSION = 1  # part of every cache key: raise it when the ids that come out change
 # What stands before and behind a document of raw text. minimind2's files hold these markers themselves: there, and only
@@ -80,6 +80,7 @@ class ChatTemplate:
         self._control = _control_pattern(parsed["added_tokens"])
         self._encoder = TextEncoder(parsed, controls=self._controls)
         self._template = Template(template, controls=self._controls, variables=variables)
+        self._knows_reasoning = THOUGHT in template
         self._plans: dict[Any, Plan] = {}
         self.dropped: Counter[str] = Counter()
         self.vocab_size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
@@ -123,16 +124,19 @@ class ChatTemplate:
 
     # ---- the rest of the program's interface
 
-    def render(self, conversation: Conversation, *, supervise: str = "all") -> list[Span]:
+    def render(self, conversation: Conversation, *, supervise: str = "all", reasoning: bool = True) -> list[Span]:
         """The spans of one conversation; see `render_many`."""
-        return self.render_many([conversation], supervise=supervise)[0]
+        return self.render_many([conversation], supervise=supervise, reasoning=reasoning)[0]
 
-    def render_many(self, conversations: Iterable[Conversation], *, supervise: str = "all") -> list[list[Span]]:
+    def render_many(
+        self, conversations: Iterable[Conversation], *, supervise: str = "all", reasoning: bool = True
+    ) -> list[list[Span]]:
         """The spans of each conversation, in order; concatenated, their ids are the conversation's.
 
         Args:
             conversations: From `formats.parse`. A message with `train` false is context.
             supervise: `all` assistant turns, or the `last`.
+            reasoning: Supervise think blocks, too; else they are context, empty ones as well.
 
         Raises:
             Rejected: The template refuses a conversation (`template_refused`, `template_cuts_text`).
@@ -140,7 +144,8 @@ class ChatTemplate:
         plans: list[Plan] = []
         texts: list[str] = []
         for conversation in conversations:
-            plan, slots = self._plan(conversation.messages, conversation.tools, supervise=supervise)
+            plan, slots = self._plan(conversation.messages, conversation.tools, supervise=supervise,
+                                     reasoning=reasoning)
             if plan.dropped:
                 self.dropped.update(plan.dropped)
             plans.append(plan)
@@ -148,6 +153,12 @@ class ChatTemplate:
         encoded = iter(self._encoder.encode_many(texts))
         return [[Span(span.ids(encoded), span.supervised, span.optional, span.ends_turn) for span in plan.spans]
                 for plan in plans]
+
+    def require_reasoning(self) -> None:
+        """Raises ValueError where the template knows no think blocks, so that none can be told from an answer."""
+        if not self._knows_reasoning:
+            raise ValueError(f"data.supervise_reasoning is false, but the chat template knows no {THOUGHT}, so that "
+                             "reasoning cannot be told from answers; set it to true, or use a template that does")
 
     def prompt(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, *, thinking: bool = False
@@ -199,7 +210,7 @@ class ChatTemplate:
     # ---- plans
 
     def _plan(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, *, supervise: str = "all",
-              flags: dict[str, Any] | None = None) -> tuple[Plan, list[Slot]]:
+              reasoning: bool = True, flags: dict[str, Any] | None = None) -> tuple[Plan, list[Slot]]:
         context = [index for index, message in enumerate(messages) if not message.get("train", True)]
         if supervise == "last":
             answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -209,27 +220,31 @@ class ChatTemplate:
             outline, slots = self._template.outline(messages, tools)
         except CutError as error:
             raise Rejected("template_cuts_text", str(error)) from None
-        key = (outline, tuple(context), tuple(flags.values()))
+        key = (outline, tuple(context), reasoning, tuple(flags.values()))
         plan = self._plans.get(key)
         if plan is None:
             try:
                 skeleton = self._template.skeleton(outline, flags)
             except Touched:
-                return self._plan(messages, tools, supervise=supervise, flags=flags)
+                return self._plan(messages, tools, supervise=supervise, reasoning=reasoning, flags=flags)
             except jinja2.TemplateError as error:
                 raise Rejected("template_refused", f"the chat template says: {error}") from None
             except CutError as error:
                 raise Rejected("template_cuts_text", str(error)) from None
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
-            plan = self._plans[key] = self._compile(skeleton, outline, slots, context)
+            plan = self._plans[key] = self._compile(skeleton, outline, slots, context, reasoning)
         return plan, slots
 
-    def _compile(self, skeleton: Skeleton, outline: Outline, slots: list[Slot], context: list[int]) -> Plan:
+    def _compile(self, skeleton: Skeleton, outline: Outline, slots: list[Slot], context: list[int],
+                 reasoning: bool) -> Plan:
         roles = [message[0] for message in outline[1:]]
         answers = [index for index, role in enumerate(roles) if role == "assistant"]
         spans = []
-        for segment in self.turns.cut(skeleton, slots, answers):
+        segments = self.turns.cut(skeleton, slots, answers)
+        if not reasoning:
+            segments = without_reasoning(segments, skeleton, self._control)
+        for segment in segments:
             items = planned_items(segment.text, skeleton, control=self._control, ids=self._controls,
                                   encode=self.encode_text)
             supervised = segment.message is not None and segment.message not in context

@@ -184,6 +184,7 @@ def build(
     format: str = "auto",
     document_format: str = "minimind3",
     supervise: str = "all",
+    reasoning: bool = True,
     max_tokens: int | None = None,
     max_length: int | None = None,
     note: Callable[[Taken], dict[str, Any]] = lambda taken: {},
@@ -198,6 +199,7 @@ def build(
         format: of the lines, see `formats.parse`.
         document_format: how a raw text is framed, see `ChatTemplate.document`.
         supervise: `all` assistant turns, or the `last`.
+        reasoning: supervise their think blocks, too.
         max_tokens: stop for good at the first document that would make more tokens than this; None for no cap.
         max_length: count no more tokens than this of a document.
         note: called at the end; what it returns is kept in `meta["note"]`.
@@ -207,7 +209,9 @@ def build(
     taken, size, tokens, stopped = 0, 0, 0, False
     stream = iter(lines)
     while not stopped and (chunk := list(itertools.islice(stream, _RENDER_TOGETHER))):
-        made = tokenize(chunk, template, format=format, document_format=document_format, supervise=supervise)
+        made = tokenize(
+            chunk, template, format=format, document_format=document_format, supervise=supervise, reasoning=reasoning
+        )
         for line, document in zip(chunk, made, strict=True):
             if isinstance(document, Rejected):
                 writer.reject(line, document)

@@ -42,11 +42,21 @@ class SFTDataModule(LightningDataModule):
         pretrain_path: the text that the base was pretrained on; measures forgetting where there is no `heldout_path`,
             and gives the size for `max_ratio`.
         heldout_path: pretraining text that the base has not seen; measures forgetting.
+        val_fraction: validate on this share of the training chats, by content hash; excludes `val_path`.
         max_mb: train on at most this many MB (of 1024 * 1024 bytes) of lines, drawn with `seed`; null for all of them.
         max_ratio: train on at most this share of the pretraining text's bytes (the rule of thumb is 0.001 to 0.0001).
+        max_rows: train on at most this many lines. Of several caps the tightest wins.
+        max_tokens: train on at most this many tokens, of whole documents in the order of the sample, each counted up to
+            `max_length`, until one would pass it.
         pretrain_mb: MB of pretraining text, where `pretrain_path` is not at hand.
         seed: of the sample, of the order in every epoch, and of what is drawn per conversation.
-        max_length: tokens after which a document is cut.
+        max_length: most tokens of a document.
+        too_long: what becomes of a longer one: truncate_right, truncate_turns (whole turns from the end), truncate_left,
+            drop or error.
+        supervise: learn all answers of a chat, or the last. A message with `train` false is never learned.
+        supervise_reasoning: learn think blocks, too; false: they are context.
+        system_prompts: prompts to put in front of chats that have none: a file with one a line, or a list.
+        system_ratio: share of the chats without a system prompt and tools that get one, drawn every epoch.
         batch_size: conversations per micro-batch.
         max_tokens_per_batch: most tokens in one micro-batch, which bounds memory; null for no bound.
         empty_think_ratio: share of the conversations that keep the template's empty think blocks, drawn every epoch.
@@ -72,13 +82,21 @@ class SFTDataModule(LightningDataModule):
         train_path: str | list[str],
         tokenizer: str,
         val_path: str | list[str] | None = None,
+        val_fraction: float | None = None,
         pretrain_path: str | list[str] | None = None,
         heldout_path: str | list[str] | None = None,
         max_mb: float | None = 72.0,
         max_ratio: float | None = None,
+        max_rows: int | None = None,
+        max_tokens: int | None = None,
         pretrain_mb: float | None = None,
         seed: int = 42,
         max_length: int = 768,
+        too_long: str = "truncate_right",
+        supervise: str = "all",
+        supervise_reasoning: bool = True,
+        system_prompts: str | list[str] | None = None,
+        system_ratio: float = 0.2,
         batch_size: int = 16,
         max_tokens_per_batch: int | None = None,
         empty_think_ratio: float = 0.2,
@@ -95,6 +113,7 @@ class SFTDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.seed, self.max_length, self.batch_size = seed, max_length, batch_size
+        self.too_long, self.system_ratio = too_long, system_ratio
         self.max_tokens_per_batch, self.shuffle = max_tokens_per_batch, shuffle
         self.empty_think_ratio, self.document_format = empty_think_ratio, document_format
         if not replay_ratio >= 0.0:
@@ -104,12 +123,20 @@ class SFTDataModule(LightningDataModule):
             train_path=train_path,
             tokenizer=tokenizer,
             val_path=val_path,
+            val_fraction=val_fraction,
             pretrain_path=pretrain_path,
             heldout_path=heldout_path,
             max_mb=max_mb,
             max_ratio=max_ratio,
+            max_rows=max_rows,
+            max_tokens=max_tokens,
             pretrain_mb=pretrain_mb,
             seed=seed,
+            max_length=max_length,
+            too_long=too_long,
+            supervise=supervise,
+            supervise_reasoning=supervise_reasoning,
+            system_prompts=system_prompts,
             max_bad_ratio=max_bad_ratio,
             max_overlap=max_overlap,
             measure_documents=measure_documents,
@@ -140,25 +167,26 @@ class SFTDataModule(LightningDataModule):
         return self.replay_ratio > 0.0 and model.replay_weight > 0.0 and not model.from_scratch
 
     def setup(self, stage: str) -> None:
-        """Open the stores; `fit` also plans the windows."""
+        """Open the stores and deal their documents; `fit` also plans the windows."""
         assert self.trainer is not None
         opened = self._open()
+        self.dealt = self.stores.documents(opened)
         self.evaluation = {
-            name: Documents(store, max_length=self.max_length)
-            for name, store in ((CHAT, opened.validation), (PRETRAIN, opened.measured))
-            if store is not None
+            name: documents
+            for name, documents in ((CHAT, self.dealt.validation), (PRETRAIN, self.dealt.measured))
+            if documents is not None
         }
         if stage == "fit":
-            assert opened.train is not None
-            self.train_store = opened.train
+            assert self.dealt.train is not None
             self.plan = Plan(
-                Documents(opened.train, max_length=self.max_length),
+                self.dealt.train,
                 batch_size=self.batch_size,
                 accumulate=self.trainer.accumulate_grad_batches,
                 ranks=self.trainer.world_size,
                 seed=self.seed,
                 shuffle=self.shuffle,
                 empty_think_ratio=self.empty_think_ratio,
+                system_ratio=self.system_ratio,
                 max_tokens_per_batch=self.max_tokens_per_batch,
                 replay=self._replay_stream(opened.replay),
             )
@@ -176,25 +204,25 @@ class SFTDataModule(LightningDataModule):
         """Bytes of pretraining text, uncompressed; None where nothing tells."""
         return self.stores.pretrain_bytes
 
-    @property
-    def cap_mb(self) -> float | None:
-        """The cap on the sample, in MB: the tighter of `max_mb` and `max_ratio`."""
-        return self.stores.cap_mb
-
     # ---- what a checkpoint has to agree on
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides which documents come in which window."""
+        """What decides which documents come in which window, and which of their tokens."""
+        documents, prompts = self.plan.documents, self.stores.prompts
         return {
-            "sample": self.train_store.folder.name,
-            "documents": len(self.plan.documents),
+            "sample": documents.store.folder.name,
+            "documents": len(documents),
+            "dealt": documents.fingerprint,
             "window_size": self.plan.window_size,
             "seed": self.seed,
             "shuffle": self.shuffle,
             "max_length": self.max_length,
+            "too_long": self.too_long,
             "empty_think_ratio": self.empty_think_ratio,
             "replay": self.plan.replay and f"{self.replay_ratio:g} of {self.plan.replay.documents.store.folder.name}",
+            "system_prompts": None if prompts is None else prompts.texts,
+            "system_ratio": None if prompts is None else self.system_ratio,
         }
 
     def check_identity(self, saved: dict[str, Any]) -> None:
@@ -210,7 +238,8 @@ class SFTDataModule(LightningDataModule):
         if changed:
             raise ValueError(
                 f"cannot resume: the checkpoint's data differs ({'; '.join(changed)}). `sample` stands for the files, "
-                "data.max_mb, data.seed and the tokenizer; `window_size` is batch_size x accumulate_grad_batches x "
+                "the caps, data.seed, data.supervise, data.supervise_reasoning and the tokenizer; `dealt` for what "
+                "leaves training, such as validation chats; `window_size` is batch_size x accumulate_grad_batches x "
                 "ranks. Restore these settings, or start a new run from the checkpoint with model.weights"
             )
 
@@ -248,7 +277,7 @@ class SFTDataModule(LightningDataModule):
         """Prompts of the validation chats (up to the last answer), `batch_size` together, with the reference answer."""
         found = list(self._prompts())
         if not found:
-            raise ValueError("predict answers the chats of data.val_path, which is not set or holds none")
+            raise ValueError("predict answers the chats of data.val_path or data.val_fraction; there are none")
         return DataLoader(found, batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]
 
     def sample_prompts(self, count: int) -> list[dict[str, Any]]:
@@ -256,7 +285,7 @@ class SFTDataModule(LightningDataModule):
         return list(itertools.islice(self._prompts(), count))
 
     def _prompts(self) -> Iterator[dict[str, Any]]:
-        return prompts(self.stores.validation_lines(None), self.template, self.max_length)
+        return prompts(self.stores.validation_lines(self.dealt.validation), self.template, self.max_length)
 
 
 def _loader(dataset: Dataset[MicroBatch], sampler: Sampler[Any] | None = None) -> DataLoader[MicroBatch]:

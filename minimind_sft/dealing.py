@@ -33,11 +33,15 @@ class Dealt(NamedTuple):
 
     @property
     def rejected(self) -> dict[str, int]:
-        """Lines of the sample that are used for nothing, counted by reason: with the documents of `train`, and of
-        `validation` where it comes from the same store, they make up the sample."""
+        """Lines of the sample that are used for nothing, counted by reason: with the documents of `train` and those
+        that `split_off` counts, they make up the sample."""
         assert self.train is not None
-        left_out = {reason: len(numbers) for reason, numbers in self.train.left_out.items() if reason != VALIDATION}
-        return self.train.store.rejected | left_out
+        return {reason: count for reason, count in self.train.rejected.items() if reason != VALIDATION}
+
+    @property
+    def split_off(self) -> int:
+        """How many documents of the sample are validated on (`val_fraction`)."""
+        return 0 if self.train is None else len(self.train.left_out.get(VALIDATION, ()))
 
     def rejections(self) -> Iterator[dict[str, Any]]:
         """The lines that `rejected` counts, each with `file`, `line`, `reason` and `detail`."""
@@ -96,34 +100,34 @@ def deal(
         prompts: system prompts for training.
 
     Raises:
-        ValueError: nothing is left to train on, or nothing falls to validation.
+        ValueError: nothing falls to validation; with `too_long` error, something is.
     """
     looked_at = {
         name: Documents(store, max_length=max_length, too_long=too_long if name == IN_VALIDATION else "truncate_right")
-        for name, store in ((IN_VALIDATION, validation), (IN_MEASURED, measured))
+        for name, store in ((IN_MEASURED, measured), (IN_VALIDATION, validation))
         if store is not None
     }
-    pool = None
-    if train is not None:
-        pool = Documents(train, max_length=max_length, too_long=too_long, prompts=prompts)
-        pool.leave_out(DUPLICATE, _repeated(_hashes(pool)))
-        if val_fraction is not None:
-            chosen = _hashes(pool) < np.uint64(val_fraction * 2.0**64)
-            if not chosen.any():
-                raise ValueError(
-                    f"data.val_fraction {val_fraction:g} of {len(pool)} chats is none; raise it, or set data.val_path"
-                )
-            looked_at[IN_VALIDATION] = Documents(
-                train, max_length=max_length, too_long=too_long, numbers=pool.index[chosen]
+    if IN_VALIDATION in looked_at and IN_MEASURED in looked_at:
+        _leave_out_those_of(looked_at[IN_MEASURED], looked_at[IN_VALIDATION], IN_MEASURED)
+    if train is None:
+        return Dealt(None, looked_at.get(IN_VALIDATION), looked_at.get(IN_MEASURED))
+    pool = Documents(train, max_length=max_length, too_long=too_long, prompts=prompts)
+    pool.leave_out(DUPLICATE, _repeated(_hashes(pool)))
+    for reason, documents in looked_at.items():
+        _leave_out_those_of(documents, pool, reason)
+    if val_fraction is not None:
+        chosen = _hashes(pool) < np.uint64(val_fraction * 2.0**64)
+        if not chosen.any():
+            raise ValueError(
+                f"data.val_fraction {val_fraction:g} of {len(pool)} chats is none; raise it, or set data.val_path"
             )
-            pool.leave_out(VALIDATION, chosen)
-        for reason, documents in looked_at.items():
-            if documents.store is not train:
-                pool.leave_out(reason, np.isin(_hashes(pool), documents.store.hashes))
-        if not len(pool):
-            counts = ", ".join(f"{len(numbers)} {reason}" for reason, numbers in pool.left_out.items())
-            raise ValueError(f"nothing can be learned: no training document is left ({counts or 'there was none'})")
+        looked_at[IN_VALIDATION] = Documents(train, max_length=max_length, too_long=too_long, numbers=pool.index[chosen])
+        pool.leave_out(VALIDATION, chosen)
     return Dealt(pool, looked_at.get(IN_VALIDATION), looked_at.get(IN_MEASURED))
+
+
+def _leave_out_those_of(theirs: Documents, ours: Documents, reason: str) -> None:
+    ours.leave_out(reason, np.isin(_hashes(ours), np.asarray(theirs.store.hashes)))
 
 
 def _hashes(documents: Documents) -> np.ndarray:

@@ -18,6 +18,7 @@ Shapes: D documents, S spans, L tokens of one document.
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -71,10 +72,10 @@ class Documents:
     ) -> None:
         if max_length < 2:
             raise ValueError(f"data.max_length is {max_length}; a document needs at least 2 tokens to have a target")
-        if too_long not in TOO_LONG:
-            raise ValueError(f"data.too_long {too_long!r} is not known; choose one of {', '.join(TOO_LONG)}")
+        assert too_long in TOO_LONG
         self.store, self.max_length, self.too_long, self.prompts = store, max_length, too_long, prompts
         self.index = np.arange(len(store)) if numbers is None else numbers
+        self._of_store = numbers is None
         self.left_out: dict[str, np.ndarray] = {}
         if too_long in ("drop", "error"):
             long = self._all().whole > max_length
@@ -93,6 +94,17 @@ class Documents:
             self.index = self.index[~which]
 
     @property
+    def fingerprint(self) -> str:
+        """A hash of which documents these are, and in which order."""
+        return hashlib.blake2b(np.asarray(self.store.hashes)[self.index].tobytes(), digest_size=8).hexdigest()
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        """Lines and documents that are not used, counted by reason; of a part of a store, those of that part."""
+        left_out = {reason: len(numbers) for reason, numbers in self.left_out.items()}
+        return (self.store.rejected if self._of_store else {}) | left_out
+
+    @property
     def nothing_to_learn(self) -> np.ndarray:
         """The store's numbers of the documents without a target within `max_length`."""
         return self.left_out.get(NOTHING_TO_LEARN, np.zeros(0, np.int64))
@@ -103,12 +115,19 @@ class Documents:
         return int((self._all().whole > self.max_length).sum())
 
     @property
+    def lost(self) -> int:
+        """How many documents are left out because they are longer than `max_length`."""
+        useless = self.nothing_to_learn
+        whole = self.extents(useless, np.ones(len(useless), bool), None).whole
+        return len(self.left_out.get(TOO_LONG_REASON, ())) + int((whole > self.max_length).sum())
+
+    @property
     def targets_lost(self) -> float:
         """Share of the supervised tokens that `max_length` costs, in [0, 1]."""
         lost = [self.left_out[reason] for reason in (TOO_LONG_REASON, NOTHING_TO_LEARN) if reason in self.left_out]
         everything = np.concatenate([self.index, *lost])
         keep = np.ones(len(everything), bool)
-        uncut = float(self._extents(everything, keep, None, max_length=_UNBOUNDED).targets.sum())
+        uncut = float(self.extents(everything, keep, None, max_length=_UNBOUNDED).targets.sum())
         return 1.0 - float(self._all().targets.sum()) / max(1.0, uncut)
 
     @property
@@ -119,7 +138,7 @@ class Documents:
             return np.zeros(len(self), bool)
         takes = np.asarray(self.store.takes_system)[self.index] != 0
         longest = np.where(takes, int(np.argmax(self.prompts.extra[:-1])), NO_PROMPT)
-        with_longest = self._extents(self.index, np.ones(len(self), bool), longest)
+        with_longest = self.extents(self.index, np.ones(len(self), bool), longest)
         takes &= with_longest.targets > 0
         return takes & (with_longest.whole <= self.max_length) if self.too_long in ("drop", "error") else takes
 
@@ -133,33 +152,46 @@ class Documents:
         Returns:
             lengths (D,) and targets (D,), int64, of what is used.
         """
-        extent = self._extents(self.index, keep_optional, prompt)
+        extent = self.extents(self.index, keep_optional, prompt)
         return extent.stop - extent.start, extent.targets
 
     def row(self, number: int, keep_optional: bool, prompt: int = NO_PROMPT) -> tuple[np.ndarray, np.ndarray]:
         """Token ids (L,) and supervised flags (L,) of what is used of document `number` of `index`."""
-        ids, flags = self.store.document(int(self.index[number]))
+        ids, flags = self.whole(int(self.index[number]), prompt)
         if not keep_optional and (flags & OPTIONAL).any():
             stays = (flags & OPTIONAL) == 0
             ids, flags = ids[stays], flags[stays]
-        if prompt != NO_PROMPT:
-            assert self.prompts is not None
-            prefix, rest = self.prompts.ids[prompt], self.prompts.replaced
-            ids = np.concatenate([np.asarray(prefix, ids.dtype), ids[rest:]])
-            flags = np.concatenate([np.zeros(len(prefix), flags.dtype), flags[rest:]])
         if len(ids) > self.max_length:
-            extent = self._extents(
+            extent = self.extents(
                 self.index[number : number + 1], np.array([keep_optional]), np.array([prompt], np.int64)
             )
             ids, flags = (values[int(extent.start[0]) : int(extent.stop[0])] for values in (ids, flags))
         return ids.astype(np.int64), (flags & SUPERVISED) != 0
 
-    def _all(self) -> Extent:
-        return self._extents(self.index, np.ones(len(self.index), bool), None)
+    def whole(self, number: int, prompt: int = NO_PROMPT) -> tuple[np.ndarray, np.ndarray]:
+        """All token ids and their spans' flags of the store's document `number`, with a system prompt in front."""
+        ids, flags = self.store.document(number)
+        if prompt != NO_PROMPT:
+            assert self.prompts is not None
+            prefix, rest = self.prompts.ids[prompt], self.prompts.replaced
+            ids = np.concatenate([np.asarray(prefix, ids.dtype), ids[rest:]])
+            flags = np.concatenate([np.zeros(len(prefix), flags.dtype), flags[rest:]])
+        return ids, flags
 
-    def _extents(
+    def _all(self) -> Extent:
+        return self.extents(self.index, np.ones(len(self.index), bool), None)
+
+    def extents(
         self, index: np.ndarray, keep: np.ndarray, prompt: np.ndarray | None, max_length: int | None = None
     ) -> Extent:
+        """What is used of the store's documents `index`, after leaving out optional spans and putting prompts in front.
+
+        Args:
+            index: (D,) the store's numbers.
+            keep: (D,) bool, whether a document's optional spans stay.
+            prompt: (D,) as in `sizes`.
+            max_length: in place of the attribute.
+        """
         limit = self.max_length if max_length is None else max_length
         spans, owner = self.store.spans_of(index)  # (S,) numbers of spans, (S,) which of `index` each one belongs to
         flags = self.store.span_flags[spans]

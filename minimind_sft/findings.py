@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minimind_sft.corpus import Store
-from minimind_sft.inspection_rows import NOTHING_TO_LEARN, Row, View
+from minimind_sft import account
+from minimind_sft.dealing import Dealt
+from minimind_sft.inspection_rows import Row, View
 from minimind_sft.oddities import scan
 from minimind_sft.stores import MEBIBYTE
 
@@ -71,7 +72,7 @@ def inspect_store(view: View, *, rows: int, max_bad_ratio: float = 1.0) -> Inspe
         documents=len(store),
         rows=[view.row(number) for number in range(min(rows, len(store)))],
         figures=_figures(view),
-        reasons=_reasons(store),
+        reasons=_reasons(view.dealt),
         bins=histogram(view.lengths, max_length=view.documents.max_length),
         notable=_notable(view),
         warnings=_warnings(view, max_bad_ratio),
@@ -79,20 +80,14 @@ def inspect_store(view: View, *, rows: int, max_bad_ratio: float = 1.0) -> Inspe
 
 
 def _figures(view: View) -> list[tuple[str, str]]:
-    store, documents, note, limit = view.store, view.documents, view.store.meta["note"], view.documents.max_length
+    note = view.store.meta["note"]
     tokens, size = int(view.lengths.sum()), note["bytes"] / MEBIBYTE
-    cap = "no cap" if note["max_mb"] is None else f"cap {note['max_mb']:g} MB, seed {note['seed']}"
-    lines = note["lines_seen"] - note["blank"]
-    useless, again = len(documents.nothing_to_learn), len(store) - len(np.unique(store.hashes))
     figures = [
-        ("lines", f"{note['selected']:,} of {lines:,} selected, {size:,.2f} MB ({cap}); {note['blank']:,} blank"),
-        ("kept", f"{len(store):,} rows: {len(documents):,} to train on, {useless:,} without a supervised token in the "
-                 f"first {limit:,} ({NOTHING_TO_LEARN})"),
-        ("rejected", f"{sum(store.rejected.values()):,}"),
-        ("duplicates", f"{again:,} rows are exact repetitions of another"),
+        ("lines", f"{account.chosen(view.dealt)}; {note['blank']:,} blank"),
+        ("kept", account.used(view.dealt)),
+        ("rejected", f"{sum(view.dealt.rejected.values()):,}"),
         ("tokens", f"{tokens:,} before cutting, {tokens / max(size, 1e-9):,.0f} per MB of lines"),
-        ("cut", f"{documents.cut:,} rows to train on; all cuts lose {documents.targets_lost:.1%} of the supervised "
-                "tokens"),
+        ("too long", account.too_long(view.documents)),
     ]
     if view.plan is not None:
         epoch = view.plan.epoch(0)
@@ -105,13 +100,13 @@ def _figures(view: View) -> list[tuple[str, str]]:
     return figures
 
 
-def _reasons(store: Store) -> list[Reason]:
+def _reasons(dealt: Dealt) -> list[Reason]:
     first: dict[str, str] = {}
-    for row in store.rejections():
+    for row in dealt.rejections():
         first.setdefault(row["reason"], f"{row['file']}:{row['line']}: {row['detail']}")
-        if len(first) == len(store.rejected):
+        if len(first) == len(dealt.rejected):
             break
-    return [Reason(reason, count, first[reason]) for reason, count in store.rejected.items()]
+    return [Reason(reason, count, first[reason]) for reason, count in dealt.rejected.items()]
 
 
 def _warnings(view: View, max_bad_ratio: float) -> list[str]:

@@ -35,7 +35,7 @@ def parser() -> SettingsParser:
         type=OptionalStr,
         default=None,
         metavar="REASON",
-        help="list the rows that ended so instead: a reason of rejection, cut or nothing_to_learn",
+        help="list the rows that ended so instead: a reason of rejection, cut or validation",
     )
     parser.add_argument("--html", type=OptionalStr, default=None, metavar="FILE", help="write a page as well")
     parser.add_argument(
@@ -89,16 +89,16 @@ def wants_color(choice: str, stream: TextIO) -> bool:
 def _view(data: Any, accumulate: int) -> View:
     """The store and the settings of `fit`; that too many lines are bad is told, and is no reason not to look."""
     settings = {name: getattr(data, name) for name in signature(Stores).parameters}
-    stores = Stores(**settings | {"max_bad_ratio": 1.0})
+    stores = Stores(**settings | {"max_bad_ratio": 1.0, "max_overlap": 1.0})
     return View(
-        stores.train_store(),
+        stores.documents(stores.open(train=True)),
         TokenTexts(stores.template.tokenizer),
-        max_length=data.max_length,
         batch_size=data.batch_size,
         accumulate=accumulate,
         seed=data.seed,
         shuffle=data.shuffle,
         empty_think_ratio=data.empty_think_ratio,
+        system_ratio=data.system_ratio,
         max_tokens_per_batch=data.max_tokens_per_batch,
     )
 

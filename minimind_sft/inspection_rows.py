@@ -1,6 +1,6 @@
 """A store as epoch 0 of `fit` sees it, row by row: which tokens are used, learned, left out and cut.
 
-What is drawn per epoch (which empty think blocks stay) is drawn as `fit` draws it, so the rows shown are those trained
+What is drawn per epoch (which empty think blocks stay, which system prompt stands in front) is drawn as `fit` draws it, so the rows shown are those trained
 on; the numbers are those of `batching.Plan`, found again from the tokens of a single row.
 """
 
@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minimind_sft.batching import Documents, Plan
-from minimind_sft.corpus import OPTIONAL, SUPERVISED, Store
+from minimind_sft.batching import Plan
+from minimind_sft.corpus import OPTIONAL, SUPERVISED
+from minimind_sft.dealing import VALIDATION, Dealt
+from minimind_sft.documents import NO_PROMPT
 from minimind_sft.oddities import TokenTexts
 
 USED, LEFT_OUT, CUT = "used", "left out", "cut"
-NOTHING_TO_LEARN = "nothing_to_learn"
 
 
 class Piece(NamedTuple):
@@ -37,7 +38,8 @@ class Piece(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One document: where it came from, its tokens, and how many are used, learned and cut."""
+    """One document: where it came from, its tokens, how many are used, learned and cut, and why it is not trained on
+    (None where it is)."""
 
     number: int  # in the sample, from 1
     where: str
@@ -45,70 +47,73 @@ class Row(NamedTuple):
     supervised: int
     cut: int
     pieces: list[Piece]
+    not_trained: str | None = None
 
 
 class View:
     """A store as epoch 0 of `fit` sees it.
 
     Args:
-        store: The tokenized sample.
+        dealt: The tokenized sample, and who gets which of its documents.
         texts: What its ids stand for.
-        max_length, batch_size, accumulate, seed, shuffle, empty_think_ratio, max_tokens_per_batch: As in `fit`.
+        batch_size, accumulate, seed, shuffle, empty_think_ratio, system_ratio, max_tokens_per_batch: As in `fit`.
 
     Attributes:
-        documents: Those that can be learned from.
+        documents: Those that are trained on.
         plan: The plan of `fit` on one process; None where there is nothing to learn.
-        keep: (D,) whether a document keeps its empty think blocks in epoch 0.
+        keep: (D,) whether a document of the store keeps its empty think blocks in epoch 0.
+        prompt: (D,) the number of the system prompt in front of it, or `NO_PROMPT`.
         lengths: (D,) tokens of every document in epoch 0, before cutting.
         refusal: Why `fit` would refuse to plan; None where it would not.
     """
 
     def __init__(
         self,
-        store: Store,
+        dealt: Dealt,
         texts: TokenTexts,
         *,
-        max_length: int,
         batch_size: int = 16,
         accumulate: int = 1,
         seed: int = 42,
         shuffle: bool = True,
         empty_think_ratio: float = 0.2,
+        system_ratio: float = 0.2,
         max_tokens_per_batch: int | None = None,
     ) -> None:
-        self.store, self.texts = store, texts
-        self.documents = Documents(store, max_length=max_length)
-        self.keep = np.ones(len(store), bool)
+        assert dealt.train is not None
+        self.dealt, self.documents, self.store, self.texts = dealt, dealt.train, dealt.train.store, texts
+        everything = np.arange(len(self.store))
+        self.keep, self.prompt = np.ones(len(self.store), bool), np.full(len(self.store), NO_PROMPT)
         self.plan: Plan | None = None
-        self.refusal: str | None = None if len(self.documents) else "no row has a supervised token within max_length"
-        for bound in (max_tokens_per_batch, None) if len(self.documents) else ():
-            self.plan = Plan(
-                self.documents,
-                batch_size=batch_size,
-                accumulate=accumulate,
-                seed=seed,
-                shuffle=shuffle,
-                empty_think_ratio=empty_think_ratio,
-                max_tokens_per_batch=bound,
-            )
+        self.refusal: str | None = None
+        for bound in (max_tokens_per_batch, None):
             try:
+                self.plan = Plan(
+                    self.documents,
+                    batch_size=batch_size,
+                    accumulate=accumulate,
+                    seed=seed,
+                    shuffle=shuffle,
+                    empty_think_ratio=empty_think_ratio,
+                    system_ratio=system_ratio,
+                    max_tokens_per_batch=bound,
+                )
                 self.keep[self.documents.index] = self.plan.epoch(0).keep
+                self.prompt[self.documents.index] = self.plan.epoch(0).prompt
                 break
-            except ValueError as error:  # the bound is too tight, which is no reason not to look
+            except ValueError as error:  # nothing to learn, or the bound is too tight: no reason not to look
                 self.refusal = str(error)
-        self.lengths = self._lengths()
-
-    def _lengths(self) -> np.ndarray:
-        spans, owner = self.store.spans_of(np.arange(len(self.store)))
-        left_out = ((self.store.span_flags[spans] & OPTIONAL) != 0) & ~self.keep[owner]
-        less = np.bincount(owner[left_out], self.store.span_lengths[spans[left_out]], len(self.store))
-        return np.diff(self.store.offsets) - less.astype(np.int64)
+                if len(self.documents) and bound is None:
+                    raise  # a setting that makes no sense
+        self._extent = self.documents.extents(everything, self.keep, self.prompt)
+        self.lengths = self._extent.whole
 
     def row(self, number: int) -> Row:
         """Document `number` of the store, token by token."""
-        ids, flags = self.store.document(number)
+        ids, flags = self.documents.whole(number, int(self.prompt[number]))
         left_out = ((flags & OPTIONAL) != 0) & (not self.keep[number])
-        cut = ~left_out & (np.cumsum(~left_out) > self.documents.max_length)
+        place = np.cumsum(~left_out) - 1
+        cut = ~left_out & ((place < self._extent.start[number]) | (place >= self._extent.stop[number]))
         supervised = (flags & SUPERVISED) != 0
         control = self.texts.is_control[ids]
         used = np.flatnonzero(~left_out & ~cut)
@@ -124,7 +129,8 @@ class View:
             for a, b in itertools.pairwise([0, *edges.tolist(), len(ids)])
         ]
         targets = int(supervised[used[1:]].sum())  # nothing predicts a first token
-        return Row(number + 1, self.store.where(number), len(used), targets, int(cut.sum()), pieces)
+        why = next((reason for reason, numbers in self.documents.left_out.items() if number in numbers), None)
+        return Row(number + 1, self.store.where(number), len(used), targets, int(cut.sum()), pieces, why)
 
     def beginning(self, number: int) -> str:
         """The first words of a document."""
@@ -132,21 +138,21 @@ class View:
 
 
 def rejected_rows(view: View, reason: str) -> Iterator[tuple[str, str]]:
-    """`file:line` and detail of every row that ends under `reason`: one of the rejections, `cut` or `nothing_to_learn`.
+    """`file:line` and detail of every row that ends under `reason`: one of the rejections, `validation` or `cut`.
 
     Raises:
         ValueError: No row does.
     """
-    store, lengths, limit = view.store, view.lengths, view.documents.max_length
-    if reason in store.rejected:
-        return ((f"{r['file']}:{r['line']}", r["detail"]) for r in store.rejections() if r["reason"] == reason)
+    store, limit = view.store, view.documents.max_length
+    if reason in view.dealt.rejected:
+        return ((f"{r['file']}:{r['line']}", r["detail"]) for r in view.dealt.rejections() if r["reason"] == reason)
     ends = {
-        CUT: (np.flatnonzero(lengths > limit), f"{limit} used"),
-        NOTHING_TO_LEARN: (view.documents.nothing_to_learn, f"none supervised in the first {limit}"),
+        CUT: (np.flatnonzero(view.lengths > limit), f"at most {limit} used"),
+        VALIDATION: (view.documents.left_out.get(VALIDATION, np.zeros(0, np.int64)), "validated on"),
     }
     if reason in ends and len(ends[reason][0]):
         rows, what = ends[reason]
-        return ((store.where(n), f"{lengths[n]} tokens, {what}") for n in rows.tolist())
-    here = ", ".join([*store.rejected, *(name for name, (rows, _) in ends.items() if len(rows))])
+        return ((store.where(n), f"{view.lengths[n]} tokens, {what}") for n in rows.tolist())
+    here = ", ".join([*view.dealt.rejected, *(name for name, (rows, _) in ends.items() if len(rows))])
     here = here or "none: every token of every row is used"
     raise ValueError(f"--where {reason}: no row ends so; reasons here are {here}")

@@ -44,9 +44,10 @@ def one_line(text: str, most: int = 60) -> str:
 
 
 def counts(row: Row) -> str:
-    """`812 tokens used, 45 supervised (5.5 %), 102 cut`."""
+    """`812 tokens used, 45 supervised (5.5 %), 102 cut`, and where it is not trained on, why."""
     share = row.supervised / max(row.used, 1)
-    return f"{row.used:,} tokens used, {row.supervised:,} supervised ({share:.1%}), {row.cut:,} cut"
+    why = f"; not trained on: {row.not_trained}" if row.not_trained else ""
+    return f"{row.used:,} tokens used, {row.supervised:,} supervised ({share:.1%}), {row.cut:,} cut{why}"
 
 
 def shorten(pieces: list[Piece]) -> list[Piece]:

@@ -348,7 +348,7 @@ class SFTModule(LightningModule):
 
     def _window_documents(self) -> list[str]:
         """The documents of the window that is being learned from, as `file:line`."""
-        plan, store = self._data.plan, self._data.train_store
+        plan, store = self._data.plan, self._data.plan.documents.store
         epoch, window = divmod(self.trainer.global_step, plan.windows)
         return [store.where(number) for number in plan.window_documents(epoch, window).tolist()]
 

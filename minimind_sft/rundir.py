@@ -26,6 +26,7 @@ OUR_FILES = (
     "run.json",
     "last.pth",
     "sample.json",
+    "rejected.jsonl",
     "config.yaml",
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from minimind_sft import report
+from minimind_sft import account, report
 from minimind_sft.callbacks import Measure, duration, evaluating
 from minimind_sft.data import RULE_OF_THUMB
 from minimind_sft.evaluation import evaluation_tokens
@@ -36,7 +36,7 @@ SAMPLE_ANSWERS, SAMPLE_TOKENS = 3, 64
 
 
 class Record(Callback):
-    """Writes `config.yaml`, `run.json` and `sample.json` when a run begins.
+    """Writes `config.yaml`, `run.json`, `sample.json` and `rejected.jsonl` when a run begins.
 
     Args:
         folder: the run directory.
@@ -60,23 +60,22 @@ class Record(Callback):
             "base_sha256": pl_module.base_sha256,
             "data": data.identity,
         }
-        sample = data.train_store.meta["note"] | {
-            "rejected": data.train_store.rejected,
-            "documents": len(data.train_store),
-        }
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, text in (
             ("config.yaml", self.config()),
             ("run.json", json.dumps(facts, indent=1, ensure_ascii=False)),
-            ("sample.json", json.dumps(sample, indent=1, ensure_ascii=False)),
+            ("sample.json", json.dumps(account.sums(data.dealt), indent=1, ensure_ascii=False)),
         ):
-            write(self.folder / name, text)
+            write(self.folder / name, [text])
+        rejections = (json.dumps(row, ensure_ascii=True) for row in data.dealt.rejections())
+        write(self.folder / "rejected.jsonl", rejections)
 
 
-def write(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
+def write(path: Path, lines: Iterable[str]) -> None:
+    """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
     os.replace(temporary, path)
 
 
@@ -152,31 +151,20 @@ class FirstScreen(Callback):
 
 
 def _data_rows(data: SFTDataModule) -> list[tuple[str, str]]:
-    store, documents, note = data.train_store, data.plan.documents, data.train_store.meta["note"]
-    epoch = data.plan.epoch(0)
+    documents, epoch = data.plan.documents, data.plan.epoch(0)
     tokens, targets = int(epoch.lengths.sum()), int(epoch.targets.sum())
-    cap = "no cap" if data.cap_mb is None else f"cap {data.cap_mb:g} MB, seed {data.seed}"
     rows = [
-        (
-            "chats",
-            f"{note['selected']:,} of {note['lines_seen'] - note['blank']:,} lines, "
-            f"{report.megabytes(note['bytes'])} ({cap}); "
-            f"rejected: {report.rejected(store.rejected)}",
-        ),
-        (
-            "",
-            f"{len(documents):,} trained, {len(documents.nothing_to_learn):,} with no answer within "
-            f"{data.max_length} tokens; {documents.cut:,} cut, "
-            f"which loses {documents.targets_lost:.1%} of the supervised tokens",
-        ),
+        ("chats", account.chosen(data.dealt)),
+        ("", account.used(data.dealt)),
+        ("too long", account.too_long(documents)),
         ("tokens", f"{tokens:,} per epoch, {targets / tokens:.1%} supervised"),
-        ("SFT : text", report.ratio(note["bytes"], data.pretrain_bytes, RULE_OF_THUMB)),
+        ("SFT : text", report.ratio(documents.store.meta["note"]["bytes"], data.pretrain_bytes, RULE_OF_THUMB)),
     ]
     for name, what in ((CHAT, "validation"), (PRETRAIN, "held out" if data.seen is False else "text to keep")):
         if name in data.evaluation:
             found = data.evaluation[name]
             known = "" if name == CHAT else ", seen by the base" if data.seen else ", unseen by the base"
-            rows.append((what, f"{len(found):,} documents{known}; rejected: {report.rejected(found.store.rejected)}"))
+            rows.append((what, f"{len(found):,} documents{known}; rejected: {report.rejected(found.rejected)}"))
     return rows
 
 
@@ -245,7 +233,7 @@ class LastScreen(Callback):
         before, after, best = readings[0], readings[-1], self.measure.best
         from_base = not pl_module.from_scratch
         figures = summary(before, after, best, seen=data.seen, from_base=from_base)
-        write(self.folder / "forgetting.json", json.dumps(figures, indent=1))
+        write(self.folder / "forgetting.json", [json.dumps(figures, indent=1)])
         table = report.forgetting_table(before, after, best, seen=data.seen, from_base=from_base)
         print("\n" + table, flush=True)
         if before.chat_loss is not None and before.pretrain_loss is not None:
@@ -264,7 +252,7 @@ class LastScreen(Callback):
         replies, answers = self._ask(trainer, pl_module)
         if self.probes:
             comparison = compare(self.probes, self.replies, replies)
-            write(self.folder / "probes.json", json.dumps(comparison, indent=1, ensure_ascii=False))
+            write(self.folder / "probes.json", [json.dumps(comparison, indent=1, ensure_ascii=False)])
             print("\n" + report.probe_table(comparison), flush=True)
         for row, old, new in zip(self._samples(trainer), self.answers, answers, strict=True):
             print(

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minimind_sft import corpus, hub, overlap
+from minimind_sft.caps import Caps
 from minimind_sft.chat import ChatTemplate
-from minimind_sft.corpus import Store, Taken
+from minimind_sft.corpus import Store
 from minimind_sft.dealing import Dealt, choose_by_hash, deal, without
-from minimind_sft.documents import Documents
+from minimind_sft.documents import TOO_LONG, Documents
 from minimind_sft.files import Files, default_cache, resolve
 from minimind_sft.progress import track
-from minimind_sft.sampling import Line, Selection, read_lines, select
+from minimind_sft.sampling import Line, read_lines, select
 from minimind_sft.system_prompts import find_prompts, read_prompts
 
 MEBIBYTE = 1 << 20
@@ -64,6 +65,7 @@ class Stores:
         max_length: int = 768,
         too_long: str = "truncate_right",
         supervise: str = "all",
+        supervise_reasoning: bool = True,
         val_fraction: float | None = None,
         system_prompts: str | list[str] | None = None,
         max_bad_ratio: float = 0.01,
@@ -77,10 +79,9 @@ class Stores:
     ) -> None:
         self.train_path, self.val_path = train_path, val_path
         self.pretrain_path, self.heldout_path = pretrain_path, heldout_path
-        self.max_mb, self.max_ratio, self.pretrain_mb = max_mb, max_ratio, pretrain_mb
-        self.max_rows, self.max_tokens = max_rows, max_tokens
-        self.max_length, self.too_long, self.supervise = max_length, too_long, supervise
-        self.val_fraction = val_fraction
+        self.pretrain_mb = pretrain_mb
+        self.max_length, self.too_long, self.val_fraction = max_length, too_long, val_fraction
+        self.supervise, self.supervise_reasoning = supervise, supervise_reasoning
         self.seed, self.max_bad_ratio, self.max_overlap = seed, max_bad_ratio, max_overlap
         self.measure_documents, self.replay_documents = measure_documents, replay_documents
         self.format, self.document_format = format, document_format
@@ -88,15 +89,18 @@ class Stores:
         self.files = Files(self.cache)
         self.probes = self.files.expand(probes_path, "data.probes_path")[0] if probes_path else None
         self._check()
+        self.caps = Caps(max_mb, max_ratio, max_rows, max_tokens, self.pretrain_bytes if max_ratio else None)
+        self.caps.check()
         self.template = ChatTemplate.from_folder(hub.local(resolve(tokenizer)))
+        if not supervise_reasoning:
+            self.template.require_reasoning()
         self.prompts = None if system_prompts is None else find_prompts(self.template, read_prompts(system_prompts))
 
     def _check(self) -> None:
         if self.supervise not in ("all", "last"):
             raise ValueError(f"data.supervise {self.supervise!r} is not known; choose all or last")
-        for name, cap in (("max_rows", self.max_rows), ("max_tokens", self.max_tokens)):
-            if cap is not None and cap < 1:
-                raise ValueError(f"data.{name} is {cap}; give a number of at least 1, or null for no cap")
+        if self.too_long not in TOO_LONG:
+            raise ValueError(f"data.too_long {self.too_long!r} is not known; choose one of {', '.join(TOO_LONG)}")
         if self.val_fraction is not None:
             if not 0 < self.val_fraction < 1:
                 raise ValueError(f"data.val_fraction is {self.val_fraction}; it is a share between 0 and 1")
@@ -119,22 +123,6 @@ class Stores:
             self.files.facts(path).text_bytes for path in self.files.expand(self.pretrain_path, "data.pretrain_path")
         )
 
-    @property
-    def cap_mb(self) -> float | None:
-        """The cap on the sample, in MB: the tighter of `max_mb` and `max_ratio`."""
-        return self._cap()[1]
-
-    def _cap(self) -> tuple[str, float | None]:
-        """The tighter of `max_mb` and `max_ratio`, by name, and what it comes to in MB."""
-        if self.max_ratio is None:
-            return "max_mb", self.max_mb
-        if self.pretrain_bytes is None:
-            raise ValueError(
-                "data.max_ratio needs the size of the pretraining text: set data.pretrain_path or data.pretrain_mb"
-            )
-        by_ratio = self.max_ratio * self.pretrain_bytes / MEBIBYTE
-        return ("max_mb", self.max_mb) if self.max_mb is not None and self.max_mb <= by_ratio else ("max_ratio", by_ratio)
-
     def open(self, *, train: bool, replay: bool = False) -> Opened:
         """Open the stores, from the cache or made now.
 
@@ -148,7 +136,7 @@ class Stores:
         chats = self.train_store() if train or self.val_fraction else None
         validation = None if self.val_path is None else self._whole_store("val_path", self.val_path)
         measured = self._measure_store()
-        if self.heldout_path is not None and chats is not None and measured is not None:
+        if self.heldout_path is not None and self.max_overlap < 1 and chats is not None and measured is not None:
             self._refuse_overlap(chats, measured)
         return Opened(chats, validation, measured, self._replay_store() if replay else None)
 
@@ -165,42 +153,29 @@ class Stores:
     def train_store(self) -> Store:
         """The sample of `train_path`, tokenized.
 
-        `meta["note"]` is the manifest of the selection, with the caps that it does not know and the `tightest` of them.
+        `meta["note"]` is what `Caps.note` notes.
         """
-        files, (by, cap) = self.files.expand(self.train_path, "data.train_path"), self._cap()
-        capped = {"max_mb": cap, "max_rows": self.max_rows, "max_tokens": self.max_tokens}
-        uncapped = all(value is None for value in capped.values())
+        files, caps = self.files.expand(self.train_path, "data.train_path"), self.caps
 
         def make(folder: Path) -> None:
-            selection = select(files, max_mb=cap, max_rows=self.max_rows, seed=self.seed)
+            selection = select(files, max_mb=caps.size[1], max_rows=caps.max_rows, seed=self.seed)
             selection.require_some()
             with track("tokenizing the chats", total=selection.selected) as progress:
                 # everything: the order of the sample means nothing, so the files' own order is kept
                 corpus.build(
                     folder,
-                    read_lines(files) if uncapped else selection.lines(),
+                    selection.lines() if caps.given else read_lines(files),
                     progress=progress,
-                    note=partial(self._note, selection, by),
-                    max_tokens=self.max_tokens,
+                    note=partial(caps.note, selection),
+                    max_tokens=caps.max_tokens,
                     max_length=self.max_length,
                     **self._tokenization,
                 )
 
-        key = self._key("train", files, **capped, by=by, seed=self.seed)
-        if self.max_tokens is not None:
+        key = self._key("train", files, caps=caps, seed=self.seed)
+        if caps.max_tokens is not None:
             key["max_length"] = self.max_length
         return self._checked(corpus.open_or_build(self.cache, key, make), "data.train_path")
-
-    def _note(self, selection: Selection, by: str, taken: Taken) -> dict[str, Any]:
-        tightest = by if selection.stopped_by == "max_mb" else selection.stopped_by
-        manifest = selection.manifest()
-        if taken.stopped:
-            if not taken.lines:
-                raise ValueError(f"data.max_tokens is {self.max_tokens}; the first document has more: raise it")
-            tightest = "max_tokens"  # in the manifest as rows, so that `sample --manifest` can rebuild the selection
-            manifest |= {"max_rows": taken.lines, "selected": taken.lines, "bytes": taken.bytes}
-            manifest["stopped_by"] = "max_rows"
-        return manifest | {"max_tokens": self.max_tokens, "tokens": taken.tokens, "tightest": tightest}
 
     def validation_lines(self, validation: Documents | None) -> Iterator[Line]:
         """The lines of the validation chats, in the files' order; none where there are none."""
@@ -281,6 +256,7 @@ class Stores:
             "format": self.format,
             "document_format": self.document_format,
             "supervise": self.supervise,
+            "reasoning": self.supervise_reasoning,
         }
 
     def _key(self, kind: str, files: list[Path], **more: Any) -> dict[str, Any]:
@@ -288,7 +264,7 @@ class Stores:
             "kind": kind,
             "files": self._hashes(files),
             "tokenizer": self.template.fingerprint,
-            "format": [self.format, self.document_format, self.supervise],
+            "format": [self.format, self.document_format, self.supervise, self.supervise_reasoning],
             **more,
         }
 

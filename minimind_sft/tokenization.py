@@ -21,13 +21,13 @@ class Document(NamedTuple):
 
 
 def tokenize(
-    lines: list[Line], template: ChatTemplate, *, format: str, document_format: str, supervise: str
+    lines: list[Line], template: ChatTemplate, *, format: str, document_format: str, supervise: str, reasoning: bool
 ) -> list[Document | Rejected]:
     """Lines to documents, or to the reasons why they are none, in order; see `build`."""
     parsed = [_parsed(line, format) for line in lines]
     chats = [entry for entry in parsed if isinstance(entry, Conversation)]
     texts = [entry for entry in parsed if isinstance(entry, PlainText)]
-    rendered = iter(_render(chats, template, supervise))
+    rendered = iter(_render(chats, template, supervise, reasoning))
     framed = iter(template.documents([entry.text for entry in texts], format=document_format) if texts else [])
     made: list[Document | Rejected] = []
     for entry in parsed:
@@ -48,15 +48,15 @@ def _parsed(line: Line, format: str) -> Conversation | PlainText | Rejected:
 
 
 def _render(
-    conversations: list[Conversation], template: ChatTemplate, supervise: str
+    conversations: list[Conversation], template: ChatTemplate, supervise: str, reasoning: bool
 ) -> list[list[Span]] | list[list[Span] | Rejected]:
     try:
-        return template.render_many(conversations, supervise=supervise)
+        return template.render_many(conversations, supervise=supervise, reasoning=reasoning)
     except Rejected:  # one of them; the others must not suffer
         results: list[list[Span] | Rejected] = []
         for conversation in conversations:
             try:
-                results.append(template.render(conversation, supervise=supervise))
+                results.append(template.render(conversation, supervise=supervise, reasoning=reasoning))
             except Rejected as why:
                 results.append(why)
         return results

@@ -19,9 +19,10 @@ import jinja2
 
 from minimind_sft.rendering import Template
 from minimind_sft.sandbox import BEGIN, END
-from minimind_sft.skeleton import MARK, OPEN, Skeleton, Slot, Touched
+from minimind_sft.skeleton import MARK, OPEN, TAG_OPEN, Skeleton, Slot, Touched
 
 THINKING_FLAGS = ("enable_thinking", "open_thinking", "thinking")
+THOUGHT = "</think>"
 _EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
 
 # Chats that a template has to render in slots as it does in the open.
@@ -136,6 +137,42 @@ class Turns(NamedTuple):
         if stop is None:
             return written
         return stop.start("token") if begins and stop["token"] == begins["token"] else stop.end("token")
+
+
+def without_reasoning(segments: list[Segment], skeleton: Skeleton, control: re.Pattern[str]) -> list[Segment]:
+    """Cut every turn behind its last think block, and make what lies before the cut no part of the answer.
+
+    Args:
+        segments: From `Turns.cut`.
+        skeleton: That they were cut from.
+        control: Matches a control string, as the group `token`, with the white space that it swallows. Where the end of
+            a think block is one, the cut changes no ids.
+    """
+    made: list[Segment] = []
+    begin = 0  # of the turn, in `made`
+    for segment in segments:
+        stop = 0
+        if segment.message is not None:  # an empty think block is all thought
+            stop = len(segment.text) if segment.optional else _end_of_thought(segment.text, skeleton, control)
+        if stop:
+            made[begin:] = [part._replace(message=None) for part in made[begin:]]
+            rest = segment._replace(text=segment.text[stop:])
+            thought = segment._replace(text=segment.text[:stop], message=None)
+            made += [thought._replace(ends_turn=False), rest] if rest.text else [thought]
+        else:
+            made.append(segment)
+        if segment.ends_turn or segment.message is None:
+            begin = len(made)
+    return made
+
+
+def _end_of_thought(text: str, skeleton: Skeleton, control: re.Pattern[str]) -> int:
+    """Where in marked text the last think block is over; 0 where there is none."""
+    ends = [match.end() for match in control.finditer(text) if match["token"] == THOUGHT]
+    if not ends:
+        ends = [match.end() for match in re.finditer(re.escape(THOUGHT), text)]
+    tags = [mark.end() for mark in MARK.finditer(text) if mark[1] == TAG_OPEN and skeleton.tags[int(mark[2])] == THOUGHT]
+    return max([0, *ends, *tags])
 
 
 def learn_turns(template: Template, control: re.Pattern[str]) -> Turns:

@@ -84,11 +84,13 @@ def refused(capsys: pytest.CaptureFixture[str], settings: dict[str, Any], *more:
     return said
 
 
-def view_of(tokenizer: Path, tmp_path: Path, lines: str, **more: Any) -> tuple[View, ChatTemplate]:
+def view_of(
+    tokenizer: Path, tmp_path: Path, lines: str, *, max_length: int, **more: Any
+) -> tuple[View, ChatTemplate]:
     (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
     stores = Stores(train_path=str(tmp_path / "rows.jsonl"), tokenizer=str(tokenizer), max_mb=None, max_bad_ratio=1.0,
-                    cache_dir=str(tmp_path / "cache"))
-    return View(stores.train_store(), TokenTexts(stores.template.tokenizer), **more), stores.template
+                    max_length=max_length, cache_dir=str(tmp_path / "cache"))
+    return View(stores.documents(stores.open(train=True)), TokenTexts(stores.template.tokenizer), **more), stores.template
 
 
 # ---- the same as fit

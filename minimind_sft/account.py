@@ -1,0 +1,61 @@
+"""Where every line of the sample went, in words: what `fit` and `inspect` both say of it. No torch.
+
+The sums add up: lines chosen = trained + validated on + rejected, and each line stands under one reason only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minimind_sft.caps import described
+from minimind_sft.dealing import Dealt
+from minimind_sft.documents import Documents
+from minimind_sft.selection import MEBIBYTE
+
+
+def chosen(dealt: Dealt) -> str:
+    """`12 of 40 lines, 0.02 MB (max_mb 72, seed 42; all lines are within)`."""
+    note = _store_note(dealt)
+    lines = note["lines_seen"] - note["blank"]
+    return f"{note['selected']:,} of {lines:,} lines, {note['bytes'] / MEBIBYTE:,.2f} MB ({described(note)})"
+
+
+def used(dealt: Dealt) -> str:
+    """`10 trained, 2 validated on, 3 rejected: 2 duplicate, 1 not_json`."""
+    assert dealt.train is not None
+    split = f"{dealt.split_off:,} validated on, " if dealt.split_off else ""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in dealt.rejected.items())
+    rejected = f"{sum(dealt.rejected.values()):,} rejected: {reasons}" if reasons else "0 rejected: none"
+    return f"{len(dealt.train):,} trained, {split}{rejected}"
+
+
+def too_long(documents: Documents) -> str:
+    """`truncate_right at 768 tokens: 3 of 10 chats cut, 1 lost (40.0 %), and with them 12.5 % of the supervised
+    tokens`."""
+    cut, lost, total = documents.cut, documents.lost, len(documents) + documents.lost
+    if not cut + lost:
+        return f"none above {documents.max_length:,} tokens"
+    return (
+        f"{documents.too_long} at {documents.max_length:,} tokens: {cut:,} of {total:,} cut, {lost:,} lost "
+        f"({(cut + lost) / total:.1%}), and with them {documents.targets_lost:.1%} of the supervised tokens"
+    )
+
+
+def sums(dealt: Dealt) -> dict[str, Any]:
+    """The same for `sample.json`: what was noted when the sample was made, and where its lines went."""
+    assert dealt.train is not None
+    return _store_note(dealt) | {
+        "rejected": dealt.rejected,
+        "documents": len(dealt.train.store),
+        "trained": len(dealt.train),
+        "validated": dealt.split_off,
+        "too_long": dealt.train.too_long,
+        "cut": dealt.train.cut,
+        "supervised_tokens_lost": round(dealt.train.targets_lost, 6),
+    }
+
+
+def _store_note(dealt: Dealt) -> dict[str, Any]:
+    assert dealt.train is not None
+    note: dict[str, Any] = dealt.train.store.meta["note"]
+    return note
