@@ -5,9 +5,9 @@
     max_rows     lines
     max_tokens   tokens of the lines as rendered, each document counted up to `max_length`
 
-Every one of them cuts the same shuffled order off at some place, for good, at the first line that would pass it. So with
-one seed a smaller cap's sample is the beginning of a larger one's. What is rejected later, as a duplicate say, has been
-counted.
+Every one of them cuts the same shuffled order off at some place, for good, at the first line that would pass it. So
+with one seed a smaller cap's sample is the beginning of a larger one's. What is rejected later, as a duplicate say, has
+been counted.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Caps(NamedTuple):
         if self.max_ratio is None or self.pretrain_bytes is None:
             return "max_mb", self.max_mb
         by_ratio = self.max_ratio * self.pretrain_bytes / MEBIBYTE
-        return ("max_mb", self.max_mb) if self.max_mb is not None and self.max_mb <= by_ratio else ("max_ratio", by_ratio)
+        by_size = self.max_mb is not None and self.max_mb <= by_ratio
+        return ("max_mb", self.max_mb) if by_size else ("max_ratio", by_ratio)
 
     def note(self, selection: Selection, taken: Taken) -> dict[str, Any]:
         """The manifest of what was taken of a selection, so that `sample --manifest` can rebuild it, with `caps`,

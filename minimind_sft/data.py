@@ -51,8 +51,8 @@ class SFTDataModule(LightningDataModule):
         pretrain_mb: MB of pretraining text, where `pretrain_path` is not at hand.
         seed: of the sample, of the order in every epoch, and of what is drawn per conversation.
         max_length: most tokens of a document.
-        too_long: what becomes of a longer one: truncate_right, truncate_turns (whole turns from the end), truncate_left,
-            drop or error.
+        too_long: what becomes of a longer one: truncate_right, truncate_turns (whole turns from the end),
+            truncate_left, drop or error.
         supervise: learn all answers of a chat, or the last. A message with `train` false is never learned.
         supervise_reasoning: learn think blocks, too; false: they are context.
         system_prompts: prompts to put in front of chats that have none: a file with one a line, or a list.

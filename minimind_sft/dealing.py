@@ -121,7 +121,8 @@ def deal(
             raise ValueError(
                 f"data.val_fraction {val_fraction:g} of {len(pool)} chats is none; raise it, or set data.val_path"
             )
-        looked_at[IN_VALIDATION] = Documents(train, max_length=max_length, too_long=too_long, numbers=pool.index[chosen])
+        numbers = pool.index[chosen]
+        looked_at[IN_VALIDATION] = Documents(train, max_length=max_length, too_long=too_long, numbers=numbers)
         pool.leave_out(VALIDATION, chosen)
     return Dealt(pool, looked_at.get(IN_VALIDATION), looked_at.get(IN_MEASURED))
 
@@ -168,9 +169,10 @@ def choose_by_hash(lines: Iterable[Line], count: int) -> list[Line]:
         if digest in chosen or (len(heap) == count and key < heap[0]):
             continue
         chosen[digest] = line
-        gone = heapq.heappushpop(heap, key) if len(heap) == count else heapq.heappush(heap, key)
-        if gone is not None:
-            del chosen[gone[1]]
+        if len(heap) == count:
+            del chosen[heapq.heappushpop(heap, key)[1]]
+        else:
+            heapq.heappush(heap, key)
     return [chosen[digest] for _, digest in sorted(heap, reverse=True)]
 
 

@@ -1,7 +1,8 @@
 """A store as epoch 0 of `fit` sees it, row by row: which tokens are used, learned, left out and cut.
 
-What is drawn per epoch (which empty think blocks stay, which system prompt stands in front) is drawn as `fit` draws it, so the rows shown are those trained
-on; the numbers are those of `batching.Plan`, found again from the tokens of a single row.
+What is drawn per epoch (which empty think blocks stay, which system prompt stands in front) is drawn as `fit` draws it,
+so the rows shown are those trained on; the numbers are those of `batching.Plan`, found again from the tokens of a
+single row.
 """
 
 from __future__ import annotations

@@ -171,8 +171,8 @@ def _end_of_thought(text: str, skeleton: Skeleton, control: re.Pattern[str]) -> 
     ends = [match.end() for match in control.finditer(text) if match["token"] == THOUGHT]
     if not ends:
         ends = [match.end() for match in re.finditer(re.escape(THOUGHT), text)]
-    tags = [mark.end() for mark in MARK.finditer(text) if mark[1] == TAG_OPEN and skeleton.tags[int(mark[2])] == THOUGHT]
-    return max([0, *ends, *tags])
+    tags = [mark for mark in MARK.finditer(text) if mark[1] == TAG_OPEN]
+    return max([0, *ends, *(mark.end() for mark in tags if skeleton.tags[int(mark[2])] == THOUGHT)])
 
 
 def learn_turns(template: Template, control: re.Pattern[str]) -> Turns:

@@ -18,17 +18,23 @@ PROJECT = Path(__file__).resolve().parents[1]
 GOOD = '{"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there."}]}\n'
 
 
+def chats(count: int, first: int = 0) -> str:
+    """Chats that differ."""
+    return "".join(GOOD.replace("Hi", f"Hi {number}") for number in range(first, first + count))
+
+
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, Any]:
     """Enough for a tiny run; a test changes what it is about."""
-    (tmp_path / "train.jsonl").write_text(GOOD * 12, encoding="utf-8")
+    (tmp_path / "train.jsonl").write_text(chats(12), encoding="utf-8")
+    (tmp_path / "val.jsonl").write_text(GOOD * 12, encoding="utf-8")
     (tmp_path / "text.jsonl").write_text('{"text": "The capital of Peru is Lima."}\n' * 3, encoding="utf-8")
     return {
         "model.weights": "scratch",
         "model.hidden_size": 16,
         "model.num_hidden_layers": 1,
         "data.train_path": tmp_path / "train.jsonl",
-        "data.val_path": tmp_path / "train.jsonl",
+        "data.val_path": tmp_path / "val.jsonl",
         "data.heldout_path": tmp_path / "text.jsonl",
         "data.tokenizer": PROJECT / "data" / "tokenizer",
         "data.cache_dir": tmp_path / "cache",
@@ -117,6 +123,47 @@ def test_fit_leaves_the_record_that_the_readme_lists(settings: dict[str, Any], t
     assert float(rows[-1]["val/chat/loss"]) < float(rows[0]["val/chat/loss"])
     sample = json.loads((run_dir / "sample.json").read_text())
     assert (sample["selected"], sample["documents"], sample["rejected"]) == (12, 12, {})
+    assert (run_dir / "rejected.jsonl").read_text() == ""
+
+
+def test_the_first_screens_sums_add_up_and_every_rejected_line_is_listed(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = tmp_path / "mixed.jsonl"
+    train.write_text(chats(20) + "{\n" + chats(2) + GOOD + chats(1, 30).replace("Hi", "long " * 900), encoding="utf-8")
+    changed = settings | {"data.train_path": train, "data.max_bad_ratio": 0.5}
+    assert run("fit", changed) == 0
+    said = capsys.readouterr().out
+    assert "25 of 25 lines" in said and "1 cut, 1 lost" not in said
+    assert "20 trained, 5 rejected: 1 not_json, 1 nothing_to_learn, 2 duplicate, 1 in_validation" in said
+    assert "truncate_right at 768 tokens: 0 of 22 cut, 1 lost" in said
+    rows = [json.loads(row) for row in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
+    assert sorted((row["line"], row["reason"]) for row in rows) == [
+        (21, "not_json"), (22, "duplicate"), (23, "duplicate"), (24, "in_validation"), (25, "nothing_to_learn")
+    ]
+    assert {row["file"] for row in rows} == {str(train)}
+    sample = json.loads((tmp_path / "run" / "sample.json").read_text())
+    assert sample["selected"] == sample["trained"] + sum(sample["rejected"].values()) == 25
+
+
+def test_settings_that_change_what_is_trained_are_told_on_resume(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("fit", settings, "--data.val_path=null", "--data.val_fraction=0.3") == 0
+    assert "validated on" in capsys.readouterr().out
+    resumed = ("--ckpt_path=last", "--data.val_path=null")
+    for more, name in (
+        (["--data.val_fraction=0.9"], "dealt"),
+        (["--data.val_fraction=0.3", "--data.too_long=drop"], "too_long"),
+        (["--data.val_fraction=0.3", "--data.system_prompts=[Be brief.]"], "system_prompts"),
+        (["--data.val_fraction=0.3", "--data.supervise=last"], "sample"),
+        (["--data.val_fraction=0.3", "--data.max_rows=100"], "sample"),
+    ):
+        said = refused(capsys, "fit", settings, *resumed, *more)
+        assert "cannot resume" in said and name in said
+    assert run("predict", settings, *resumed, "--data.val_fraction=0.3") == 0
+    answers = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
+    assert len(answers) == json.loads((tmp_path / "run" / "sample.json").read_text())["validated"] > 0
 
 
 def test_the_saved_config_gives_the_same_run(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -212,12 +259,12 @@ def test_bad_lines_are_counted_up_to_the_bound_and_named_past_it(
     settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = tmp_path / "bad.jsonl"
-    bad.write_text(GOOD * 3 + "{not json\n" + GOOD * 8, encoding="utf-8")
+    bad.write_text(chats(3) + "{not json\n" + chats(8, 3), encoding="utf-8")
     changed = settings | {"data.train_path": bad}
     said = refused(capsys, "fit", changed)
     assert "1 of 12 lines cannot be used (1 not_json)" in said and f"{bad}:4" in said and "data.max_bad_ratio" in said
     assert run("fit", changed, "--data.max_bad_ratio=0.1") == 0
-    assert "rejected: 1 not_json" in capsys.readouterr().out
+    assert "11 trained, 1 rejected: 1 not_json" in capsys.readouterr().out
 
 
 def test_held_out_text_that_the_chats_contain_is_refused(

@@ -90,7 +90,8 @@ def view_of(
     (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
     stores = Stores(train_path=str(tmp_path / "rows.jsonl"), tokenizer=str(tokenizer), max_mb=None, max_bad_ratio=1.0,
                     max_length=max_length, cache_dir=str(tmp_path / "cache"))
-    return View(stores.documents(stores.open(train=True)), TokenTexts(stores.template.tokenizer), **more), stores.template
+    dealt = stores.documents(stores.open(train=True))
+    return View(dealt, TokenTexts(stores.template.tokenizer), **more), stores.template
 
 
 # ---- the same as fit
@@ -271,12 +272,14 @@ def test_the_figures_are_those_of_the_whole_set(
     said = shown(capsys, settings | {"data.train_path": train, "data.batch_size": 2,
                                      "trainer.accumulate_grad_batches": 2, "data.max_bad_ratio": 0.5}, "--rows=0")
     lines = {line.split("  ")[0]: line for line in said.splitlines()}
-    assert "12 of 12 selected" in lines["lines"] and "1 blank" in lines["lines"]
-    assert "10 rows: 9 to train on, 1 without" in lines["kept"]
-    assert lines["rejected"].split() == ["rejected", "2"]
+    assert "12 of 12 lines" in lines["lines"] and "1 blank" in lines["lines"]
+    assert lines["kept"].split(maxsplit=1)[1] == (
+        "1 trained, 11 rejected: 1 not_json, 1 not_an_object, 1 nothing_to_learn, 8 duplicate"
+    )
+    assert lines["rejected"].split() == ["rejected", "11"]
     assert f"1 not_json, the first: {train}:11: " in said and f"1 not_an_object, the first: {train}:12: " in said
-    assert " 8 rows are exact" in lines["duplicates"]
-    assert " 3 per epoch" in lines["steps"] and " 2 x 2 rows" in lines["steps"]
+    assert "truncate_right at 768 tokens: 0 of 2 cut, 1 lost (50.0%)" in lines["too long"]
+    assert " 1 per epoch" in lines["steps"] and " 2 x 2 rows" in lines["steps"]
     assert "refuse" not in said and "row 1 of" not in said
 
 
@@ -326,7 +329,9 @@ def test_where_lists_every_row_of_a_reason(
         assert line.startswith(f"{train}:5: ") and "768" in line
     said = refused(capsys, changed, "--where=odd")
     assert all(reason in said for reason in ("not_json", "not_an_object", "nothing_to_learn", "cut"))
-    assert "none" in refused(capsys, settings, "--where=odd")
+    assert "duplicate" in refused(capsys, settings, "--where=odd")
+    train.write_text(chat("Hi", "Hello"), encoding="utf-8")
+    assert "none" in refused(capsys, changed, "--where=odd")
 
 
 def test_what_fit_would_refuse_is_shown_and_said(
@@ -337,7 +342,8 @@ def test_what_fit_would_refuse_is_shown_and_said(
     said = shown(capsys, settings | {"data.train_path": train})
     assert "fit will refuse this: 1 of 2 lines are rejected" in said and "⟦Hello" in said
     train.write_text("{x\n", encoding="utf-8")
-    assert "no row has a supervised token" in shown(capsys, settings | {"data.train_path": train})
+    said = shown(capsys, settings | {"data.train_path": train})
+    assert "nothing can be learned: no document is left to train on (1 not_json)" in said
     assert "data.max_tokens_per_batch is 5" in shown(capsys, settings, "--data.max_tokens_per_batch=5")
 
 

@@ -3,10 +3,22 @@
 import json
 import subprocess
 import sys
+import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
+
+from minimind_sft import account
+from minimind_sft.dealing import Dealt
+from minimind_sft.documents import TOO_LONG, Documents
+from minimind_sft.sampling import rebuild
+from minimind_sft.stores import Stores
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -38,3 +50,200 @@ def test_opening_the_stores_needs_neither_torch_nor_lightning(settings: dict[str
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=True)
     assert done.stdout == "1 set()\n"
+
+
+# ---- who gets which document
+
+
+def stores(settings: dict[str, Any], **more: Any) -> Stores:
+    return Stores(**{"max_mb": None, "max_bad_ratio": 1.0} | settings | more)
+
+
+def dealt(settings: dict[str, Any], **more: Any) -> Dealt:
+    made = stores(settings, **more)
+    return made.documents(made.open(train=True))
+
+
+def lines_of(documents: Documents | None) -> list[int]:
+    assert documents is not None
+    return np.asarray(documents.store.line_numbers)[documents.index].tolist()
+
+
+def test_a_repeated_chat_is_trained_once_and_names_the_first(settings: dict[str, Any], tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", chat("a"), chat("b"), chat("a", id=7), chat("a", "No."))
+    found = dealt(settings, train_path=path)
+    assert lines_of(found.train) == [1, 2, 4] and found.rejected == {"duplicate": 1}
+    assert list(found.rejections()) == [
+        {"file": path, "line": 3, "reason": "duplicate", "detail": f"the same as {path}:1"}
+    ]
+
+
+def test_chats_that_are_validated_on_leave_training(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["train_path"] = write(tmp_path / "c.jsonl", chat("a"), chat("b"), chat("c"))
+    settings["val_path"] = write(tmp_path / "v.jsonl", chat("b"), chat("d"))
+    found = dealt(settings)
+    assert lines_of(found.train) == [1, 3] and found.rejected == {"in_validation": 1}
+    assert [row["detail"] for row in found.rejections()] == [f"the same as {tmp_path / 'v.jsonl'}:1"]
+
+
+def test_text_that_is_measured_on_is_neither_trained_nor_validated_on(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["train_path"] = write(tmp_path / "c.jsonl", text("one"), text("two"), text("three"))
+    settings["val_path"] = write(tmp_path / "v.jsonl", text("two"), text("four"))
+    settings["pretrain_path"] = write(tmp_path / "p.jsonl", text("two"), text("one"), text("two"), text("five"))
+    found = dealt(settings)
+    assert lines_of(found.train) == [3] and lines_of(found.validation) == [2]
+    assert sorted(lines_of(found.measured)) == [1, 2, 4] and found.rejected == {"in_measured": 2}
+
+
+def test_held_out_text_that_stands_in_the_pretraining_text_is_not_measured_on(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings["train_path"] = write(tmp_path / "c.jsonl", chat("a"))
+    settings["pretrain_path"] = write(tmp_path / "p.jsonl", text("seen"))
+    settings["heldout_path"] = write(tmp_path / "h.jsonl", text("new"), text("seen"))
+    assert lines_of(dealt(settings).measured) == [1]
+    settings["heldout_path"] = write(tmp_path / "h.jsonl", text("seen"))
+    with pytest.raises(ValueError, match="none is unseen"):
+        dealt(settings)
+
+
+def test_a_fraction_to_validate_on_stays_when_the_file_grows_or_is_reordered(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    questions = [f"Question {number}" for number in range(60)]
+
+    def validated(name: str, asked: list[str]) -> set[str]:
+        path = write(tmp_path / name, *map(chat, asked))
+        found = dealt(settings, train_path=path, val_fraction=0.3)
+        assert len(lines_of(found.train)) + found.split_off == len(asked) and found.rejected == {}
+        assert not set(lines_of(found.train)) & set(lines_of(found.validation))
+        return {asked[line - 1] for line in lines_of(found.validation)}
+
+    first = validated("a.jsonl", questions)
+    assert 8 <= len(first) <= 28
+    assert validated("b.jsonl", questions[::-1]) == first
+    assert validated("c.jsonl", [*questions, *(f"More {n}" for n in range(40))]) & set(questions) == first
+    assert dealt(settings, train_path=str(tmp_path / "a.jsonl")).validation is None
+
+
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["train_path"] = write(tmp_path / "c.jsonl", chat("a"))
+    for wrong, says in (
+        ({"val_fraction": 0.1, "val_path": "v.jsonl"}, "data.val_path and data.val_fraction"),
+        ({"val_fraction": 1.5}, "data.val_fraction is 1.5"),
+        ({"max_rows": 0}, "data.max_rows is 0"),
+        ({"max_tokens": 3}, "the first document has more"),
+        ({"too_long": "cut"}, "data.too_long 'cut' is not known"),
+        ({"supervise": "first"}, "data.supervise 'first' is not known"),
+        ({"system_prompts": []}, "data.system_prompts holds no prompt"),
+        ({"system_prompts": "nowhere.txt"}, "data.system_prompts: .*nowhere.txt"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            dealt(settings, **wrong)
+
+
+# ---- caps
+
+
+def test_the_tightest_cap_wins_and_is_named_and_a_smaller_sample_is_part_of_a_larger_one(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings["train_path"] = write(tmp_path / "c.jsonl", *(chat(f"Question {n}", "word " * n) for n in range(40)))
+
+    def sample(**caps: Any) -> tuple[str, set[int]]:
+        store = dealt(settings, **caps).train.store  # type: ignore[union-attr]
+        return store.meta["note"]["tightest"], set(store.line_numbers.tolist())
+
+    everything = sample(max_rows=1000)
+    assert everything == ("end", set(range(1, 41)))
+    tokens, size, rows = sample(max_tokens=400), sample(max_mb=0.003), sample(max_rows=30)
+    assert (tokens[0], size[0], rows[0]) == ("max_tokens", "max_mb", "max_rows")
+    order = sorted((tokens[1], size[1], rows[1]), key=len)
+    assert 0 < len(order[0]) < len(order[1]) < len(order[2]) == 30 and order[0] < order[1] < order[2]
+    assert sample(max_tokens=400, max_mb=0.003, max_rows=30) == tokens
+    assert sample(max_rows=2, max_mb=0.003, max_tokens=400)[0] == "max_rows"
+    assert sample(max_ratio=0.5, pretrain_mb=0.006, max_mb=1, max_rows=30) == ("max_ratio", size[1])
+    assert sample(max_tokens=200)[1] < tokens[1]
+    documents = dealt(settings, max_tokens=400).train
+    assert documents is not None and 300 < len(documents.store.ids) <= 400
+
+
+def test_a_sample_capped_in_tokens_is_rebuilt_from_what_was_noted(settings: dict[str, Any], tmp_path: Path) -> None:
+    path = settings["train_path"] = write(tmp_path / "c.jsonl", *(chat(f"Question {n}") for n in range(40)))
+    store = dealt(settings, max_tokens=200).train.store  # type: ignore[union-attr]
+    (tmp_path / "sample.json").write_text(json.dumps(store.meta["note"]))
+    rebuild(tmp_path / "sample.json", tmp_path / "again.jsonl")
+    wanted = [Path(path).read_text().splitlines()[line - 1] for line in store.line_numbers.tolist()]
+    assert (tmp_path / "again.jsonl").read_text().splitlines() == wanted
+
+
+# ---- every line
+
+
+GOOD = st.sampled_from(["a", "b", "c", "long " * 60])
+LINE = st.one_of(GOOD.map(chat), GOOD.map(text), st.sampled_from(["{\n", "[]\n", "{}\n", '{"text": ""}\n']))
+
+
+@settings_of_hypothesis(max_examples=40, deadline=None)
+@given(train=st.lists(LINE, min_size=1, max_size=12), val=st.lists(LINE, max_size=4),
+       too_long=st.sampled_from(TOO_LONG[:4]), split=st.booleans(), rows=st.sampled_from([None, 3]))
+def test_every_line_ends_in_exactly_one_bucket(
+    train: list[str], val: list[str], too_long: str, split: bool, rows: int | None
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder) / "c.jsonl", *train)
+        val_path = None if split or not val else write(Path(folder) / "v.jsonl", *val)
+        try:
+            found = dealt(
+                {"tokenizer": str(PROJECT / "data" / "tokenizer"), "cache_dir": f"{folder}/cache"},
+                train_path=path, val_path=val_path, val_fraction=0.5 if split else None, max_rows=rows,
+                max_length=40, too_long=too_long,
+            )
+        except ValueError as error:
+            assert "val_fraction" in str(error) and split
+            return
+        selected = found.train.store.meta["note"]["selected"]  # type: ignore[union-attr]
+        used, validated = lines_of(found.train), lines_of(found.validation) if split else []
+        rejected = [row["line"] for row in found.rejections()]
+        assert len({*used, *validated, *rejected}) == len(used) + len(validated) + len(rejected) == selected
+        assert Counter(row["reason"] for row in found.rejections()) == found.rejected
+        assert account.sums(found)["trained"] + found.split_off + sum(found.rejected.values()) == selected
+        numbers = [int(word.replace(",", "")) for word in account.used(found).split() if word.isdigit()]
+        assert numbers[0] == len(used) and f"{len(rejected)} rejected" in account.used(found)
+
+
+# ---- what is learned
+
+
+def learned(settings: dict[str, Any], line: str, tmp_path: Path, **more: Any) -> str:
+    made = stores(settings, train_path=write(tmp_path / "c.jsonl", line), **more)
+    documents = made.documents(made.open(train=True)).train
+    assert documents is not None
+    ids, supervised = documents.row(0, True)
+    return made.template.decode(ids[supervised].tolist())
+
+
+def test_what_is_supervised_is_chosen_by_turn_message_and_reasoning(settings: dict[str, Any], tmp_path: Path) -> None:
+    def row(first: dict[str, Any]) -> str:
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "ONE"} | first,
+                 {"role": "user", "content": "r"},
+                 {"role": "assistant", "content": "TWO", "reasoning_content": "THOUGHT"}]
+        return json.dumps({"messages": turns}) + "\n"
+
+    everything = learned(settings, row({}), tmp_path)
+    assert all(word in everything for word in ("ONE", "TWO", "THOUGHT", "</think>"))
+    last = learned(settings, row({}), tmp_path, supervise="last")
+    assert "ONE" not in last and "THOUGHT" in last and "TWO" in last
+    untrained = learned(settings, row({"train": False}), tmp_path)
+    assert "ONE" not in untrained and "TWO" in untrained
+    answers = learned(settings, row({}), tmp_path, supervise_reasoning=False)
+    assert "ONE" in answers and "TWO<|im_end|>" in answers and "THOUGHT" not in answers and "think>" not in answers
+
+
+def test_leaving_reasoning_out_changes_the_mask_and_no_ids(settings: dict[str, Any], tmp_path: Path) -> None:
+    thinking = {"role": "assistant", "content": "Seven.", "reasoning_content": "3 + 4"}
+    line = json.dumps({"messages": [{"role": "user", "content": "3 + 4?"}, thinking]}) + "\n"
+    path = write(tmp_path / "c.jsonl", line)
+    both = [stores(settings, train_path=path, supervise_reasoning=value).train_store() for value in (True, False)]
+    assert both[0].ids.tolist() == both[1].ids.tolist()
+    assert both[0].folder != both[1].folder  # the cache keeps them apart
