@@ -151,6 +151,33 @@ def test_checkpoints_and_folders_of_other_tools_are_taken(material: dict[str, Pa
         assert read(out)["text"]["unseen"]["difference"] == 0.0
 
 
+def test_the_figures_are_those_of_fit_and_its_checkpoint_is_taken(material: dict[str, Path], tmp_path: Path) -> None:
+    settings = {
+        "model.weights": BASE,
+        "model.learning_rate": 0.001,
+        "data.train_path": material["val"],
+        "data.val_path": material["val"],
+        "data.heldout_path": material["heldout"],
+        "data.max_overlap": 1.0,
+        "data.tokenizer": DATA / "tokenizer",
+        "data.cache_dir": material["cache"],
+        "trainer.max_epochs": 2,
+        "run_dir": tmp_path / "run",
+        "device": "cpu",
+    }
+    assert main(["fit", *(f"--{name}={value}" for name, value in settings.items())]) == 0
+    fit = json.loads((tmp_path / "run" / "forgetting.json").read_text(encoding="utf-8"))
+    more = ["--val_path", str(material["val"]), "--answer_tokens=1"]
+    compare(material, tmp_path / "out", BASE, tmp_path / "run" / "checkpoints" / "last.ckpt", *more)
+    found = read(tmp_path / "out")
+    text, chats = found["text"]["unseen"], found["chats"]
+    assert text["difference"] == pytest.approx(fit["forgetting"], abs=1e-6) and fit["forgetting"] > 1e-3
+    for when in ("before", "after"):
+        assert text[when] == pytest.approx(fit[when]["pretrain_loss"], rel=1e-6)
+        assert text["bits_per_byte"][when] == pytest.approx(fit[when]["bits_per_byte"], rel=1e-6)
+        assert chats[when] == pytest.approx(fit[when]["chat_loss"], rel=1e-6)
+
+
 def test_text_that_was_seen_is_measured_beside_unseen_text_which_is_judged(
     material: dict[str, Path], tmp_path: Path
 ) -> None:
