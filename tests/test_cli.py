@@ -131,12 +131,12 @@ def test_the_first_screens_sums_add_up_and_every_rejected_line_is_listed(
 ) -> None:
     train = tmp_path / "mixed.jsonl"
     train.write_text(chats(20) + "{\n" + chats(2) + GOOD + chats(1, 30).replace("Hi", "long " * 900), encoding="utf-8")
-    changed = settings | {"data.train_path": train, "data.max_bad_ratio": 0.5}
+    changed = settings | {"data.train_path": train, "data.max_bad_ratio": 0.5, "data.max_mb": "null"}
     assert run("fit", changed) == 0
     said = capsys.readouterr().out
-    assert "25 of 25 lines" in said and "1 cut, 1 lost" not in said
+    assert "25 of 25 lines" in said
     assert "20 trained, 5 rejected: 1 not_json, 1 nothing_to_learn, 2 duplicate, 1 in_validation" in said
-    assert "truncate_right at 768 tokens: 0 of 22 cut, 1 lost" in said
+    assert "truncate_right at 768 tokens: 0 of 21 cut, 1 lost (4.8%)" in said
     rows = [json.loads(row) for row in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
     assert sorted((row["line"], row["reason"]) for row in rows) == [
         (21, "not_json"), (22, "duplicate"), (23, "duplicate"), (24, "in_validation"), (25, "nothing_to_learn")
@@ -153,7 +153,7 @@ def test_settings_that_change_what_is_trained_are_told_on_resume(
     assert "validated on" in capsys.readouterr().out
     resumed = ("--ckpt_path=last", "--data.val_path=null")
     for more, name in (
-        (["--data.val_fraction=0.9"], "dealt"),
+        (["--data.val_fraction=0.6"], "dealt"),
         (["--data.val_fraction=0.3", "--data.too_long=drop"], "too_long"),
         (["--data.val_fraction=0.3", "--data.system_prompts=[Be brief.]"], "system_prompts"),
         (["--data.val_fraction=0.3", "--data.supervise=last"], "sample"),
@@ -189,7 +189,7 @@ def test_validate_and_predict_read_a_checkpoint(
     rows = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 12
     assert rows[0].keys() == {"where", "messages", "reference", "answer"}
-    assert rows[0]["reference"] == "Hello there." and rows[0]["where"].endswith("train.jsonl:1")
+    assert rows[0]["reference"] == "Hello there." and rows[0]["where"].endswith("val.jsonl:1")
 
 
 def test_a_run_directory_with_checkpoints_is_not_written_over(
