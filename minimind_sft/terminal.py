@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from minimind_sft.options import OptionParser
@@ -107,7 +107,8 @@ def _open(options: Any) -> tuple[Dialogue, Answer, str]:
         max_new_tokens=options.max_new_tokens,
         system=options.system,
     )
-    how = f"temperature {temperature:g}, top_p {options.top_p:g}" if temperature else "greedy"
+    top_k = f", top_k {options.top_k}" if options.top_k else ""
+    how = f"temperature {temperature:g}, top_p {options.top_p:g}{top_k}" if temperature else "greedy"
     banner = f"{loaded.describe()}\ntokenizer {folder}, {how}, {device}\n{COMMANDS}"
     if not options.raw:
         return dialogue, dialogue.ask, banner
@@ -117,7 +118,8 @@ def _open(options: Any) -> tuple[Dialogue, Answer, str]:
 
 def _talk(dialogue: Dialogue, answer: Answer) -> None:
     """On a terminal, until /exit or Ctrl-D."""
-    import readline  # noqa: F401 (gives `input` its history and editing)
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 (gives `input` its history and editing)
 
     while True:
         try:
