@@ -52,7 +52,8 @@ def forecast(
     config, source = model_config(model, template.vocab_size if template else None)
     cuda = device != "cpu"
     precision = ("bf16-mixed" if cuda else "32") if precision == "auto" else precision
-    tokens, bound = _micro_batch(data)
+    replay = data["replay_ratio"] if model["replay_weight"] and model["weights"] != "scratch" else 0.0
+    tokens, bound = _micro_batch(data, replay)
     known, count = look_at(data, template), memory.parameters(config).total
     window = data["batch_size"] * accumulate * ranks
     steps = _steps(known, window, trainer)
@@ -86,16 +87,17 @@ def forecast(
     ]
     if known and steps:
         epochs = steps / math.ceil(known.documents / window)
-        parts.append(_time(config, known, epochs, on, tflops))
+        parts.append(_time(config, known, epochs, on, tflops, replay))
     return "\n\n".join(parts)
 
 
-def _micro_batch(data: Mapping[str, Any]) -> tuple[int, str]:
-    """Tokens of the largest one, and what bounds it: even dealing never gives one more than batch_size x max_length."""
-    most, bound = data["batch_size"] * data["max_length"], data["max_tokens_per_batch"]
+def _micro_batch(data: Mapping[str, Any], replay: float) -> tuple[int, str]:
+    """Tokens of the largest one, and what bounds it: even dealing never gives one more than batch_size x max_length,
+    and the replay text's share."""
+    most, bound = int(data["batch_size"] * data["max_length"] * (1 + replay)), data["max_tokens_per_batch"]
     if bound is not None and bound < most:
         return bound, "data.max_tokens_per_batch"
-    return most, f"{data['batch_size']} x {data['max_length']}"
+    return most, f"{data['batch_size']} x {data['max_length']}" + (f", and {replay:g} of it replayed" if replay else "")
 
 
 def _processes(device: str, trainer: Mapping[str, Any]) -> int:
@@ -126,12 +128,12 @@ def _shape(config: ModelConfig) -> str:
 def _disk(count: int, known: Data | None, steps: int | None, keep_every: int | None, vocab_size: int) -> str:
     """Checkpoints hold weights and moments; a new one is written before the old one goes."""
     each, milestones = 12 * count, (steps or 0) // keep_every if keep_every else 0
-    total = (3 + milestones) * each + 2 * count
+    total = (3 + milestones) * each
     tokens = known.documents * known.tokens * (2 if vocab_size <= 1 << 16 else 4) if known else 0
     kept = f" and {milestones} milestones" if milestones else ""
     return (
-        f"{_gib(total + tokens)} GiB: last and best{kept} of {_gib(each)}, one more while saving, "
-        f"last.pth of {_gib(2 * count)}, tokens {_gib(tokens)}"
+        f"{_gib(total + tokens)} GiB: last and best{kept} of {_gib(each)}, one more while saving (the exports take its "
+        f"place at the end), tokens {_gib(tokens)}"
     )
 
 
@@ -176,17 +178,21 @@ def _cards(plain: memory.Footprint, checkpointing: memory.Footprint, count: int,
     return report.table(head, rows)
 
 
-def _time(config: ModelConfig, known: Data, epochs: float, checkpointing: bool, tflops: float | None) -> str:
-    """Minutes at a throughput that is given, or at each of several."""
+def _time(
+    config: ModelConfig, known: Data, epochs: float, checkpointing: bool, tflops: float | None, replay: float
+) -> str:
+    """Minutes at a throughput that is given, or at each of several; text to replay is as long as the chats, and goes
+    forward through the base as well, a third of what training on it takes."""
     tokens = epochs * known.documents * known.tokens
     needed = memory.training_flops(
         config,
         tokens=tokens,
         squared_lengths=epochs * known.documents * known.squares,
         activation_checkpointing=checkpointing,
-    )
+    ) * (1 + 4 / 3 * replay)
     told = (
-        f"{needed:.2e} operations for {tokens:,.0f} tokens: 6 N a token and 6 L H E t^2 for the attention of a document"
+        f"{needed:.2e} operations for {tokens:,.0f} tokens{f' and {replay:g} of it replayed' if replay else ''}: "
+        f"6 N a token and 6 L H E t^2 for the attention of a document"
         f"{', layers forward twice' if checkpointing else ''}; looking at the model is about 5 % more"
     )
     where = "by --plan_tflops" if tflops else "no claim about any device; give yours with --plan_tflops"
