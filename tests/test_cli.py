@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -298,9 +299,15 @@ def test_wandb_offline_writes_what_the_real_client_can_read_back(settings: dict[
     assert run("fit", settings, "--wandb=offline") == 0
     wandb.finish()
     (log,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 60
+    while True:  # the client's other process writes on after `finish`; its last record says that it is done
+        records = [wandb_internal_pb2.Record.FromString(data) for data in leveldb_records(log.read_bytes()[7:])]
+        if any(record.WhichOneof("record_type") in ("exit", "final") for record in records):
+            break
+        assert time.monotonic() < deadline, [record.WhichOneof("record_type") for record in records]
+        time.sleep(0.2)
     seen: dict[str, list[float]] = {}
-    for data in leveldb_records(log.read_bytes()[7:]):
-        record = wandb_internal_pb2.Record.FromString(data)
+    for record in records:
         for item in record.history.item:
             seen.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
     with open(tmp_path / "run" / "metrics.csv", encoding="utf-8") as file:
