@@ -24,7 +24,6 @@ OUR_FILES = (
     "nonfinite.jsonl",
     "spikes.jsonl",
     "run.json",
-    "last.pth",
     "sample.json",
     "rejected.jsonl",
     "config.yaml",

@@ -155,7 +155,8 @@ def test_the_figures_are_those_of_fit_and_its_checkpoint_is_taken(material: dict
     settings = {
         "model.weights": BASE,
         "model.learning_rate": 0.001,
-        "data.train_path": material["val"],
+        "data.train_path": DATA / "sft_train.jsonl",
+        "data.max_mb": 0.01,
         "data.val_path": material["val"],
         "data.heldout_path": material["heldout"],
         "data.max_overlap": 1.0,

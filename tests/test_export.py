@@ -310,10 +310,12 @@ def test_what_cannot_be_exported_is_told_and_stops_nothing(tmp_path: Path) -> No
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, Any]:
     row = {"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there."}]}
-    (tmp_path / "train.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    lines = [json.dumps(row).replace("Hi", f"Hi {number}") + "\n" for number in range(9)]
+    (tmp_path / "train.jsonl").write_text("".join(lines[:8]))
+    (tmp_path / "val.jsonl").write_text(lines[8])
     return {
         "model.weights": "scratch", "model.hidden_size": 16, "model.num_hidden_layers": 1,
-        "data.train_path": tmp_path / "train.jsonl", "data.val_path": tmp_path / "train.jsonl",
+        "data.train_path": tmp_path / "train.jsonl", "data.val_path": tmp_path / "val.jsonl",
         "data.tokenizer": TOKENIZER, "data.cache_dir": tmp_path / "cache", "data.batch_size": 4,
         "trainer.max_epochs": 1, "run_dir": tmp_path / "run", "device": "cpu",
     }  # fmt: skip

@@ -52,12 +52,15 @@ def weights(run_dir: Path, name: str = "last.ckpt") -> dict[str, Any]:
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Makes the loss of the steps in the list (counted from 0) not a number."""
     steps: list[int] = []
-    healthy = SFTModule._nats
+    healthy = SFTModule.training_step
 
-    def nats(self: SFTModule, batch: Any) -> torch.Tensor:
-        return healthy(self, batch) * (float("nan") if self.trainer.global_step in steps else 1.0)
+    def training_step(self: SFTModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = healthy(self, batch, batch_idx)
+        factor = float("nan") if self.trainer.global_step in steps else 1.0
+        self._window *= factor
+        return loss * factor
 
-    monkeypatch.setattr(SFTModule, "_nats", nats)
+    monkeypatch.setattr(SFTModule, "training_step", training_step)
     return steps
 
 

@@ -32,7 +32,8 @@ def base(path: Path, vocab_size: int, **sizes: int) -> Path:
 
 def fit(tmp_path: Path, run: str, weights: Path | str, *more: str, **model: Any) -> int:
     """Two steps of four chats."""
-    (tmp_path / "train.jsonl").write_text(CHAT * 8, encoding="utf-8")
+    chats = "".join(CHAT.replace("Hi", f"Hi {number}") for number in range(8))
+    (tmp_path / "train.jsonl").write_text(chats, encoding="utf-8")
     settings = {
         "model.weights": weights,
         "data.train_path": tmp_path / "train.jsonl",
@@ -119,9 +120,9 @@ def test_a_resized_model_resumes_and_exports_at_its_size(tmp_path: Path, vocab_s
     assert fit(tmp_path, "run", weights, "--ckpt_path=last", **settings) == 0
     whole, resumed = (weights_of(tmp_path, run)["model.embed_tokens.weight"] for run in ("whole", "run"))
     assert resumed.shape == (vocab_size, 32) and torch.equal(whole, resumed)
-    for name in ("last.pth", "checkpoints/last.ckpt"):
+    for name in ("export/last_32.pth", "checkpoints/last.ckpt"):
         assert load(tmp_path / "run" / name).config.vocab_size == vocab_size
-    assert fit(tmp_path, "next", tmp_path / "run" / "last.pth") == 0  # needs no resizing
+    assert fit(tmp_path, "next", tmp_path / "run" / "export" / "last_32.pth") == 0  # needs no resizing
 
 
 # ---- constants
