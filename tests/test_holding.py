@@ -20,6 +20,7 @@ from minimind_sft.losses import kl_divergence
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 from minimind_sft.replay import ReplayStream
+from minimind_sft.stores import Stores
 from minimind_sft.terms import L2SP, ReplayKL, ReplayNextToken, Term
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -307,3 +308,30 @@ def test_a_run_out_of_patience_stops_saves_and_stays_stopped(
     said = capsys.readouterr().out
     assert "no better reading since step 2" in said and "no reading was within model.max_forgetting = 0" in said
     assert fit(tmp_path / "run", cache, *options, ckpt="last")[-1]["step"] == "4"
+
+
+# ---- text to replay is never measured on
+
+
+def write_texts(path: Path, numbers: range) -> Path:
+    path.write_text("".join(f'{{"text": "This is document {number}."}}\n' for number in numbers), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("held_out", [None, range(12, 18)])
+def test_what_is_measured_on_is_not_replayed(tmp_path: Path, held_out: range | None) -> None:
+    pretrain = write_texts(tmp_path / "pretrain.jsonl", range(15))
+    stores = Stores(
+        train_path=str(write_texts(tmp_path / "train.jsonl", range(90, 95))),
+        tokenizer=str(PROJECT / "data" / "tokenizer"),
+        pretrain_path=str(pretrain),
+        heldout_path=None if held_out is None else str(write_texts(tmp_path / "held_out.jsonl", held_out)),
+        measure_documents=5,
+        replay_documents=100,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    opened = stores.open(train=True, replay=True)
+    assert opened.replay is not None and opened.measured is not None
+    replayed, measured = (set(store.hashes.tolist()) for store in (opened.replay, opened.measured))
+    assert not replayed & measured
+    assert (len(replayed), len(measured)) == ((10, 5) if held_out is None else (12, 2))
