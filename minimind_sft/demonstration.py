@@ -210,7 +210,7 @@ def _plot(runs: Sequence[Run], between: Sequence[tuple[float, float]], path: Pat
     axes.plot(*zip(*between, strict=True), color="#009E73", linewidth=2, linestyle=":")
     middle = between[len(between) // 2]
     axes.annotate(
-        "base to held, interpolated", middle, textcoords="offset points", xytext=(0, -14), ha="center", color="#009E73"
+        "base to held, interpolated", middle, textcoords="offset points", xytext=(0, 12), ha="center", color="#009E73"
     )
     base = runs[0].path[0]
     axes.plot(*base, color="black", marker="o", markersize=9)
