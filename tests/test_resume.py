@@ -184,28 +184,40 @@ def test_another_window_is_refused_with_the_difference(settings: list[str], tmp_
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_leave_the_same_run(settings: list[str], whole: Path, tmp_path: Path) -> None:
-    """From a cold cache: in tokenizing, in a look, in a window, in the writing of a checkpoint, wherever it falls."""
-    run_dir, chance = tmp_path / "run", random.Random(0)
-    cold = [f"--data.cache_dir={tmp_path / 'cache'}" if "cache_dir" in setting else setting for setting in settings]
-    start_up, kills = 3.0, 0
-    while kills < 20:
-        process = start(cold, run_dir, "--ckpt_path=auto", "--save_every_steps=1")
+def test_kills_at_random_moments_leave_the_same_run(settings: list[str], whole: Path, tmp_path: Path) -> None:
+    """In tokenizing, in a look, in a window, in the writing of a checkpoint, wherever it falls; `KILLS` of them."""
+    run_dir, chance, kills, reached = tmp_path / "run", random.Random(0), 0, set()
+    settings = [*settings, "--save_every_steps=1"]
+    started = time.monotonic()
+    finish(settings, tmp_path / "timed")
+    took = time.monotonic() - started
+    while kills < int(os.environ.get("KILLS", "20")):
+        cold = f"--data.cache_dir={tmp_path / 'caches' / str(kills)}"
+        process = start([*settings, cold], run_dir, "--ckpt_path=auto")
         try:
-            process.wait(start_up + chance.random() * 2.5)
+            process.wait(took * (0.5 + 0.5 * chance.random()))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.communicate()
             kills += 1
+            if (run_dir / "checkpoints" / "last.ckpt").is_file():
+                reached.add(checkpoint(run_dir)["global_step"])
             continue
         assert process.returncode == 0, process.communicate()[0]
+        check(run_dir, whole)
         for path in (run_dir / "checkpoints").glob("*.ckpt"):  # over before it could be killed: once more, from nothing
             path.unlink()
-    finish(cold, run_dir, "--ckpt_path=auto", "--save_every_steps=1")
+    finish(settings, run_dir, "--ckpt_path=auto")
+    check(run_dir, whole)
+    print(f"{kills} kills; checkpoints of the steps {sorted(reached)} were resumed from")
+    assert len(reached) > 3 and not list((run_dir / "checkpoints").glob("*.tmp"))
+
+
+def check(run_dir: Path, whole: Path) -> None:
+    """The same metrics, weights and moments as the run that was never killed."""
     assert rows(run_dir) == rows(whole)
-    assert same(checkpoint(run_dir)["state_dict"], checkpoint(whole)["state_dict"])
-    assert same(checkpoint(run_dir)["optimizer_states"], checkpoint(whole)["optimizer_states"])
-    assert [p.name for p in (run_dir / "checkpoints").iterdir() if p.suffix == ".ckpt"].count("last.ckpt") == 1
+    for name in ("state_dict", "optimizer_states"):
+        assert same(checkpoint(run_dir)[name], checkpoint(whole)[name])
 
 
 def test_after_the_end_nothing_more_is_trained(settings: list[str], whole: Path) -> None:

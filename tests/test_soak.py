@@ -1,0 +1,63 @@
+"""A long run of a tiny model: memory, open files and processes stay as they were."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minimind_sft.records import read_metrics
+
+PROJECT = Path(__file__).resolve().parents[1]
+STEPS, WARM, GROWTH = 2_000, 400, 24 << 20  # steps, those after which memory must be flat, bytes
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory of a process that are in RAM."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def last_step(metrics: Path) -> int:
+    lines = metrics.read_text(encoding="utf-8").splitlines()[1:-1] if metrics.is_file() else []  # the last may be half
+    return int(lines[-1].split(",")[0]) if lines else -1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="memory of a process is read from Linux's /proc")
+def test_two_thousand_steps_leave_memory_files_and_processes_alone(tmp_path: Path) -> None:
+    run, data = tmp_path / "run", PROJECT / "data"
+    command = [
+        sys.executable, "-m", "minimind_sft", "fit", f"--run_dir={run}", "--device=cpu", "--model.weights=scratch",
+        "--model.hidden_size=16", "--model.num_hidden_layers=1", f"--data.train_path={data}/sft_train.jsonl",
+        f"--data.val_path={data}/sft_val.jsonl", f"--data.heldout_path={data}/heldout.jsonl", "--data.max_overlap=1",
+        f"--data.tokenizer={data}/tokenizer", f"--data.cache_dir={tmp_path}/cache", "--data.batch_size=4",
+        "--data.measure_documents=20", "--trainer.max_epochs=99", f"--trainer.max_steps={STEPS}",
+        "--log_every_steps=10", "--val_every_steps=50", "--save_every_steps=50",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    memory: dict[int, int] = {}
+    files: dict[int, int] = {}
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        while process.poll() is None:
+            step = last_step(run / "metrics.csv")
+            try:
+                memory[step], files[step] = resident(process.pid), len(os.listdir(f"/proc/{process.pid}/fd"))
+            except (FileNotFoundError, ProcessLookupError):
+                break
+            time.sleep(0.2)
+        process.wait()
+    assert process.returncode == 0, (tmp_path / "log").read_text()
+    assert read_metrics(run / "metrics.csv")[-1]["step"] == STEPS
+    warm = [step for step in memory if WARM <= step < STEPS - 50]
+    begin, end = (max(memory[step] for step in part) for part in (warm[:5], warm[-5:]))
+    print(f"memory {begin / 1e6:.1f} MB around step {warm[2]}, {end / 1e6:.1f} MB around step {warm[-3]}")
+    assert end - begin < GROWTH
+    assert files[warm[-1]] <= files[warm[0]] + 1
+    with pytest.raises(ProcessLookupError):  # nobody is left of its process group
+        os.killpg(process.pid, 0)
