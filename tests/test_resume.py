@@ -184,12 +184,12 @@ def test_another_window_is_refused_with_the_difference(settings: list[str], tmp_
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments_leave_the_same_run(settings: list[str], whole: Path, tmp_path: Path) -> None:
+def test_kills_at_random_moments_leave_the_same_run(settings: list[str], tmp_path: Path) -> None:
     """In tokenizing, in a look, in a window, in the writing of a checkpoint, wherever it falls; `KILLS` of them."""
-    run_dir, chance, kills, reached = tmp_path / "run", random.Random(0), 0, set()
-    settings = [*settings, "--save_every_steps=1"]
+    run_dir, whole, chance, kills, reached = tmp_path / "run", tmp_path / "whole", random.Random(0), 0, set()
+    settings = [*settings, "--save_every_steps=1", "--trainer.max_epochs=40"]
     started = time.monotonic()
-    finish(settings, tmp_path / "timed")
+    finish(settings, whole)
     took = time.monotonic() - started
     while kills < int(os.environ.get("KILLS", "20")):
         cold = f"--data.cache_dir={tmp_path / 'caches' / str(kills)}"
@@ -210,7 +210,7 @@ def test_kills_at_random_moments_leave_the_same_run(settings: list[str], whole: 
     finish(settings, run_dir, "--ckpt_path=auto")
     check(run_dir, whole)
     print(f"{kills} kills; checkpoints of the steps {sorted(reached)} were resumed from")
-    assert len(reached) > 3 and not list((run_dir / "checkpoints").glob("*.tmp"))
+    assert len(reached) > kills // 4 and not list((run_dir / "checkpoints").glob("*.tmp"))
 
 
 def check(run_dir: Path, whole: Path) -> None:
