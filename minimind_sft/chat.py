@@ -203,6 +203,10 @@ class ChatTemplate:
         """The ids of all control tokens, ascending."""
         return sorted(self._controls.values())
 
+    def token_id(self, control: str) -> int | None:
+        """The id of a control token, or None where there is no such token."""
+        return self._controls.get(control)
+
     def decode(self, ids: list[int]) -> str:
         """The text of ids, control tokens included."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)

@@ -228,6 +228,14 @@ def build(
     writer.finish(note(Taken(taken, size, tokens, stopped)))
 
 
+def build_from_spans(folder: Path, documents: Iterable[list[Span]], vocab_size: int, *, source: str) -> None:
+    """Make a store of documents that come from no file; `source` stands where a file's name would."""
+    writer = _Writer(folder, vocab_size)
+    for number, spans in enumerate(documents, 1):
+        writer.add(Line(source, number, ""), spans, source)
+    writer.finish({})
+
+
 def open_or_build(cache: Path, key: dict[str, Any], make: Callable[[Path], None]) -> Store:
     """The store that `key` describes: from the cache, or made now.
 

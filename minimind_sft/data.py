@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -24,6 +25,7 @@ from minimind_sft.documents import Documents
 from minimind_sft.evaluation import EvaluationBatches, bytes_of_tokens, prompts
 from minimind_sft.forgetting import CHAT, PRETRAIN
 from minimind_sft.replay import ReplayStream
+from minimind_sft.self_written import self_written
 from minimind_sft.stores import Opened, Stores
 
 if TYPE_CHECKING:
@@ -67,7 +69,8 @@ class SFTDataModule(LightningDataModule):
         measure_documents: documents of pretraining text to measure on, chosen by content hash.
         replay_ratio: tokens of `pretrain_path` per token of chat that every window holds besides, none of them
             measured on; 0 is off. What is asked of them: `model.replay_loss`.
-        replay_documents: documents of `pretrain_path` to replay from, chosen by content hash.
+        replay_source: `file`, to replay `pretrain_path`; `self`, to replay text that the base writes itself first.
+        replay_documents: documents to replay from, at most; of `pretrain_path` chosen by content hash.
         format: of the lines: auto, or one of the formats in the README.
         document_format: how pretraining framed a raw text: minimind3, minimind2 (the markers are in the text) or bare.
         probes_path: facts to ask before and after training, see `probes.py`.
@@ -105,6 +108,7 @@ class SFTDataModule(LightningDataModule):
         max_overlap: float = 0.2,
         measure_documents: int = 1_000,
         replay_ratio: float = 0.0,
+        replay_source: Literal["file", "self"] = "file",
         replay_documents: int = 20_000,
         format: str = "auto",
         document_format: str = "minimind3",
@@ -118,7 +122,7 @@ class SFTDataModule(LightningDataModule):
         self.empty_think_ratio, self.document_format = empty_think_ratio, document_format
         if not replay_ratio >= 0.0:
             raise ValueError(f"data.replay_ratio is {replay_ratio}; it is replay tokens per chat token, 0 or above")
-        self.replay_ratio = replay_ratio
+        self.replay_ratio, self.replay_source, self.replay_documents = replay_ratio, replay_source, replay_documents
         self.stores = Stores(
             train_path=train_path,
             tokenizer=tokenizer,
@@ -156,8 +160,37 @@ class SFTDataModule(LightningDataModule):
 
     def _open(self) -> Opened:
         assert self.trainer is not None
-        fit = self.trainer.state.fn == "fit"
-        return self.stores.open(train=fit, replay=fit and self._replays)
+        replays = self.trainer.state.fn == "fit" and self._replays
+        opened = self.stores.open(
+            train=self.trainer.state.fn == "fit", replay=replays and self.replay_source == "file"
+        )
+        if replays and opened.replay is None:
+            opened = opened._replace(replay=self._written_by_the_base(opened))
+        return opened
+
+    def _written_by_the_base(self, opened: Opened) -> Store:
+        """As many tokens as an epoch replays."""
+        assert self.trainer is not None
+        module: SFTModule = self.trainer.lightning_module  # type: ignore[assignment]
+        train = self.stores.documents(opened).train
+        assert train is not None and module.base_sha256 is not None
+        lengths, _ = train.sizes(np.ones(len(train), bool))
+        home = module.model.lm_head.weight.device
+        module.model.to(self.trainer.strategy.root_device)
+        try:
+            return self_written(
+                self.stores.cache,
+                module.model,
+                self.template,
+                base_sha256=module.base_sha256,
+                tokens=int(self.replay_ratio * lengths.sum()),
+                most_documents=self.replay_documents,
+                max_length=self.max_length,
+                document_format=self.document_format,
+                seed=self.seed,
+            )
+        finally:
+            module.model.to(home)
 
     @property
     def _replays(self) -> bool:

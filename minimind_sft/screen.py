@@ -172,10 +172,11 @@ def _holding(data: SFTDataModule, pl_module: SFTModule) -> str:
     """What keeps the model near its base."""
     said, replay = [], data.plan.replay
     if replay is not None:
+        by = " by the base" if data.replay_source == "self" else ""
         tokens = np.mean([replay.lengths[window].sum() for window in data.plan.epoch(0).replay])
         said.append(
             f"replay of {tokens:,.0f} tokens of pretraining text a step ({data.replay_ratio:g} of the chats'; "
-            f"{len(replay.documents):,} documents, none of them measured), {pl_module.replay_loss} loss of weight "
+            f"{len(replay.documents):,} documents{by}, none of them measured), {pl_module.replay_loss} loss of weight "
             f"{pl_module.replay_weight:g}"
         )
     said += [f"{term.name}, weight {term.weight:g}" for term in pl_module.terms if term.name != "replay"]

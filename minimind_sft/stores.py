@@ -225,7 +225,8 @@ class Stores:
         if self.pretrain_path is None:
             raise ValueError(
                 "data.replay_ratio asks for text to replay, but data.pretrain_path is not set. Set it to the text that "
-                "the base was pretrained on (a part of it is enough), or data.replay_ratio to 0"
+                "the base was pretrained on (a part of it is enough), data.replay_source to self to let the base write "
+                "it, or data.replay_ratio to 0"
             )
         if self.replay_documents < 1:
             raise ValueError(f"data.replay_documents is {self.replay_documents}; it must be at least 1")

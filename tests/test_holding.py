@@ -335,3 +335,13 @@ def test_what_is_measured_on_is_not_replayed(tmp_path: Path, held_out: range | N
     replayed, measured = (set(store.hashes.tolist()) for store in (opened.replay, opened.measured))
     assert not replayed & measured
     assert (len(replayed), len(measured)) == ((10, 5) if held_out is None else (12, 2))
+
+
+def test_a_base_without_its_text_replays_what_it_writes_itself(cache: Path, tmp_path: Path) -> None:
+    options = ["--data.replay_source=self", "--data.max_mb=0.03", "--data.max_length=48"]
+    plain = fit(tmp_path / "plain", cache, "--data.max_mb=0.03", "--data.max_length=48")
+    rows = fit(tmp_path / "run", cache, REPLAY, *options, "--data.pretrain_path=null")
+    assert float(rows[1]["train/replay"]) == pytest.approx(0.0, abs=1e-5) and float(rows[-1]["train/replay"]) > 1e-3
+    assert float(rows[-1]["val/forgetting"]) < 0.9 * float(plain[-1]["val/forgetting"])
+    again = fit(tmp_path / "again", tmp_path / "another_cache", REPLAY, *options, "--data.pretrain_path=null")
+    assert [row["train/replay"] for row in again] == [row["train/replay"] for row in rows]  # written by the seed
