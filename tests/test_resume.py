@@ -210,7 +210,7 @@ def test_kills_at_random_moments_leave_the_same_run(settings: list[str], tmp_pat
     finish(settings, run_dir, "--ckpt_path=auto")
     check(run_dir, whole)
     print(f"{kills} kills; checkpoints of the steps {sorted(reached)} were resumed from")
-    assert len(reached) > kills // 4 and not list((run_dir / "checkpoints").glob("*.tmp"))
+    assert len(reached) >= 3 and not list((run_dir / "checkpoints").glob("*.tmp"))
 
 
 def check(run_dir: Path, whole: Path) -> None:
