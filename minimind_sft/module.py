@@ -11,7 +11,6 @@ weights change: what is logged, and what stops a run whose loss is no longer a n
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +19,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from minimind_sft import resume
 from minimind_sft import weights as weight_files
 from minimind_sft.attention import attention_backend, needs_device_cu_seqlens
 from minimind_sft.batching import MicroBatch
@@ -31,7 +31,6 @@ from minimind_sft.losses import cross_entropy
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import from_sizes
 from minimind_sft.probes import answer_text
-from minimind_sft.resume import set_progress
 from minimind_sft.schedule import learning_rate_at
 from minimind_sft.terms import Term, chosen, freeze, frozen_copy
 
@@ -178,7 +177,7 @@ class SFTModule(LightningModule):
 
     def configure_model(self) -> None:
         """Build what needs the tokenizer: a model from scratch, rows for new tokens, and the meter."""
-        data = self._data
+        data = self.data
         if not hasattr(self, "model"):
             vocab_size = self._shape["vocab_size"] or data.template.vocab_size
             self.model = Transformer(
@@ -212,7 +211,7 @@ class SFTModule(LightningModule):
         if self.from_scratch:
             return
         self.terms = chosen(
-            replay=self._data.plan.replay is not None,
+            replay=self.data.plan.replay is not None,
             replay_loss=self.replay_loss,
             replay_weight=self.replay_weight,
             l2_sp=self.l2_sp,
@@ -229,7 +228,7 @@ class SFTModule(LightningModule):
         for base in self._base:
             base.to(self.device)
             for term in self.terms:
-                term.start(base, self._data.template.control_ids, half=self._half)
+                term.start(base, self.data.template.control_ids, half=self._half)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **settings: Any) -> SFTModule:  # type: ignore[override]
@@ -237,7 +236,7 @@ class SFTModule(LightningModule):
         return cls(weights=str(checkpoint_path), **settings)
 
     @property
-    def _data(self) -> SFTDataModule:
+    def data(self) -> SFTDataModule:
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     # ---- training
@@ -250,7 +249,7 @@ class SFTModule(LightningModule):
             ValueError: where neither epochs nor steps bound it.
         """
         epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
-        bounds = [limit for limit in (self._data.plan.windows * (epochs or -1), steps) if limit > 0]
+        bounds = [limit for limit in (self.data.plan.windows * (epochs or -1), steps) if limit > 0]
         if not bounds:
             raise ValueError("the run has no end: set trainer.max_epochs or trainer.max_steps")
         return min(bounds)
@@ -348,7 +347,7 @@ class SFTModule(LightningModule):
 
     def _window_documents(self) -> list[str]:
         """The documents of the window that is being learned from, as `file:line`."""
-        plan, store = self._data.plan, self._data.plan.documents.store
+        plan, store = self.data.plan, self.data.plan.documents.store
         epoch, window = divmod(self.trainer.global_step, plan.windows)
         return [store.where(number) for number in plan.window_documents(epoch, window).tolist()]
 
@@ -372,7 +371,7 @@ class SFTModule(LightningModule):
 
     def predict_step(self, batch: list[dict[str, Any]], batch_idx: int) -> list[dict[str, Any]]:
         """Answer every prompt greedily."""
-        template = self._data.template
+        template = self.data.template
         answers = generate(
             self.model,
             [row["prompt_ids"] for row in batch],
@@ -408,37 +407,7 @@ class SFTModule(LightningModule):
         return moved
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["hyper_parameters"] = {"model_config": asdict(self.model.config)}
-        checkpoint["minimind_sft"] = {
-            "base_sha256": self.base_sha256,
-            "baseline": asdict(self.baseline) if self.baseline else None,
-            "plan": self._data.identity,
-            "settings": self._settings(),
-            "guard": self.guard.state_dict(),
-        }
-
-    def _settings(self) -> dict[str, Any]:
-        """What may differ in a run that resumes; the YAML and the command line win."""
-        trainer = self.trainer
-        return {
-            "model.learning_rate": self.learning_rate,
-            "model.warmup_ratio": self.warmup_ratio,
-            "model.min_lr_ratio": self.min_lr_ratio,
-            "model.weight_decay": self.weight_decay,
-            "model.decay_all": self.decay_all,
-            "model.replay_loss": self.replay_loss,
-            "model.replay_weight": self.replay_weight,
-            "model.l2_sp": self.l2_sp,
-            "model.freeze": self.frozen,
-            "model.terms": [type(term).__name__ for term in self.terms],
-            "trainer.max_epochs": trainer.max_epochs,
-            "trainer.max_steps": trainer.max_steps,
-            "trainer.gradient_clip_val": trainer.gradient_clip_val,
-            "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
-            "processes": trainer.world_size,
-            "precision": str(trainer.precision),
-            "threads": torch.get_num_threads(),
-        }
+        resume.note(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the baseline; for `fit`, find the window that comes next.
@@ -446,43 +415,4 @@ class SFTModule(LightningModule):
         Raises:
             ValueError: a checkpoint of another base, of another model, of other data, or not one of ours.
         """
-        ours = checkpoint.get("minimind_sft")
-        if ours is None:
-            raise ValueError(
-                "the checkpoint was not written by minimind_sft; pass it as model.weights to start from it"
-            )
-        if ours["base_sha256"] != self.base_sha256:
-            raise ValueError(
-                f"the checkpoint was trained from another base (SHA-256 {str(ours['base_sha256'])[:12]}, "
-                f"model.weights has "
-                f"{str(self.base_sha256)[:12]}); its forgetting cannot be measured against this one. Set "
-                f"model.weights to "
-                "the base it started from, or start a new run from the checkpoint with model.weights"
-            )
-        self._check_config(checkpoint["hyper_parameters"]["model_config"])
-        self.baseline = Reading(**ours["baseline"]) if ours["baseline"] else None
-        if self.trainer.state.fn == "fit":
-            self._data.check_identity(ours["plan"])
-            plan = self._data.plan
-            self._tell_differences(ours["settings"])
-            self.guard.load_state_dict(ours["guard"])
-            self._data.start_step = set_progress(checkpoint, windows=plan.windows, accumulate=plan.accumulate)
-
-    def _check_config(self, saved: dict[str, Any]) -> None:
-        """Weights fit another theta, eps or number of heads as well, and would then be another model."""
-        changed = [
-            f"{name} was {saved.get(name)}, is {now}"
-            for name, now in asdict(self.model.config).items()
-            if saved.get(name) != now
-        ]
-        if changed:
-            raise ValueError(
-                f"the checkpoint is of another model ({'; '.join(changed)}); set the keys under model as they were"
-            )
-
-    def _tell_differences(self, saved: dict[str, Any]) -> None:
-        changed = [
-            f"{name} {saved.get(name)} -> {now}" for name, now in self._settings().items() if saved.get(name) != now
-        ]
-        if changed and self.trainer.is_global_zero:
-            print(f"settings that differ from the checkpoint's: {', '.join(changed)}", flush=True)
+        resume.take_over(self, checkpoint)

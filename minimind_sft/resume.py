@@ -1,4 +1,7 @@
-"""Where a run stands, as Lightning's loops want to hear it.
+"""What a checkpoint says of its run, and where that run stands, as Lightning's loops want to hear it.
+
+The YAML and the command line win over a checkpoint in how to go on (learning rate, decay, ...); every difference is
+told. What would make it another run is refused: another base, another model, other data.
 
 Every window is exactly one optimizer step, so the number of steps alone says which window comes next. Lightning's own
 counters, in contrast, depend on the hook that the checkpoint was written in, on the number of micro-batches per
@@ -8,7 +11,98 @@ window and on whether an epoch had just ended (a position equal to the length ma
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from minimind_sft.forgetting import Reading
+
+if TYPE_CHECKING:
+    from minimind_sft.module import SFTModule
+
+
+def note(module: SFTModule, checkpoint: dict[str, Any]) -> None:
+    """Add to a checkpoint what a run needs to go on from it."""
+    checkpoint["hyper_parameters"] = {"model_config": asdict(module.model.config)}
+    checkpoint["minimind_sft"] = {
+        "base_sha256": module.base_sha256,
+        "baseline": asdict(module.baseline) if module.baseline else None,
+        "plan": module.data.identity,
+        "settings": settings(module),
+        "guard": module.guard.state_dict(),
+    }
+
+
+def take_over(module: SFTModule, checkpoint: dict[str, Any]) -> None:
+    """Take over the baseline; for `fit`, find the window that comes next.
+
+    Raises:
+        ValueError: a checkpoint of another base, of another model, of other data, or not one of ours.
+    """
+    ours = checkpoint.get("minimind_sft")
+    if ours is None:
+        raise ValueError("the checkpoint was not written by minimind_sft; pass it as model.weights to start from it")
+    if ours["base_sha256"] != module.base_sha256:
+        raise ValueError(
+            f"the checkpoint was trained from another base (SHA-256 {str(ours['base_sha256'])[:12]}, model.weights has "
+            f"{str(module.base_sha256)[:12]}); its forgetting cannot be measured against this one. Set model.weights "
+            "to the base it started from, or start a new run from the checkpoint with model.weights"
+        )
+    _check_config(module, checkpoint["hyper_parameters"]["model_config"])
+    module.baseline = Reading(**ours["baseline"]) if ours["baseline"] else None
+    if module.trainer.state.fn == "fit":
+        module.data.check_identity(ours["plan"])
+        plan = module.data.plan
+        _tell_differences(module, ours["settings"])
+        module.guard.load_state_dict(ours["guard"])
+        module.data.start_step = set_progress(checkpoint, windows=plan.windows, accumulate=plan.accumulate)
+
+
+def settings(module: SFTModule) -> dict[str, Any]:
+    """What may differ in a run that resumes."""
+    trainer = module.trainer
+    return {
+        "model.learning_rate": module.learning_rate,
+        "model.warmup_ratio": module.warmup_ratio,
+        "model.min_lr_ratio": module.min_lr_ratio,
+        "model.weight_decay": module.weight_decay,
+        "model.decay_all": module.decay_all,
+        "model.replay_loss": module.replay_loss,
+        "model.replay_weight": module.replay_weight,
+        "model.l2_sp": module.l2_sp,
+        "model.freeze": module.frozen,
+        "model.max_forgetting": module.max_forgetting,
+        "model.terms": [type(term).__name__ for term in module.terms],
+        "trainer.max_epochs": trainer.max_epochs,
+        "trainer.max_steps": trainer.max_steps,
+        "trainer.gradient_clip_val": trainer.gradient_clip_val,
+        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "processes": trainer.world_size,
+        "precision": str(trainer.precision),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _check_config(module: SFTModule, saved: dict[str, Any]) -> None:
+    """Weights fit another theta, eps or number of heads as well, and would then be another model."""
+    changed = [
+        f"{name} was {saved.get(name)}, is {now}"
+        for name, now in asdict(module.model.config).items()
+        if saved.get(name) != now
+    ]
+    if changed:
+        raise ValueError(
+            f"the checkpoint is of another model ({'; '.join(changed)}); set the keys under model as they were"
+        )
+
+
+def _tell_differences(module: SFTModule, saved: dict[str, Any]) -> None:
+    changed = [
+        f"{name} {saved.get(name)} -> {now}" for name, now in settings(module).items() if saved.get(name) != now
+    ]
+    if changed and module.trainer.is_global_zero:
+        print(f"settings that differ from the checkpoint's: {', '.join(changed)}", flush=True)
 
 
 def set_progress(checkpoint: dict[str, Any], *, windows: int, accumulate: int) -> int:

@@ -96,13 +96,15 @@ class FirstScreen(Callback):
         data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
         intervals, total, windows = self.measure.intervals, pl_module.total_steps, data.plan.windows
         parameters = pl_module.model.num_parameters()
+        learning = sum(p.numel() for p in pl_module.model.parameters() if p.requires_grad)
+        trained = "all trained" if learning == parameters else f"{learning:,} trained"
         weights_and_adam = 12 * parameters
         ranks = f" on {trainer.world_size} processes" if trainer.world_size > 1 else ""
         return [
             ("base", pl_module.description),
             (
                 "parameters",
-                f"{parameters:,}, all trained, precision {trainer.precision}, {pl_module.device}{ranks}, "
+                f"{parameters:,}, {trained}, precision {trainer.precision}, {pl_module.device}{ranks}, "
                 f"{pl_module.attention} attention",
             ),
             *_data_rows(data),
