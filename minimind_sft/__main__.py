@@ -17,7 +17,7 @@ see what it is about
   demo       train a small base twice, plainly and holding on, and show what each forgot (4 minutes on 2 cores)
              python -m minimind_sft demo
 train
-  fit        fine-tune a base on chats, and measure what it forgets
+  fit        fine-tune a base on chats, hold on to what it knew, and measure what it forgets
              python -m minimind_sft fit --config sft.yaml           (--plan: only print what it would take)
 look
   validate   measure a model on the validation chats and the pretraining text
@@ -42,8 +42,8 @@ data
              python -m minimind_sft inspect --config sft.yaml --rows 5
 
 `VERB --help` lists a verb's options. A config that is not in the current folder is looked for in configs/:
-sft.yaml (the demo; start from it), original.yaml (MiniMind's settings), pretrain.yaml (a base from text),
-minimind2_2048x20.yaml (the original 0.9 B command line)."""
+sft.yaml (the demo; start from it), original.yaml (MiniMind's settings), max_retention.yaml (the least forgetting),
+pretrain.yaml (a base from text), minimind2_2048x20.yaml (the original 0.9 B command line)."""
 
 TRAINING_VERBS = ("fit", "validate", "predict")
 MODULES = {  # of the other verbs; each has a `main`
