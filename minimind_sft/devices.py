@@ -9,19 +9,20 @@ import torch
 
 
 def pin_device(device: str, accelerator: str, devices: Any) -> dict[str, Any]:
-    """`device` as the Trainer's `accelerator` and `devices`; `trainer.devices` decides where it was set.
+    """`device` as the Trainer's `accelerator` and `devices`; of `cpu` and `cuda`, `trainer.devices` says how many.
 
     Raises:
         ValueError: a device that is not there, or two settings that contradict each other.
     """
-    if device != "auto" and (devices != "auto" or accelerator != "auto"):
+    counted = device in ("cpu", "cuda") and accelerator == "auto"
+    if device != "auto" and (devices != "auto" or accelerator != "auto") and not counted:
         raise ValueError(f"device ({device}) and trainer.accelerator/devices are both set; leave one of them out")
     if device == "auto":
         if accelerator == "auto":
             accelerator = "cuda" if torch.cuda.is_available() else "cpu"
         return {"accelerator": accelerator, "devices": 1 if devices == "auto" else devices}
     if device == "cpu":
-        return {"accelerator": "cpu", "devices": 1}
+        return {"accelerator": "cpu", "devices": 1 if devices == "auto" else devices}
     found = re.fullmatch(r"cuda(?::(\d+(?:,\d+)*))?", device)
     if found is None:
         raise ValueError(f"device {device!r} is not known; use auto, cpu, cuda, cuda:7 or cuda:0,1")
@@ -30,7 +31,7 @@ def pin_device(device: str, accelerator: str, devices: Any) -> dict[str, Any]:
     if max(numbers) >= there:
         have = f"cuda:0 to cuda:{there - 1}" if there else "no GPU that this PyTorch can use"
         raise ValueError(f"device {device}: this machine has {have}; use --device cpu or another number")
-    return {"accelerator": "cuda", "devices": numbers}
+    return {"accelerator": "cuda", "devices": numbers if devices == "auto" else devices}
 
 
 def one_device(device: str) -> torch.device:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from minimind_sft import losses
 from minimind_sft.checkpoints import link
+from minimind_sft.devices import pin_device
 from minimind_sft.evaluation import affordable_interval
 from minimind_sft.forgetting import CHAT, PRETRAIN, Meter, Reading, summary
 from minimind_sft.model import Transformer
@@ -174,3 +175,11 @@ def test_reset_head_leaves_the_embedding_and_unties(base: Path) -> None:
 def test_a_shape_that_contradicts_the_weights_is_an_error(base: Path) -> None:
     with pytest.raises(ValueError, match=r"model.hidden_size is 64, but .* has 32"):
         SFTModule(weights=str(base), hidden_size=64)
+
+
+def test_a_kind_of_device_can_be_counted_and_a_numbered_one_cannot() -> None:
+    assert pin_device("cpu", "auto", "auto") == {"accelerator": "cpu", "devices": 1}
+    assert pin_device("cpu", "auto", 2) == {"accelerator": "cpu", "devices": 2}
+    for device, accelerator, devices in (("cuda:1", "auto", 2), ("cpu", "gpu", 1)):
+        with pytest.raises(ValueError, match="both set"):
+            pin_device(device, accelerator, devices)
