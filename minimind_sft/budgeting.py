@@ -8,6 +8,7 @@ skipped, what is not is resumed. Caps that double cost less than twice the large
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import math
@@ -24,7 +25,6 @@ from minimind_sft.files import write_whole
 from minimind_sft.fit_process import run_fit
 from minimind_sft.options import OptionParser
 from minimind_sft.power_law import PowerLaw
-from minimind_sft.records import read_metrics
 from minimind_sft.selection import MEBIBYTE
 from minimind_sft.settings import SettingsParser, find_config
 from minimind_sft.stores import Stores
@@ -167,8 +167,9 @@ def is_whole(run: Path) -> bool:
     """Whether a run came to its end: its summary is of the last step that its metrics know."""
     if not (run / "forgetting.json").is_file() or not (run / "metrics.csv").is_file():
         return False
-    rows = read_metrics(run / "metrics.csv")
-    return bool(rows) and _read(run / "forgetting.json")["after"]["step"] == rows[-1]["step"]
+    with open(run / "metrics.csv", newline="", encoding="utf-8") as file:  # read_metrics would import Lightning
+        steps = [row["step"] for row in csv.DictReader(file)]
+    return bool(steps) and str(_read(run / "forgetting.json")["after"]["step"]) == steps[-1]
 
 
 def _has_everything(run: Path) -> bool:
@@ -242,7 +243,8 @@ def _told(found: dict[str, Any]) -> str:
         text = "it does not rise with MB, so it predicts no cap"
         if predicted is not None:
             beyond = "" if min(sizes) <= predicted <= max(sizes) else ", outside what was measured"
-            text = f"{predicted:.3g} MB{beyond}"
+            unsure = " (an exponent that may be 0 predicts little)" if law["b"] < 2 * law["b_error"] else ""
+            text = f"{predicted:.3g} MB{beyond}{unsure}"
         rows.append((f"by the power law, {bound:g} nats at", text))
     rules = found["rules_mb"]
     thumb = "unknown (set data.pretrain_path or data.pretrain_mb)"
