@@ -122,7 +122,7 @@ def _claim(folder: Path, caps: Sequence[float], fit_options: Sequence[str], *, o
         if overwrite:
             shutil.rmtree(run, ignore_errors=True)
             note.unlink(missing_ok=True)
-        elif run.exists() and (not note.is_file() or _read(note)["settings"] != settings):
+        elif _has_work(run) and (not note.is_file() or _read(note)["settings"] != settings):
             raise ValueError(
                 f"{run} holds a run of other settings; pass --overwrite to replace it, or another --run_dir"
             )
@@ -170,6 +170,11 @@ def is_whole(run: Path) -> bool:
     with open(run / "metrics.csv", newline="", encoding="utf-8") as file:  # read_metrics would import Lightning
         steps = [row["step"] for row in csv.DictReader(file)]
     return bool(steps) and str(_read(run / "forgetting.json")["after"]["step"]) == steps[-1]
+
+
+def _has_work(run: Path) -> bool:
+    """Whether there is anything to lose: a run that failed before its first checkpoint has left nothing."""
+    return any((run / "checkpoints").glob("*.ckpt")) or is_whole(run)
 
 
 def _has_everything(run: Path) -> bool:

@@ -119,9 +119,10 @@ def test_lightning_is_not_imported() -> None:
 @pytest.mark.slow
 def test_two_real_runs_and_the_error_of_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["budget", f"--run_dir={tmp_path}", "--config", "sft.yaml", "--device=cpu", "--max_mb", "0.01", "0.02"]
+    command.append("--data.measure_documents=50")
     assert main([*command, "--trainer.max_step", "2"]) == 2
     assert "max_steps" in capsys.readouterr().err
-    assert main([*command, "--trainer.max_steps", "2", "--overwrite"]) == 0
+    assert main([*command, "--trainer.max_steps", "2"]) == 0
     said = capsys.readouterr().out
     assert "step 2/2" in said and "it takes 3 or more points" in said
     first, second = ((tmp_path / f"{cap}mb" / "sample.json") for cap in ("0.01", "0.02"))
