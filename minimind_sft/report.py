@@ -178,7 +178,7 @@ def plot_budget(trials: Sequence[Trial], law: PowerLaw | None, max_forgetting: f
     import matplotlib.pyplot as plt
 
     size = [trial.mb for trial in trials]
-    panels = (
+    panels: tuple[tuple[str, Sequence[float | None]], ...] = (
         ("loss on validation chats, nats per token", [trial.chat_loss for trial in trials]),
         ("forgotten, nats per token of text", [trial.forgetting for trial in trials]),
         ("minutes", [trial.minutes for trial in trials]),
