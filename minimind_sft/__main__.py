@@ -19,6 +19,8 @@ see what it is about
 train
   fit        fine-tune a base on chats, hold on to what it knew, and measure what it forgets
              python -m minimind_sft fit --config sft.yaml           (--plan: only print what it would take)
+  budget     a run per cap on the sample: how many MB of chats for how much forgetting
+             python -m minimind_sft budget --config sft.yaml --max_mb 0.5 1 2 4 8
 look
   validate   measure a model on the validation chats and the pretraining text
              python -m minimind_sft validate --config sft.yaml --ckpt_path best
@@ -48,6 +50,7 @@ pretrain.yaml (a base from text), minimind2_2048x20.yaml (the original 0.9 B com
 TRAINING_VERBS = ("fit", "validate", "predict")
 MODULES = {  # of the other verbs; each has a `main`
     "demo": "demonstration",
+    "budget": "budgeting",
     "compare": "comparison",
     "chat": "terminal",
     "export": "export",

@@ -18,6 +18,8 @@ from minimind_sft.corpus import Taken
 from minimind_sft.sampling import Selection
 from minimind_sft.selection import MEBIBYTE
 
+RULE_OF_THUMB = (1_000, 10_000)  # SFT : pretraining, 1 : N
+
 
 class Caps(NamedTuple):
     """The caps of a run, None where there is none; `pretrain_bytes` is what `max_ratio` is a share of."""

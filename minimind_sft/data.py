@@ -31,8 +31,6 @@ from minimind_sft.stores import Opened, Stores
 if TYPE_CHECKING:
     from minimind_sft.module import SFTModule
 
-RULE_OF_THUMB = (1_000, 10_000)  # SFT : pretraining, 1 : N
-
 
 class SFTDataModule(LightningDataModule):
     """Chats to learn from, chats to validate on, and text to measure forgetting on.

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minimind_sft.demonstration_words import NEXT, WORDS
 from minimind_sft.files import PROJECT, write_whole
+from minimind_sft.fit_process import run_fit
 from minimind_sft.options import OptionParser
 
 NAME = "Minnow"  # what the model calls itself in the shipped chats
@@ -96,28 +94,11 @@ def _rename(name: str, folder: Path) -> None:
 
 def _fit(kind: str, folder: Path, device: str, max_steps: int) -> float:
     """Train; seconds it took. Its whole output is in `<kind>.log`; its steps are shown."""
-    command = [sys.executable, "-m", "minimind_sft", "fit", "--config", "sft.yaml"]
-    command += ["--config", "original.yaml"] if kind == "original" else []
-    command += [f"--data.train_path={folder / 'chats' / 'sft_train.jsonl'}"]
-    command += [f"--data.val_path={folder / 'chats' / 'sft_val.jsonl'}", f"--trainer.max_steps={max_steps}"]
-    command += [f"--run_dir={folder / kind}", f"--device={device}", "--overwrite", "--export=none"]
-    started = time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])}
-    with (
-        open(folder / f"{kind}.log", "w", encoding="utf-8") as log,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", env=environment
-        ) as process,
-    ):
-        assert process.stdout is not None
-        for line in process.stdout:
-            log.write(line)
-            if line.startswith("epoch "):
-                print(f"  {line.rstrip()}", flush=True)
-    if process.returncode:
-        tail = (folder / f"{kind}.log").read_text(encoding="utf-8").strip().splitlines()[-1:]
-        raise ValueError(f"the run {kind} ended with status {process.returncode}: {' '.join(tail)}")
-    return time.monotonic() - started
+    options = ["--config", "sft.yaml", *(["--config", "original.yaml"] if kind == "original" else [])]
+    options += [f"--data.train_path={folder / 'chats' / 'sft_train.jsonl'}"]
+    options += [f"--data.val_path={folder / 'chats' / 'sft_val.jsonl'}", f"--trainer.max_steps={max_steps}"]
+    options += [f"--run_dir={folder / kind}", f"--device={device}", "--overwrite", "--export=none"]
+    return run_fit(options, folder / f"{kind}.log")
 
 
 def _read(kind: str, folder: Path, seconds: float) -> Run:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:  # its torchmetrics takes seconds to import, and only annotati
     from minimind_sft.forgetting import Reading
 
 if TYPE_CHECKING:
+    from minimind_sft.budgeting import Trial
     from minimind_sft.interpolation import Point
+    from minimind_sft.power_law import PowerLaw
 
 
 def aligned(rows: Sequence[tuple[str, str]]) -> str:
@@ -164,6 +166,42 @@ def plot_interpolation(points: Sequence[Point], chosen: Point, path: Path) -> No
     axes.set_ylabel("forgotten, nats per token of pretraining text")
     axes.set_title("From the base (alpha 0) to its fine-tune (alpha 1)", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_budget(trials: Sequence[Trial], law: PowerLaw | None, max_forgetting: float, path: Path) -> None:
+    """Chat loss, forgetting and minutes against MB of chats, as a PNG; what was not measured is left out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = [trial.mb for trial in trials]
+    panels: tuple[tuple[str, Sequence[float | None]], ...] = (
+        ("loss on validation chats, nats per token", [trial.chat_loss for trial in trials]),
+        ("forgotten, nats per token of text", [trial.forgetting for trial in trials]),
+        ("minutes", [trial.minutes for trial in trials]),
+    )
+    figure, panes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    for axes, (title, values) in zip(panes, panels, strict=True):
+        shown = [(mb, value) for mb, value in zip(size, values, strict=True) if value is not None]
+        axes.set_xscale("log")
+        axes.set_xticks(size, [f"{mb:.3g}" for mb in size])
+        axes.minorticks_off()
+        axes.set_xlabel("MB of chats")
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        if shown:
+            axes.plot(*zip(*shown, strict=True), color="#0072B2", linewidth=2, marker="o", markersize=5)
+    if any(trial.forgetting is not None for trial in trials):
+        panes[1].axhline(max_forgetting, color="#D55E00", linewidth=1, linestyle="--", label="--max_forgetting")
+        if law is not None:
+            steps = [size[0] * (size[-1] / size[0]) ** (i / 40) for i in range(41)]
+            curve = [law.at(mb) for mb in steps]
+            panes[1].plot(steps, curve, color="0.4", linestyle=":", label=f"{law.a:.3g} MB^{law.b:.2f}")
+        panes[1].legend(frameon=False, fontsize=9)
+    panes[2].set_ylim(bottom=0)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Callback
 
 from minimind_sft import account, report
 from minimind_sft.callbacks import Measure, duration, evaluating
-from minimind_sft.data import RULE_OF_THUMB
+from minimind_sft.caps import RULE_OF_THUMB
 from minimind_sft.evaluation import evaluation_tokens
 from minimind_sft.export import export_run
 from minimind_sft.forgetting import CHAT, PRETRAIN, summary
