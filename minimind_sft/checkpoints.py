@@ -114,11 +114,14 @@ class Checkpoints(Checkpoint):
         self.stop = StopRequest()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Refuse a disk that cannot hold the run.
+        """Clear away what a kill left half written, and refuse a disk that cannot hold the run.
 
         Raises:
             ValueError: naming what is needed and what is free.
         """
+        if trainer.is_global_zero:  # the run directory is locked: nobody else is writing
+            for half in self.folder.glob(".*.tmp"):
+                half.unlink(missing_ok=True)
         kept = pl_module.total_steps // self.keep_every if self.keep_every else 0
         # weights and two moments in fp32; last and best, and one being written
         need = 12 * pl_module.model.num_parameters() * (3 + kept)
