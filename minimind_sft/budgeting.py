@@ -158,7 +158,8 @@ def _trial(folder: Path, cap: float, fit_options: Sequence[str]) -> Trial:
         finally:  # a run that is resumed has the minutes of all its starts
             note["minutes"] += (time.monotonic() - started) / 60
             write_whole(note_path, json.dumps(note, indent=1) + "\n")
-    figures, after = _read(run / "forgetting.json"), _read(run / "forgetting.json")["after"]
+    figures = _read(run / "forgetting.json")
+    after = figures["after"]
     taken = _read(run / "sample.json")["bytes"] / MEBIBYTE
     return Trial(cap, taken, after["step"], after["chat_loss"], figures["forgetting"], _read(note_path)["minutes"])
 
@@ -167,7 +168,7 @@ def is_whole(run: Path) -> bool:
     """Whether a run came to its end: its summary is of the last step that its metrics know."""
     if not (run / "forgetting.json").is_file() or not (run / "metrics.csv").is_file():
         return False
-    with open(run / "metrics.csv", newline="", encoding="utf-8") as file:  # read_metrics would import Lightning
+    with open(run / "metrics.csv", newline="", encoding="utf-8") as file:  # as text: a last row may be half written
         steps = [row["step"] for row in csv.DictReader(file)]
     return bool(steps) and str(_read(run / "forgetting.json")["after"]["step"]) == steps[-1]
 

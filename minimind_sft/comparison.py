@@ -23,7 +23,7 @@ from typing import Any
 from minimind_sft import comparison_plots, measures
 from minimind_sft.comparison_options import EXCEEDED, MAX_FORGETTING, errors_name_options, parser
 from minimind_sft.comparison_screen import screen
-from minimind_sft.files import resolve
+from minimind_sft.files import resolve, write_whole
 from minimind_sft.measures import Section
 from minimind_sft.pairs import Pair, find_tokenizer, open_pair
 from minimind_sft.probes import load_probes
@@ -51,9 +51,9 @@ def main(argv: Sequence[str]) -> int:
     with errors_name_options():
         result, documents = compare(**options)
     result["command"] = ["compare", *argv]
-    _write(out / "compare.json", json.dumps(_finite(result), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    write_whole(out / "compare.json", json.dumps(_finite(result), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
     if documents:
-        _write(
+        write_whole(
             out / "documents.jsonl", "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in documents)
         )
     pictures = comparison_plots.draw(result, documents, out)
@@ -202,18 +202,7 @@ def _notes(result: Section, vocab_size: int) -> list[str]:
     return notes
 
 
-# ---- files
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+# ---- output
 
 
 def _say(text: str) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 from minimind_sft.chat import DOCUMENT_FRAMES
+from minimind_sft.options import nearest_option
 
 EXCEEDED = 3  # exit status
 MAX_FORGETTING = 0.02
@@ -17,12 +17,8 @@ MAX_FORGETTING = 0.02
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        wrong = [word.split("=")[0] for word in message.split() if word.startswith("--")]
-        known = list(self._option_string_actions)
-        near = [
-            name for word in wrong if "unrecognized" in message for name in difflib.get_close_matches(word, known, 1)
-        ]
-        raise ValueError(f"{message}{f'. The nearest option is {near[0]}' if near else '; see compare --help'}")
+        near = nearest_option(self, message)
+        raise ValueError(f"{message}{f'. The nearest option is {near}' if near else '; see compare --help'}")
 
 
 def parser() -> argparse.ArgumentParser:

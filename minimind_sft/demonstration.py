@@ -102,7 +102,7 @@ def _fit(kind: str, folder: Path, device: str, max_steps: int) -> float:
 
 
 def _read(kind: str, folder: Path, seconds: float) -> Run:
-    from minimind_sft.records import read_metrics
+    from minimind_sft.readings import read_metrics
 
     rows = [row for row in read_metrics(folder / "metrics.csv") if "val/chat/loss" in row]
     path = [(row["val/chat/loss"], row["val/forgetting"]) for row in rows]
@@ -169,40 +169,26 @@ def _table(runs: Sequence[Run], words: dict[str, str]) -> str:
 
 
 def _lost(run: Run, words: dict[str, str]) -> str:
-    lost = [row for row in run.probes["lost"] if row["way"] == "raw" and not row["in_sft"]]
-    named = "; ".join(
-        f"{row['name']}, {row['answer']} -> {' '.join(row['said'].split())[:24]}" for row in lost[:NAMED]
-    )
-    return words["forgot"].format(kind=words[run.kind], count=len(lost), named=named or "-")
+    from minimind_sft.report import lost_facts
+
+    lost = lost_facts(run.probes)
+    return words["forgot"].format(kind=words[run.kind], count=len(lost), named="; ".join(lost[:NAMED]) or "-")
 
 
 def _plot(runs: Sequence[Run], between: Sequence[tuple[float, float]], path: Path) -> None:
-    import matplotlib
+    from minimind_sft.report import chat_against_forgetting
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for run, color in zip(runs, ("#D55E00", "#0072B2"), strict=True):
-        chat, forgotten = zip(*run.path, strict=True)
-        axes.plot(chat, forgotten, color=color, linewidth=2, marker="o", markersize=4)
-        where: dict[str, Any] = {"textcoords": "offset points", "xytext": (8, 0), "va": "center", "color": color}
-        axes.annotate(run.kind, (chat[-1], forgotten[-1]), fontweight="bold", **where)
-    axes.plot(*zip(*between, strict=True), color="#009E73", linewidth=2, linestyle=":")
-    middle = between[len(between) // 2]
-    axes.annotate(
-        "base to held, interpolated", middle, textcoords="offset points", xytext=(0, 12), ha="center", color="#009E73"
-    )
-    base = runs[0].path[0]
-    axes.plot(*base, color="black", marker="o", markersize=9)
-    axes.annotate("base", base, textcoords="offset points", xytext=(0, 10), ha="center")
-    axes.axvline(max(run.path[-1][0] for run in runs), color="0.6", linewidth=1, linestyle="--")
-    axes.axhline(0, color="0.7", linewidth=1)
-    axes.invert_xaxis()
-    axes.margins(0.12)
-    axes.set_xlabel("loss on validation chats, nats per token (better to the right)")
-    axes.set_ylabel("forgotten, nats per token of pretraining text")
-    axes.set_title("Learning to chat: what it cost", loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    with chat_against_forgetting(path, "Learning to chat: what it cost", (8, 5)) as axes:
+        for run, color in zip(runs, ("#D55E00", "#0072B2"), strict=True):
+            chat, forgotten = zip(*run.path, strict=True)
+            axes.plot(chat, forgotten, color=color, linewidth=2, marker="o", markersize=4)
+            where: dict[str, Any] = {"textcoords": "offset points", "xytext": (8, 0), "va": "center", "color": color}
+            axes.annotate(run.kind, (chat[-1], forgotten[-1]), fontweight="bold", **where)
+        axes.plot(*zip(*between, strict=True), color="#009E73", linewidth=2, linestyle=":")
+        middle = between[len(between) // 2]
+        where = {"textcoords": "offset points", "xytext": (0, 12), "ha": "center", "color": "#009E73"}
+        axes.annotate("base to held, interpolated", middle, **where)
+        base = runs[0].path[0]
+        axes.plot(*base, color="black", marker="o", markersize=9)
+        axes.annotate("base", base, textcoords="offset points", xytext=(0, 10), ha="center")
+        axes.axvline(max(run.path[-1][0] for run in runs), color="0.6", linewidth=1, linestyle="--")

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from minimind_sft.batching import Documents, MicroBatch, in_order, pack
+from minimind_sft.batching import MicroBatch, in_order, pack
 from minimind_sft.chat import ChatTemplate
+from minimind_sft.documents import Documents
 from minimind_sft.formats import Conversation, Rejected, parse
 from minimind_sft.sampling import Line
 

@@ -11,7 +11,7 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,18 +41,24 @@ def _there(pattern: Path) -> bool:
     return any(sign in str(pattern) for sign in "*?[") and next(root.glob(str(relative)), None) is not None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file whole or not at all.
+def write_whole(path: Path, text: str | Iterable[str], *, called: str | None = None) -> None:
+    """Write a file of text whole or not at all.
+
+    Args:
+        path: where to; what is there is replaced.
+        text: all of it, or its pieces as they come.
+        called: what the user knows the file by, for messages; None for its path.
 
     Raises:
         ValueError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines([text] if isinstance(text, str) else text)
         os.replace(temporary, path)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
+        raise ValueError(f"{called or path}: cannot be written ({error.strerror})") from error
     finally:
         temporary.unlink(missing_ok=True)
 

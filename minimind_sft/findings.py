@@ -15,7 +15,7 @@ from minimind_sft import account
 from minimind_sft.dealing import Dealt
 from minimind_sft.inspection_rows import Row, View
 from minimind_sft.oddities import scan
-from minimind_sft.stores import MEBIBYTE
+from minimind_sft.selection import MEBIBYTE
 
 BINS = 12
 

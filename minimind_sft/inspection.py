@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO, Union
 
 from minimind_sft import inspection_html
+from minimind_sft.files import write_whole
 from minimind_sft.findings import inspect_store
 from minimind_sft.inspection_rows import View, rejected_rows
 from minimind_sft.inspection_screen import ASCII, screen, visible
@@ -114,12 +115,4 @@ def _say(text: str) -> None:
 
 
 def _write(name: str, text: str) -> None:
-    path = Path(name)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ValueError(f"--html {name}: cannot be written ({error.strerror})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(Path(name), text, called=f"--html {name}")

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minimind_sft import answer_format, probes
-from minimind_sft.batching import Documents
 from minimind_sft.continuations import continuations
 from minimind_sft.corpus import Store
+from minimind_sft.documents import Documents
 from minimind_sft.evaluation import prompts
 from minimind_sft.formats import PlainText, parse
 from minimind_sft.losses import perplexity

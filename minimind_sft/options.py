@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import re
 from typing import NoReturn
+
+
+def nearest_option(parser: argparse.ArgumentParser, message: str) -> str | None:
+    """The option that an unknown one in argparse's message comes nearest to, if any does."""
+    wrong = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+    near = [known for word in wrong for known in difflib.get_close_matches(word, parser._option_string_actions, 1)]
+    return near[0] if near and "unrecognized" in message else None
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -22,9 +28,8 @@ class OptionParser(argparse.ArgumentParser):
             )
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.findall(r"(--[\w-]+)", message) if "unrecognized" in message else []
-        near = [known for word in unknown for known in difflib.get_close_matches(word, self._option_string_actions, 1)]
-        raise ValueError(f"{message}{f'; did you mean {near[0]}?' if near else f'; see {self.prog} --help'}")
+        near = nearest_option(self, message)
+        raise ValueError(f"{message}{f'; did you mean {near}?' if near else f'; see {self.prog} --help'}")
 
     def add_model_options(self) -> None:
         """What the tensors of a bare file leave open."""

@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 
 from minimind_sft import weights
-from minimind_sft.batching import Documents
 from minimind_sft.chat import ChatTemplate
-from minimind_sft.devices import pin_device
+from minimind_sft.devices import one_device
+from minimind_sft.documents import Documents
 from minimind_sft.evaluation import EvaluationBatches, bytes_of_tokens
 from minimind_sft.files import resolve
 from minimind_sft.model import Transformer
@@ -120,21 +118,6 @@ def find_tokenizer(base: str, tuned: str, given: str | None) -> Path:
             "compared token by token with the same one. Where both models mean the same ids, give --tokenizer FOLDER"
         )
     return folders[0]
-
-
-def one_device(device: str) -> torch.device:
-    """The device of a name such as `auto`, `cpu` or `cuda:7`.
-
-    Raises:
-        ValueError: a device that is not there, or several.
-    """
-    pinned: dict[str, Any] = pin_device(device, "auto", "auto")
-    if pinned["accelerator"] == "cpu":
-        return torch.device("cpu")
-    numbers = pinned["devices"] if isinstance(pinned["devices"], list) else [0]
-    if len(numbers) > 1:
-        raise ValueError(f"device {device!r} names several; use one")
-    return torch.device("cuda", numbers[0])
 
 
 def _tokenizer_of(path: Path) -> Path | None:

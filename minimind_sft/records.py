@@ -97,9 +97,3 @@ class MetricsFile(Logger):
             writer.writeheader()
             writer.writerows(kept)
         os.replace(temporary, self.path)
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a `metrics.csv`, each with the values that it has."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]

@@ -6,17 +6,16 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minimind_sft.losses import perplexity
 
-if TYPE_CHECKING:  # its torchmetrics takes seconds to import, and only annotations need it
-    from minimind_sft.forgetting import Reading
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torchmetrics takes seconds to import, and only annotations need it
     from minimind_sft.budgeting import Trial
+    from minimind_sft.forgetting import Reading
     from minimind_sft.interpolation import Point
     from minimind_sft.power_law import PowerLaw
 
@@ -101,22 +100,40 @@ def probe_table(comparison: dict[str, Any], *, most: int = 12) -> str:
             ]
         )
     text = table(["facts", "asked", "before", "after", "kept", "lost", "gained"], rows)
-    lost = [row for row in comparison["lost"] if row["way"] == "raw" and not row["in_sft"]]
-    if lost:
-        named = "; ".join(
-            f"{row['name']}, {row['answer']} -> {' '.join(row['said'].split())[:24]}" for row in lost[:most]
-        )
-        text += f"\n\nforgot {len(lost)}: {named}{'; ...' if len(lost) > most else ''}"
+    if lost := lost_facts(comparison):
+        text += f"\n\nforgot {len(lost)}: {'; '.join(lost[:most])}{'; ...' if len(lost) > most else ''}"
     return text
 
 
-def plot(readings: Sequence[Reading], path: Path) -> None:
-    """Chat loss against forgetting over the run, as a PNG; the base is the first reading."""
+def lost_facts(comparison: dict[str, Any]) -> list[str]:
+    """The facts that the chats do not mention and raw text no longer tells, each as `name, answer -> what is said`."""
+    lost = [row for row in comparison["lost"] if row["way"] == "raw" and not row["in_sft"]]
+    return [f"{row['name']}, {row['answer']} -> {' '.join(row['said'].split())[:24]}" for row in lost]
+
+
+@contextmanager
+def chat_against_forgetting(path: Path, title: str, size: tuple[float, float] = (7, 4.5)) -> Iterator[Any]:
+    """Chat loss against forgetting, as a PNG; yields axes for what is to be drawn, with chat losses on x."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    yield axes
+    axes.axhline(0, color="0.7", linewidth=1)
+    axes.invert_xaxis()
+    axes.margins(0.12)
+    axes.set_xlabel("loss on validation chats, nats per token (better to the right)")
+    axes.set_ylabel("forgotten, nats per token of pretraining text")
+    axes.set_title(title, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot(readings: Sequence[Reading], path: Path) -> None:
+    """Chat loss against forgetting over the run, as a PNG; the base is the first reading."""
     start = readings[0].pretrain_loss
     points = [
         (r.step, r.chat_loss, r.pretrain_loss - start)
@@ -126,48 +143,25 @@ def plot(readings: Sequence[Reading], path: Path) -> None:
     if not points:
         return
     steps, chat, forgotten = zip(*points, strict=True)
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.plot(chat, forgotten, color="#0072B2", linewidth=2, marker="o", markersize=4)
-    axes.plot(chat[0], forgotten[0], color="#D55E00", marker="o", markersize=9)
-    axes.annotate("base", (chat[0], forgotten[0]), textcoords="offset points", xytext=(0, 10), ha="center")
-    for at in sorted({len(points) // 2, len(points) - 1} - {0}):
-        where: dict[str, Any] = {"textcoords": "offset points", "xytext": (-8, 2), "ha": "right"}
-        axes.annotate(f"step {steps[at]}", (chat[at], forgotten[at]), **where)
-    axes.axhline(0, color="0.7", linewidth=1)
-    axes.invert_xaxis()
-    axes.margins(0.12)
-    axes.set_xlabel("loss on validation chats, nats per token (better to the right)")
-    axes.set_ylabel("forgotten, nats per token of pretraining text")
-    axes.set_title("What learning to chat cost", loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    with chat_against_forgetting(path, "What learning to chat cost") as axes:
+        axes.plot(chat, forgotten, color="#0072B2", linewidth=2, marker="o", markersize=4)
+        axes.plot(chat[0], forgotten[0], color="#D55E00", marker="o", markersize=9)
+        axes.annotate("base", (chat[0], forgotten[0]), textcoords="offset points", xytext=(0, 10), ha="center")
+        for at in sorted({len(points) // 2, len(points) - 1} - {0}):
+            where: dict[str, Any] = {"textcoords": "offset points", "xytext": (-8, 2), "ha": "right"}
+            axes.annotate(f"step {steps[at]}", (chat[at], forgotten[at]), **where)
 
 
 def plot_interpolation(points: Sequence[Point], chosen: Point, path: Path) -> None:
     """Chat loss against forgetting from the base (alpha 0) to its fine-tune (alpha 1), as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     chat, forgotten = [point.chat_loss for point in points], [point.forgetting for point in points]
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.plot(chat, forgotten, color="#0072B2", linewidth=2, linestyle=":", marker="o", markersize=4)
-    axes.plot(chosen.chat_loss, chosen.forgetting, color="#D55E00", marker="o", markersize=9)
-    for point in points:
-        text = f"{point.alpha:g}" + (" chosen" if point is chosen else "")
-        where: dict[str, Any] = {"textcoords": "offset points", "xytext": (-8, 2), "ha": "right"}
-        axes.annotate(text, (point.chat_loss, point.forgetting), fontsize=9, **where)
-    axes.axhline(0, color="0.7", linewidth=1)
-    axes.invert_xaxis()
-    axes.margins(0.12)
-    axes.set_xlabel("loss on validation chats, nats per token (better to the right)")
-    axes.set_ylabel("forgotten, nats per token of pretraining text")
-    axes.set_title("From the base (alpha 0) to its fine-tune (alpha 1)", loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    with chat_against_forgetting(path, "From the base (alpha 0) to its fine-tune (alpha 1)") as axes:
+        axes.plot(chat, forgotten, color="#0072B2", linewidth=2, linestyle=":", marker="o", markersize=4)
+        axes.plot(chosen.chat_loss, chosen.forgetting, color="#D55E00", marker="o", markersize=9)
+        for point in points:
+            text = f"{point.alpha:g}" + (" chosen" if point is chosen else "")
+            where: dict[str, Any] = {"textcoords": "offset points", "xytext": (-8, 2), "ha": "right"}
+            axes.annotate(text, (point.chat_loss, point.forgetting), fontsize=9, **where)
 
 
 def plot_budget(trials: Sequence[Trial], law: PowerLaw | None, max_forgetting: float, path: Path) -> None:

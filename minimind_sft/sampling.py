@@ -10,7 +10,6 @@ and 75 MB, against 8.7 s and 3.1 GB for the original's way (`tests/benchmarks/be
 """
 
 import argparse
-import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any, NoReturn
 
 from minimind_sft.lines import Line, Progress, read_lines
 from minimind_sft.manifest import check_output, find_input, load_manifest, manifest_path, write_sample
+from minimind_sft.options import nearest_option
 from minimind_sft.selection import MEBIBYTE, Selection, select
 from minimind_sft.sources import expand
 
@@ -102,13 +102,8 @@ def rebuild(
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, with the nearest option where one is unknown."""
-        wrong = (
-            [word.split("=")[0] for word in message.split() if word.startswith("--")]
-            if "unrecognized" in message
-            else []
-        )
-        near = [name for word in wrong for name in difflib.get_close_matches(word, self._option_string_actions, n=1)]
-        self.exit(2, f"{self.prog}: error: {message}{f' (did you mean {near[0]}?)' if near else ''}; see --help\n")
+        near = nearest_option(self, message)
+        self.exit(2, f"{self.prog}: error: {message}{f' (did you mean {near}?)' if near else ''}; see --help\n")
 
 
 def _cap(text: str) -> float | None:

@@ -6,9 +6,8 @@ Runs as a Lightning callback because what it tells is known only once the data i
 from __future__ import annotations
 
 import json
-import os
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +23,7 @@ from minimind_sft.callbacks import Measure, duration, evaluating
 from minimind_sft.caps import RULE_OF_THUMB
 from minimind_sft.evaluation import evaluation_tokens
 from minimind_sft.export import export_run
+from minimind_sft.files import write_whole
 from minimind_sft.forgetting import CHAT, PRETRAIN, summary
 from minimind_sft.generate import generate
 from minimind_sft.probes import Probe, Reply, answer_text, ask, compare, load_probes
@@ -66,17 +66,9 @@ class Record(Callback):
             ("run.json", json.dumps(facts, indent=1, ensure_ascii=False)),
             ("sample.json", json.dumps(account.sums(data.dealt), indent=1, ensure_ascii=False)),
         ):
-            write(self.folder / name, [text])
-        rejections = (json.dumps(row, ensure_ascii=True) for row in data.dealt.rejections())
-        write(self.folder / "rejected.jsonl", rejections)
-
-
-def write(path: Path, lines: Iterable[str]) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in lines)
-    os.replace(temporary, path)
+            write_whole(self.folder / name, text + "\n")
+        rejections = (json.dumps(row, ensure_ascii=True) + "\n" for row in data.dealt.rejections())
+        write_whole(self.folder / "rejected.jsonl", rejections)
 
 
 class FirstScreen(Callback):
@@ -236,7 +228,7 @@ class LastScreen(Callback):
         before, after, best = readings[0], readings[-1], self.measure.best
         from_base = not pl_module.from_scratch
         figures = summary(before, after, best, seen=data.seen, from_base=from_base)
-        write(self.folder / "forgetting.json", [json.dumps(figures, indent=1)])
+        write_whole(self.folder / "forgetting.json", json.dumps(figures, indent=1) + "\n")
         table = report.forgetting_table(before, after, best, seen=data.seen, from_base=from_base)
         print("\n" + table, flush=True)
         if before.chat_loss is not None and before.pretrain_loss is not None:
@@ -255,7 +247,7 @@ class LastScreen(Callback):
         replies, answers = self._ask(trainer, pl_module)
         if self.probes:
             comparison = compare(self.probes, self.replies, replies)
-            write(self.folder / "probes.json", [json.dumps(comparison, indent=1, ensure_ascii=False)])
+            write_whole(self.folder / "probes.json", json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
             print("\n" + report.probe_table(comparison), flush=True)
         for row, old, new in zip(self._samples(trainer), self.answers, answers, strict=True):
             print(

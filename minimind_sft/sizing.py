@@ -19,14 +19,14 @@ import numpy as np
 
 from minimind_sft import corpus, huggingface, report
 from minimind_sft import weights as weight_files
-from minimind_sft.batching import Documents
 from minimind_sft.chat import ChatTemplate
 from minimind_sft.checkpoint_files import SUFFIXES
+from minimind_sft.documents import Documents
 from minimind_sft.files import Files, default_cache, resolve
 from minimind_sft.model_config import ModelConfig, from_sizes, stretched
 from minimind_sft.sampling import read_lines
+from minimind_sft.selection import MEBIBYTE
 
-MEBIBYTE = 1 << 20
 BYTES_PER_TOKEN = 3.0  # of a line of chat, where no tokenizer can be asked; assumed
 LINES_LOOKED_AT = 512
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")

@@ -22,9 +22,8 @@ from minimind_sft.documents import TOO_LONG, Documents
 from minimind_sft.files import Files, default_cache, resolve
 from minimind_sft.progress import track
 from minimind_sft.sampling import Line, read_lines, select
+from minimind_sft.selection import MEBIBYTE
 from minimind_sft.system_prompts import find_prompts, read_prompts
-
-MEBIBYTE = 1 << 20
 
 
 class Opened(NamedTuple):

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from test_generate import random_model, uncached_greedy
 
 from minimind_sft import continuation as module
 from minimind_sft.continuation import Continuation
 from minimind_sft.generate import Sampling, generate
-from minimind_sft.model import Transformer
-from minimind_sft.model_config import ModelConfig
 
 GREEDY = Sampling(0.0, None, None, 0)
 # each prompt is all of the chat so far: longer, the same, another branch, shorter, something else
@@ -19,28 +18,6 @@ PROMPTS = [
     [1, 2],
     [8],
 ]
-
-
-def random_model(family: str = "minimind3", num_experts: int = 0) -> Transformer:
-    make = ModelConfig.minimind2 if family == "minimind2" else ModelConfig.minimind3
-    model = Transformer(
-        make(hidden_size=32, num_hidden_layers=2, vocab_size=50, intermediate_size=48, num_experts=num_experts)
-    )
-    model.initialise(seed=1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(8.0 if parameter.ndim > 1 else 1.1)
-    return model
-
-
-@torch.no_grad()
-def uncached_greedy(model: Transformer, prompt: list[int], count: int) -> list[int]:
-    ids = list(prompt)
-    for _ in range(count):
-        length = len(ids)
-        cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
-        ids.append(int(model(torch.tensor(ids), torch.arange(length), cu_seqlens, length)[-1].argmax()))
-    return ids[len(prompt) :]
 
 
 def answer(text: Continuation, prompt: list[int], count: int = 12, **more: object) -> list[int]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_batching import store_of
 
 from minimind_sft import corpus
 from minimind_sft.batching import Plan
@@ -16,15 +17,6 @@ from minimind_sft.sampling import Line
 from minimind_sft.system_prompts import find_prompts, read_prompts
 
 PROJECT = Path(__file__).resolve().parents[1]
-
-
-def store_of(folder: Path, *documents: list[Span]) -> Store:
-    folder.mkdir()
-    writer = corpus._Writer(folder, vocab_size=100)
-    for number, spans in enumerate(documents, 1):
-        writer.add(Line("chats.jsonl", number, ""), spans, None)
-    writer.finish({})
-    return Store(folder)
 
 
 # question 1 1, answer 2 2, question 3 3, answer 4 4 4; and a text without turns
@@ -44,7 +36,7 @@ TEXT = [Span([5], False), Span([6] * 9, True)]
 def test_what_is_too_long_is_cut_as_asked_and_the_loss_is_counted(
     tmp_path: Path, too_long: str, chat: list[int], targets: int, text: list[int]
 ) -> None:
-    documents = Documents(store_of(tmp_path / "s", CHAT, TEXT), max_length=7, too_long=too_long)
+    documents = Documents(store_of(tmp_path / "s", [CHAT, TEXT]), max_length=7, too_long=too_long)
     assert [documents.row(number, True)[0].tolist() for number in (0, 1)] == [chat, text]
     lengths, counted = documents.sizes(np.array([True, True]))
     assert lengths.tolist() == [len(chat), 7] and counted.tolist() == [targets, 6]
@@ -54,12 +46,12 @@ def test_what_is_too_long_is_cut_as_asked_and_the_loss_is_counted(
 
 
 def test_a_first_turn_that_does_not_fit_leaves_nothing_to_learn(tmp_path: Path) -> None:
-    documents = Documents(store_of(tmp_path / "s", CHAT, CHAT[:2]), max_length=3, too_long="truncate_turns")
+    documents = Documents(store_of(tmp_path / "s", [CHAT, CHAT[:2]]), max_length=3, too_long="truncate_turns")
     assert documents.rejected == {"nothing_to_learn": 2} and documents.lost == 2 and documents.targets_lost == 1
 
 
 def test_what_is_too_long_is_dropped_or_refused_by_name(tmp_path: Path) -> None:
-    store = store_of(tmp_path / "s", CHAT[:2], CHAT)
+    store = store_of(tmp_path / "s", [CHAT[:2], CHAT])
     documents = Documents(store, max_length=7, too_long="drop")
     assert documents.index.tolist() == [0] and documents.rejected == {"too_long": 1}
     assert (documents.cut, documents.lost) == (0, 1) and documents.targets_lost == pytest.approx(5 / 7)
@@ -69,7 +61,7 @@ def test_what_is_too_long_is_dropped_or_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_no_default_cut_changes_what_is_short_enough(tmp_path: Path) -> None:
-    store = store_of(tmp_path / "s", CHAT, TEXT)
+    store = store_of(tmp_path / "s", [CHAT, TEXT])
     for too_long in ("truncate_right", "truncate_turns", "truncate_left", "drop", "error"):
         documents = Documents(store, max_length=10, too_long=too_long)
         assert documents.row(0, True)[0].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 4] and documents.targets_lost == 0

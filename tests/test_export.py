@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from test_huggingface import enlarge
 
 from minimind_sft.__main__ import main
 from minimind_sft.chat import ChatTemplate
@@ -34,13 +35,7 @@ def random_model(seed: int, name: str = "minimind3") -> Transformer:
     experts = {"num_experts": 4, "num_experts_per_tok": 2} if name.endswith("moe") else {}
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     model = Transformer(make(vocab_size=2560, **sizes, **experts))
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0.0, 0.2)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    enlarge(model, seed)
     if name.endswith("untied"):
         model.reset_head(seed)
     return model

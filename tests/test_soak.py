@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minimind_sft.records import read_metrics
+from minimind_sft.readings import read_metrics
 
 PROJECT = Path(__file__).resolve().parents[1]
 STEPS, WARM, GROWTH = 2_000, 400, 24 << 20  # steps, those after which memory must be flat, bytes

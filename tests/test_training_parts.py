@@ -16,7 +16,8 @@ from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 from minimind_sft.module import SFTModule
 from minimind_sft.probes import Probe, Reply, begins_with, compare, contains, load_probes
-from minimind_sft.records import MetricsFile, read_metrics
+from minimind_sft.readings import read_metrics
+from minimind_sft.records import MetricsFile
 from minimind_sft.report import forgetting_table, ratio
 from minimind_sft.schedule import learning_rate_at
 from minimind_sft.weights import export_minimind
