@@ -12,8 +12,9 @@ token and layer, with s bytes (4, or 2 under autocast) and everything residual i
     attention       s H E of output (twice where documents are put together again), 4 H of log-sum-exp
     feed-forward    4 s I: gate, silu(gate), up, and their product
 
-With checkpointing only 4 C stay (Chen et al. 2016, arXiv 1604.06174), and one layer at a time is made again. Logits are
-fp32: log-softmax, its gradient and the gradient before it, 12 V a target, bounded by `MAX_LOGITS`.
+With checkpointing only 4 C stay (Chen et al. 2016, arXiv 1604.06174), and one layer at a time is made again. Logits and
+their log-softmax are there a chunk at a time (`chunks.py`), 8 V a row; the gradients of their states and of the output
+layer, 4 C a target and 4 V C, are made with them and stay until the backward pass.
 
 Measured against `fit` on a CPU (live bytes of all tensors): within 1 % from 6 M to 116 M parameters, with and without
 checkpointing. What CUDA's kernels keep is read off their signatures (a norm is one kernel there, FlashAttention takes
@@ -27,10 +28,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from minimind_sft.chunks import rows_at_once
 from minimind_sft.model_config import ModelConfig
 
 FP32 = 4
-MAX_LOGITS = 1 << 27  # losses.MAX_LOGITS, which a test compares: importing it would import torch
 
 
 class Parameters(NamedTuple):
@@ -57,7 +58,7 @@ class Footprint(NamedTuple):
     buckets: int  # of gradients, where several processes share them
     copies: int  # half-precision copies of the matrices, under autocast
     activations: int  # kept between forward and backward pass
-    logits: int  # of one micro-batch, with their gradients
+    logits: int  # of one chunk, and the gradients of a micro-batch's
     layer: int  # what the backward pass of one layer adds
     peak: int
     phase: str  # in which the peak falls
@@ -148,7 +149,7 @@ def footprint(
     activations = ends + config.num_hidden_layers * (into_layer if activation_checkpointing else layer)
     head_copy, layer_copy = (2 * count.embedding, 2 * count.layers // config.num_hidden_layers) if half else (0, 0)
     copies = head_copy + layer_copy * config.num_hidden_layers
-    made, unmade = _logits_bytes(config, targets, s)
+    made, unmade = _logits_bytes(config, targets, half=half, cuda=cuda)
     passing = _passing_bytes(config, tokens, s)
     last = layer + layer_copy + passing + (waiting if accumulate > 1 else 0)
     if activation_checkpointing:  # a layer is made again, and none but its copies are there
@@ -175,11 +176,11 @@ def footprint(
     )
 
 
-def _logits_bytes(config: ModelConfig, targets: int, s: int) -> tuple[int, int]:
-    """Logits as fp32 and their log-softmax; then with two gradients, or with that of the output layer's weights."""
-    scores, table = min(targets * config.vocab_size, MAX_LOGITS), config.vocab_size * config.hidden_size
-    weights_gradient = (FP32 if s == FP32 else FP32 + s) * table
-    return 2 * FP32 * scores, max(3 * FP32 * scores, FP32 * scores + weights_gradient)
+def _logits_bytes(config: ModelConfig, targets: int, *, half: bool, cuda: bool) -> tuple[int, int]:
+    """The two gradients and a chunk of logits with their log-softmax; then both gradients, and times what is above."""
+    gradients = FP32 * config.hidden_size * (targets + config.vocab_size)
+    rows = min(targets, rows_at_once(config.vocab_size, "cuda" if cuda else "cpu"))
+    return gradients + (2 * FP32 + 2 * half) * rows * config.vocab_size, 2 * gradients
 
 
 def _passing_bytes(config: ModelConfig, tokens: int, s: int) -> int:

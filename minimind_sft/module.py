@@ -282,7 +282,7 @@ class SFTModule(LightningModule):
             hidden, balance = self.model.hidden_and_balance(*rows, aux_scope=self.aux_scope)
         else:
             hidden = self.model.hidden(*rows)
-        nats = cross_entropy(hidden, flat.labels, batch.targets, self.model.logits, config.vocab_size)
+        nats = cross_entropy(hidden, flat.labels, batch.targets, self.model.lm_head.weight)
         loss, shares = nats / batch.window_targets, [nats.detach()]
         for term in self._losses:
             share = term.loss(self.model, hidden, batch)
@@ -299,7 +299,7 @@ class SFTModule(LightningModule):
     def _nats(self, batch: MicroBatch) -> Tensor:
         flat = batch.batch
         hidden = self.model.hidden(flat.input_ids, flat.positions, flat.cu_seqlens, flat.max_length)
-        return cross_entropy(hidden, flat.labels, batch.targets, self.model.logits, self.model.config.vocab_size)
+        return cross_entropy(hidden, flat.labels, batch.targets, self.model.lm_head.weight)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Set the learning rate and decay of this step, then step."""

@@ -91,9 +91,7 @@ class ReplayKL(Term):
                 flat.cu_seqlens[replay.first_document :] - replay.start,
                 flat.max_length,
             )[replay.targets - replay.start]
-        nats = kl_divergence(
-            hidden[replay.targets], base_hidden, model.logits, self._base.logits, model.config.vocab_size
-        )
+        nats = kl_divergence(hidden[replay.targets], base_hidden, model.lm_head.weight, self._base.lm_head.weight)
         return nats / replay.window_targets
 
 
@@ -106,7 +104,7 @@ class ReplayNextToken(Term):
     def loss(self, model: Transformer, hidden: Tensor, batch: MicroBatch) -> Tensor:
         replay = batch.replay
         assert replay is not None
-        nats = cross_entropy(hidden, batch.batch.labels, replay.targets, model.logits, model.config.vocab_size)
+        nats = cross_entropy(hidden, batch.batch.labels, replay.targets, model.lm_head.weight)
         return nats / max(1, replay.window_targets)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_batching import chat, store_of
 from torch import Tensor
 
@@ -95,21 +96,25 @@ def test_replay_text_lies_behind_the_chats_with_targets_of_its_own() -> None:
 def test_kl_is_the_sum_over_positions_of_base_against_model() -> None:
     base = torch.tensor([[0.0, math.log(3.0)], [1.0, 1.0]])  # 1/4, 3/4 and 1/2, 1/2
     model = torch.zeros(2, 2, requires_grad=True)
-    nats = kl_divergence(model, base, lambda x: x, lambda x: x, 2)
+    nats = kl_divergence(model, base, torch.eye(2), torch.eye(2))
     assert nats.item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
     (gradient,) = torch.autograd.grad(nats, model)
     torch.testing.assert_close(gradient, torch.tensor([[0.25, -0.25], [0.0, 0.0]]))
 
 
-def test_chunks_of_kl_give_the_same_value_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [2, 256])
+def test_kl_has_the_value_and_the_gradients_of_autograds(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr("minimind_sft.losses.rows_at_once", lambda vocab_size, device: rows)
     torch.manual_seed(0)
     hidden, base = torch.randn(9, 5, requires_grad=True), torch.randn(9, 5)
-    values = []
-    for limit in (1 << 20, 30):
-        monkeypatch.setattr("minimind_sft.losses.MAX_LOGITS", limit)
-        nats = kl_divergence(hidden, base, lambda x: x, lambda x: 2 * x, 5)
-        values.append((nats.detach(), *torch.autograd.grad(nats, hidden)))
-    torch.testing.assert_close(values[0], values[1])
+    weight, base_weight = torch.randn(7, 5, requires_grad=True), torch.randn(7, 5)
+    wanted = F.linear(base, base_weight).log_softmax(-1)
+    expected = F.kl_div(F.linear(hidden, weight).log_softmax(-1), wanted, reduction="sum", log_target=True)
+    nats = kl_divergence(hidden, base, weight, base_weight)
+    torch.testing.assert_close(nats, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(3 * nats, (hidden, weight)), torch.autograd.grad(3 * expected, (hidden, weight))
+    )
 
 
 def small_model(seed: int = 0) -> Transformer:
