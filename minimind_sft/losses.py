@@ -9,7 +9,6 @@ Shapes: N tokens of a micro-batch, M of them targets, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -20,11 +19,6 @@ from torch.utils.checkpoint import checkpoint
 Project = Callable[[Tensor], Tensor]  # (M, H) -> (M, V)
 
 MAX_LOGITS = 1 << 27  # 512 MiB in fp32; above it the logits are made in chunks, and again in the backward pass
-
-
-def perplexity(nats: float) -> float:
-    """exp of nats per token; infinite where that overflows."""
-    return math.exp(nats) if nats < 700 else math.inf
 
 
 def cross_entropy(hidden: Tensor, labels: Tensor, targets: Tensor, project: Project, vocab_size: int) -> Tensor:
