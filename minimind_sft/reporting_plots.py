@@ -1,0 +1,321 @@
+"""The pictures of a report, as PNGs in a light and a dark theme: what learning to chat cost, and how it came about.
+
+In come runs, out come files. Every run has a colour that the colour-blind can tell apart (Okabe and Ito's), and besides
+a line and a marker of its own, so nothing is told by colour alone. A picture takes 0.1 s in each theme.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minimind_sft.run_record import Run, Source
+
+MOST_SOURCES = 30
+MOST_POINTS = 60  # with more, a line has no markers
+LONGEST_NAME = 34
+DPI = 130
+
+
+class Theme(NamedTuple):
+    """Colours of a picture; of the runs, in their order."""
+
+    suffix: str  # of the file's name
+    back: str
+    text: str
+    soft: str
+    grid: str
+    runs: tuple[str, ...]
+    facts: tuple[str, str, str]  # kept, lost, gained
+
+
+LIGHT = Theme(
+    suffix="",
+    back="#ffffff",
+    text="#1c1e21",
+    soft="#6a6f76",
+    grid="#e3e5e8",
+    runs=("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
+    facts=("#0072B2", "#D55E00", "#009E73"),
+)
+DARK = Theme(
+    suffix="_dark",
+    back="#17191c",
+    text="#e4e6e9",
+    soft="#969ba3",
+    grid="#32363b",
+    runs=("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#ffffff"),
+    facts=("#56B4E9", "#D55E00", "#009E73"),
+)
+LINES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P", "X")
+
+
+class Picture(NamedTuple):
+    """A picture in both themes."""
+
+    name: str
+    light: Path
+    dark: Path
+
+
+def draw(runs: Sequence[Run], folder: Path) -> list[Picture]:
+    """Draw what there is to draw of the runs, and remove what an earlier report drew and this one does not.
+
+    Returns:
+        The pictures, called `trajectories`, `steps`, `losses`, `sources` and `facts`; those without data are left out.
+    """
+    import matplotlib
+
+    found = []
+    with matplotlib.rc_context(_fonts()):
+        for name, paint in _PICTURES.items():
+            paths = {theme: folder / f"{name}{theme.suffix}.png" for theme in (LIGHT, DARK)}
+            drawn = [_drawn(paint, runs, theme, path) for theme, path in paths.items()]
+            if all(drawn):
+                found.append(Picture(name, paths[LIGHT], paths[DARK]))
+    return found
+
+
+def _drawn(paint: Callable[[Any, Sequence[Run], Theme], bool], runs: Sequence[Run], theme: Theme, path: Path) -> bool:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08), facecolor=theme.back)
+    FigureCanvasAgg(figure)
+    if not paint(figure, runs, theme):
+        path.unlink(missing_ok=True)
+        return False
+    for axes in figure.axes:
+        _dress(axes, theme)
+    figure.savefig(path, dpi=DPI, facecolor=theme.back)
+    return True
+
+
+# ---- the pictures: each fills a figure, and says whether there was anything to show
+
+
+def _trajectories(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
+    """Chat loss against forgetting: one path a run, the base a dot."""
+    paths = [[(look.chat, look.forgetting) for look in run.looks if None not in (look.chat, look.forgetting)]
+             for run in runs]
+    if not any(paths):
+        return False
+    figure.set_size_inches(8, 5)
+    axes = figure.subplots()
+    axes.axhline(0, color=theme.soft, linewidth=0.8)
+    for number, (run, path) in enumerate(zip(runs, paths, strict=True)):
+        if not path:
+            continue
+        style = _style(number, theme, points=len(path))
+        axes.plot(*zip(*path, strict=True), label=_short(run.name), **style)
+        if run.best and None not in (run.best.chat, run.best.forgetting):
+            mark = {"marker": style["marker"] or MARKERS[number % len(MARKERS)], "color": style["color"]}
+            axes.plot(run.best.chat, run.best.forgetting, markersize=11, markerfacecolor=theme.back,
+                      markeredgewidth=2, zorder=4, **mark)
+    for base in {path[0] for path, run in zip(paths, runs, strict=True) if path and run.looks[0].step == 0}:
+        axes.plot(*base, color=theme.text, marker="o", markersize=9, zorder=5)
+        axes.annotate("base", base, xytext=(0, 9), textcoords="offset points", ha="center", color=theme.text)
+    axes.invert_xaxis()
+    axes.margins(0.08)
+    axes.set_xlabel("loss on validation chats, nats per token (better to the right)")
+    axes.set_ylabel("forgotten, nats per token of text")
+    _legend(figure, runs, theme)
+    return True
+
+
+def _steps(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
+    """Chat loss and forgetting over steps."""
+    panes = [
+        ("loss on validation chats, nats per token", [[(k.step, k.chat) for k in run.looks] for run in runs]),
+        ("forgotten, nats per token of text", [[(k.step, k.forgetting) for k in run.looks] for run in runs]),
+    ]
+    return _over_steps(figure, runs, theme, panes)
+
+
+def _losses(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
+    """What training logged: its loss, that of the replayed text, the learning rate."""
+    panes = []
+    for column, title in (
+        ("train/loss", "training loss on chats, nats per token"),
+        ("train/replay", "loss on replayed text"),
+        ("lr", "learning rate"),
+    ):
+        panes.append((title, [[(row["step"], row.get(column)) for row in run.metrics] for run in runs]))
+    return _over_steps(figure, runs, theme, panes, markers=False)
+
+
+def _over_steps(
+    figure: Any,
+    runs: Sequence[Run],
+    theme: Theme,
+    panes: Sequence[tuple[str, list[list[tuple[float, float | None]]]]],
+    *,
+    markers: bool = True,
+) -> bool:
+    """A pane for each title under which any run has points; a noisy line lies thin behind its running mean."""
+    shown = [
+        (title, [[(step, y) for step, y in path if y is not None] for path in paths])
+        for title, paths in panes
+        if any(y is not None for path in paths for _, y in path)
+    ]
+    if not shown:
+        return False
+    figure.set_size_inches(4.2 * len(shown) + 0.4, 3.8)
+    for axes, (title, paths) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        for number, path in enumerate(paths):
+            if not path:
+                continue
+            steps, values = zip(*path, strict=True)
+            style = _style(number, theme, points=len(path) if markers else MOST_POINTS + 1)
+            smooth = list(values) if markers else _smoothed(values)
+            if smooth != list(values):
+                axes.plot(steps, values, color=style["color"], linewidth=0.8, alpha=0.35)
+            axes.plot(steps, smooth, **style)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel("step")
+    _legend(figure, runs, theme)
+    return True
+
+
+def _sources(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
+    """What was forgotten of every source of the text, the most forgotten on top."""
+    found = [{source.name: source for source in run.sources} for run in runs]
+    names = sorted({name for run in found for name in run}, key=lambda name: -_most(found, name))[:MOST_SOURCES]
+    if not names:
+        return False
+    figure.set_size_inches(8, 1.3 + 0.28 * len(names))
+    axes = figure.subplots()
+    axes.axvline(0, color=theme.soft, linewidth=0.8)
+    for number, sources in enumerate(found):
+        points = [(sources[name].forgetting, place) for place, name in enumerate(names) if name in sources]
+        if points:
+            style = _style(number, theme, points=1) | {"linestyle": "none", "markersize": 7}
+            axes.plot(*zip(*points, strict=True), **style)
+    documents = {name: source.documents for sources in found for name, source in sources.items()}
+    labels = [_short(name or "(none)") + (f"  ({documents[name]:,})" if documents[name] else "") for name in names]
+    axes.set_yticks(range(len(names)), labels)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.margins(x=0.08)
+    axes.set_xlabel("forgotten, nats per token of text (documents in brackets)")
+    _legend(figure, runs, theme)
+    return True
+
+
+def _facts(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
+    """Facts kept, lost and gained by every run, in shares of those asked."""
+    ways = {"raw": "raw text", "chat": "as a chat", "in_sft": "in the chats", "not_in_sft": "not in the chats"}
+    groups = list(dict.fromkeys(key for run in runs if run.facts for key in run.facts.groups))
+    bars = [(key, run) for key in groups for run in runs if run.facts and key in run.facts.groups]
+    if not bars:
+        return False
+    figure.set_size_inches(8.6, 1.4 + 0.34 * len(bars) + 0.25 * len(groups))
+    axes = figure.subplots()
+    places, labels, place, previous = [], [], 0.0, groups[0]
+    for key, run in bars:
+        place += 0.6 if key != previous else 0.0
+        previous = key
+        assert run.facts
+        group, start = run.facts.groups[key], 0.0
+        for name, color, hatch in zip(("kept", "lost", "gained"), theme.facts, ("", "////", "...."), strict=True):
+            share = 100 * group[name] / max(1, group["probes"])
+            axes.barh(place, share, left=start, height=0.82, color=color, hatch=hatch, edgecolor=theme.back,
+                      linewidth=0.5, label=None if places else name)
+            start += share
+        counts = f"{group['kept']:,} kept, {group['lost']:,} lost, {group['gained']:,} gained of {group['probes']:,}"
+        axes.annotate(counts, (start, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9,
+                      color=theme.text)
+        group_name = ", ".join(ways.get(part, part) for part in key.split("/"))
+        labels.append(group_name if len(runs) == 1 else f"{group_name}: {_short(run.name, 18)}")
+        places.append(place)
+        place += 1
+    axes.set_yticks(places, labels)
+    axes.set_ylim(place - 0.4, -0.6)
+    axes.set_xlim(0, 150)
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlabel("% of the facts asked", loc="left")
+    legend = figure.legend(loc="outside upper right", ncols=3, frameon=False)
+    for text in legend.get_texts():
+        text.set_color(theme.text)
+    return True
+
+
+_PICTURES: dict[str, Callable[[Any, Sequence[Run], Theme], bool]] = {
+    "trajectories": _trajectories,
+    "steps": _steps,
+    "losses": _losses,
+    "sources": _sources,
+    "facts": _facts,
+}
+
+# ---- how they look
+
+
+def _style(number: int, theme: Theme, *, points: int) -> dict[str, Any]:
+    """Colour, line and marker of run `number`."""
+    return {
+        "color": theme.runs[number % len(theme.runs)],
+        "linestyle": LINES[number % len(LINES)],
+        "marker": MARKERS[number % len(MARKERS)] if points <= MOST_POINTS else None,
+        "markersize": 4,
+        "linewidth": 2,
+    }
+
+
+def _legend(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
+    """Which line is which run, above the picture; one run needs none."""
+    from matplotlib.lines import Line2D
+
+    if len(runs) == 1:
+        return
+    keys = [Line2D([], [], **_style(number, theme, points=1)) for number in range(len(runs))]
+    names = [_short(run.name) for run in runs]
+    width = max(map(len, names)) * 0.085 + 0.7  # inches
+    columns = max(1, min(len(runs), int(figure.get_figwidth() / width)))
+    legend = figure.legend(keys, names, loc="outside upper left", ncols=columns, frameon=False, handlelength=3.2)
+    for text in legend.get_texts():
+        text.set_color(theme.text)
+
+
+def _dress(axes: Any, theme: Theme) -> None:
+    axes.set_facecolor(theme.back)
+    axes.set_axisbelow(True)
+    axes.grid(color=theme.grid, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(theme.soft)
+    axes.tick_params(color=theme.soft, labelcolor=theme.text)
+    for text in (axes.xaxis.label, axes.yaxis.label, axes.title, axes._left_title, axes.xaxis.offsetText,
+                 axes.yaxis.offsetText):
+        text.set_color(theme.text)
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Running means over a twentieth of the points on either side; few points stay as they are."""
+    reach = len(values) // 40
+    means = []
+    for place in range(len(values)):
+        around = [value for value in values[max(0, place - reach) : place + reach + 1] if math.isfinite(value)]
+        means.append(sum(around) / len(around) if around else math.nan)
+    return means
+
+
+def _most(found: Sequence[dict[str, Source]], name: str) -> float:
+    return max(sources[name].forgetting for sources in found if name in sources)
+
+
+def _short(name: str, longest: int = LONGEST_NAME) -> str:
+    """A name as a picture can hold it; its end tells runs apart."""
+    name = name.replace("$", r"\$")
+    return name if len(name) <= longest else "…" + name[1 - longest :]
+
+
+def _fonts() -> dict[str, Any]:
+    """Matplotlib's own font, and behind it one that has Chinese where the machine has any."""
+    from matplotlib import font_manager
+
+    there = {font.name for font in font_manager.fontManager.ttflist}
+    wanted = ("Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei",
+              "Source Han Sans SC", "Arial Unicode MS")
+    return {"font.family": ["DejaVu Sans", *(name for name in wanted if name in there)]}
