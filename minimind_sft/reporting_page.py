@@ -47,7 +47,8 @@ th {{ color: var(--soft); font-weight: 600; }}
 td.n, th.n {{ text-align: right; white-space: nowrap; }}
 .long td {{ min-width: 6rem; max-width: 34rem; }} .differs td {{ background: var(--mark); }}
 details {{ margin: .5rem 0; }} summary {{ cursor: pointer; }}
-.answers {{ display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); margin: .3rem 0 1.5rem; }}
+.answers {{ display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr));
+  margin: .3rem 0 1.5rem; }}
 .answers div {{ border: 1px solid var(--line); border-radius: 6px; padding: .5rem .8rem; overflow-wrap: anywhere; }}
 .answers b {{ display: block; color: var(--soft); font-weight: 600; }} .asked {{ font-weight: 600; margin-bottom: 0; }}
 </style>
@@ -182,8 +183,8 @@ def _answers(runs: Sequence[Run], words: Mapping[str, str]) -> list[str]:
     for question in questions:
         given = [(run.name, answer) for run in runs for answer in run.answers if answer["question"] == question]
         cells = [(words["before"], said) for said in dict.fromkeys(answer["before"] for _, answer in given)]
-        after = [(f"{words['after']}: {name}" if len(runs) > 1 else words["after"], row["after"]) for name, row in given]
-        boxes = "".join(f"<div><b>{escape(name)}</b>{_text(said) or '-'}</div>" for name, said in [*cells, *after])
+        cells += [(words["after"] + (f": {name}" if len(runs) > 1 else ""), row["after"]) for name, row in given]
+        boxes = "".join(f"<div><b>{_text(title)}</b>{_text(said) or '-'}</div>" for title, said in cells)
         parts.append(f'<p class="asked">{_text(question)}</p>\n<div class="answers">{boxes}</div>\n')
     return parts + _lacking(runs, [run for run in runs if not run.answers], without)
 

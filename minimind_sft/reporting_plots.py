@@ -17,6 +17,16 @@ MOST_SOURCES = 30
 MOST_POINTS = 60  # with more, a line has no markers
 LONGEST_NAME = 34
 DPI = 130
+CHINESE_FONTS = (
+    "Noto Sans CJK SC",
+    "Source Han Sans SC",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei",
+    "SimHei",
+    "Arial Unicode MS",
+)
 
 
 class Theme(NamedTuple):
@@ -83,13 +93,16 @@ def _drawn(paint: Callable[[Any, Sequence[Run], Theme], bool], runs: Sequence[Ru
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08), facecolor=theme.back)
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+    figure = Figure(layout=layout, facecolor=theme.back, dpi=DPI)
     FigureCanvasAgg(figure)
     if not paint(figure, runs, theme):
         path.unlink(missing_ok=True)
         return False
     for axes in figure.axes:
         _dress(axes, theme)
+    layout.execute(figure)
+    figure.set_layout_engine("none")  # else saving lays it out once more, by drawing it twice
     figure.savefig(path, dpi=DPI, facecolor=theme.back)
     return True
 
@@ -316,6 +329,4 @@ def _fonts() -> dict[str, Any]:
     from matplotlib import font_manager
 
     there = {font.name for font in font_manager.fontManager.ttflist}
-    wanted = ("Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei",
-              "Source Han Sans SC", "Arial Unicode MS")
-    return {"font.family": ["DejaVu Sans", *(name for name in wanted if name in there)]}
+    return {"font.family": ["DejaVu Sans", *(name for name in CHINESE_FONTS if name in there)]}

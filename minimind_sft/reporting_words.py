@@ -17,8 +17,8 @@ WORDS: dict[str, dict[str, str]] = {
         "best": "best: step, chats, forgotten",
         "lost_facts": "facts lost",
         "pace": "s/step",
-        "looks": "Losses from the base to the last look. Text: {seen}. Facts lost: of those that the chats do not mention, "
-        "asked in raw text. Seconds per step: median, without looks.",
+        "looks": "Losses from the base to the last look; the text was {seen}. Facts lost: of those that the base knew "
+        "in raw text and the chats do not mention. Seconds per step: median, without looks.",
         "looks_unknown": "not told yet whether the base has seen it",
         "note_bases": "The runs start from different bases, so their losses do not compare; what was forgotten does.",
         "note_measured": "The runs measured their base differently (other text or chats, or another framing): compare "
@@ -26,8 +26,8 @@ WORDS: dict[str, dict[str, str]] = {
         "note_later": "{run} went on after its end at step {step}: facts, sources and answers are of that step.",
         # sections
         "trajectories": "Chat loss against forgetting",
-        "trajectories_about": "One path per run, from the base (the dot) on; down and to the right is better. The large "
-        "hollow mark is the best reading, which best.ckpt keeps.",
+        "trajectories_about": "One path per run, from the base (the dot) on; down and to the right is better. The "
+        "large hollow mark is the best reading, which best.ckpt keeps.",
         "trajectories_none": "No run measured both chats and text: set data.val_path, and data.heldout_path or "
         "data.pretrain_path.",
         "steps_over": "Over the steps",
@@ -68,7 +68,7 @@ WORDS: dict[str, dict[str, str]] = {
         "more": "and {count} more, in probes.json",
         "answers": "Sample answers",
         "answers_about": "The first validation chats, answered greedily before and after.",
-        "answers_none": "{runs}: none recorded. fit writes answers.json when it ends, where there are validation chats.",
+        "answers_none": "{runs}: none recorded. fit writes answers.json at its end, where there are validation chats.",
         "settings": "Settings",
         "settings_differ": "In which the runs differ",
         "settings_same": "The runs have the same settings.",
@@ -79,9 +79,7 @@ WORDS: dict[str, dict[str, str]] = {
         "sample_none": "{runs}: sample.json is not there.",
         "origin": "Versions and hashes",
         "origin_about": "What run.json and the settings say of how the run was made.",
-        "differ_mark": "differs",
         "not_recorded": "-",
-        "dark": "the same for dark screens",
         "written": "in {folder}: {names}",
         "open": "open {page}",
     },
@@ -100,7 +98,7 @@ WORDS: dict[str, dict[str, str]] = {
         "best": "最佳:步、对话损失、遗忘",
         "lost_facts": "忘掉的事实",
         "pace": "秒/步",
-        "looks": "损失从基座到最近一次测量。文本:{seen}。忘掉的事实:对话未提到、以原文续写方式提问的那些。"
+        "looks": "损失从基座到最近一次测量;文本:{seen}。忘掉的事实:基座在原文续写中知道、对话未提到的那些。"
         "秒/步为中位数,不含测量。",
         "looks_unknown": "尚不知基座是否见过",
         "note_bases": "各次训练的基座不同,损失不可比,遗忘量可比。",
@@ -108,7 +106,8 @@ WORDS: dict[str, dict[str, str]] = {
         "note_later": "{run} 在第 {step} 步结束后又继续训练:事实、来源与回答属于那一步。",
         "trajectories": "对话损失与遗忘",
         "trajectories_about": "每次训练一条路径,从基座(圆点)出发;越靠右下越好。空心大标记是最佳读数,即 best.ckpt。",
-        "trajectories_none": "没有同时测量对话与文本的训练:请设置 data.val_path,以及 data.heldout_path 或 data.pretrain_path。",
+        "trajectories_none": "没有训练同时测量了对话与文本:请设置 data.val_path,以及 data.heldout_path 或 "
+        "data.pretrain_path。",
         "steps_over": "随步数变化",
         "steps_none": "尚无测量,或没有可测量的数据:请设置 data.val_path,以及 data.heldout_path 或 data.pretrain_path。",
         "losses": "损失曲线",
@@ -117,7 +116,7 @@ WORDS: dict[str, dict[str, str]] = {
         "losses_no_replay": "没有训练使用文本回放(data.replay_ratio),因此没有回放损失。",
         "sources": "按来源的遗忘",
         "sources_about": "文本各来源的损失从基座到结束的上升(nats/token)。文档少的来源说明不了什么。",
-        "sources_none": "{runs}:没有记录。fit 在结束时记录,前提是所测文本的各行写有 source;也可用 compare 比较任意两个模型。",
+        "sources_none": "{runs}:没有记录。fit 在结束时记录,前提是所测文本的各行写有 source;compare 可测任意两个模型。",
         "source": "来源",
         "documents": "文档数",
         "base_loss": "基座",
@@ -155,9 +154,7 @@ WORDS: dict[str, dict[str, str]] = {
         "sample_none": "{runs}:没有 sample.json。",
         "origin": "版本与哈希",
         "origin_about": "run.json 与设置所记录的训练由来。",
-        "differ_mark": "不同",
         "not_recorded": "-",
-        "dark": "深色版本",
         "written": "{folder} 中:{names}",
         "open": "打开 {page}",
     },

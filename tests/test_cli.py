@@ -115,7 +115,8 @@ def test_fit_leaves_the_record_that_the_readme_lists(settings: dict[str, Any], t
     for name in ("best_16.pth", "last_16.pth", "best/config.json", "last/README.md"):
         assert (run_dir / "export" / name).is_file(), name
     table = json.loads((run_dir / "forgetting.json").read_text())
-    assert table.keys() == {"before", "after", "best", "forgetting", "seen"}
+    assert table.keys() == {"before", "after", "best", "forgetting", "seen", "by_source"}
+    assert table["forgetting"] is None and table["by_source"] is None  # from scratch, there is nothing to forget
     assert table["before"].keys() == {"step", "chat_loss", "pretrain_loss", "bits_per_byte"}
     assert table["seen"] is False
     with open(run_dir / "metrics.csv", encoding="utf-8") as file:
