@@ -2,7 +2,7 @@
 
 All that comes from runs passes through `html.escape`, and a policy in the page forbids scripts and the network, so a
 page made of hostile chats is safe to open and to send on. Pictures are inlined, light or dark as the reader's screen
-is. A section without data says why it has none. Two runs make a page of about 500 KB, nearly all of it pictures.
+is. A section without data says why it has none. Two runs make a page of about 1 MB, nearly all of it pictures.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ def page(runs: Sequence[Run], pictures: Sequence[Picture], words: Mapping[str, s
     head = cell_rows(runs, words)
     made = words["made"].format(count=len(runs), version=__version__)
     parts = [
-        _HEAD.format(title=escape(f"{words['title']}: {', '.join(run.name for run in runs)}"), lang=lang),
-        f'<h1>{escape(words["title"])}</h1>\n<p class="soft">{escape(made)}</p>\n',
+        _HEAD.format(title=_text(f"{words['title']}: {', '.join(run.name for run in runs)}"), lang=lang),
+        f'<h1>{_text(words["title"])}</h1>\n<p class="soft">{_text(made)}</p>\n',
         *(f'<p class="note">{_text(note)}</p>\n' for note in notes(runs, words)),
         _table(head[0], head[1:], numbers=range(2, len(head[0]))),
-        f'<p class="soft">{escape(_looks(runs, words, lang))}</p>\n',
+        f'<p class="soft">{_text(_looks(runs, words, lang))}</p>\n',
         *_pictured(drawn.get("trajectories"), words["trajectories"], words["trajectories_about"],
                    words["trajectories_none"]),
         *_pictured(drawn.get("steps"), words["steps_over"], "", words["steps_none"]),
@@ -94,22 +94,22 @@ def _looks(runs: Sequence[Run], words: Mapping[str, str], lang: str) -> str:
 
 def _pictured(picture: Picture | None, title: str, about: str, none: str) -> list[str]:
     """A heading, and the picture or why there is none."""
-    parts = [f"<h2>{escape(title)}</h2>\n"]
+    parts = [f"<h2>{_text(title)}</h2>\n"]
     if picture is None:
-        return [*parts, f'<p class="none">{escape(none)}</p>\n']
+        return [*parts, f'<p class="none">{_text(none)}</p>\n']
     if about:
-        parts.append(f'<p class="soft">{escape(about)}</p>\n')
+        parts.append(f'<p class="soft">{_text(about)}</p>\n')
     light, dark = (base64.b64encode(path.read_bytes()).decode() for path in (picture.light, picture.dark))
     return [
         *parts,
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
-        f'<img alt="{escape(title)}" src="data:image/png;base64,{light}"></picture>\n',
+        f'<img alt="{_text(title)}" src="data:image/png;base64,{light}"></picture>\n',
     ]
 
 
 def _without_replay(runs: Sequence[Run], drawn: Mapping[str, Picture], words: Mapping[str, str]) -> list[str]:
     replayed = any("train/replay" in row for run in runs for row in run.metrics)
-    return [] if replayed or "losses" not in drawn else [f'<p class="none">{escape(words["losses_no_replay"])}</p>\n']
+    return [] if replayed or "losses" not in drawn else [f'<p class="none">{_text(words["losses_no_replay"])}</p>\n']
 
 
 def _sources(runs: Sequence[Run], picture: Picture | None, words: Mapping[str, str]) -> list[str]:
@@ -125,7 +125,7 @@ def _sources(runs: Sequence[Run], picture: Picture | None, words: Mapping[str, s
         first = next(run[name] for run in found if name in run)
         cells = [f"{run[name].forgetting:+.4f}" if name in run else "-" for run in found]
         documents = "-" if first.documents is None else f"{first.documents:,}"
-        rows.append([visible(name) or "(none)", documents, f"{first.before:.4f}", *cells])
+        rows.append([name or "(none)", documents, f"{first.before:.4f}", *cells])
     head = [words["source"], words["documents"], words["base_loss"], *(run.name for run in runs)]
     parts.append(_folded(f"{words['source']}: {len(names)}", _table(head, rows, numbers=range(1, len(head)))))
     return parts + _lacking(runs, [run for run in runs if not run.sources], without)
@@ -149,9 +149,9 @@ def _facts(runs: Sequence[Run], picture: Picture | None, words: Mapping[str, str
     for run, facts in known:
         for title, which in (("named_lost", facts.lost), ("named_gained", facts.gained)):
             parts.append(_folded(words[title].format(run=run.name, count=len(which)), _named(which, words)))
-        kept = escape("; ".join(visible(name) for name in facts.kept[:MOST_NAMED]) or "-")
+        kept = _text("; ".join(facts.kept[:MOST_NAMED]) or "-")
         more = len(facts.kept) - MOST_NAMED
-        kept += f"; {escape(words['more'].format(count=more))}" if more > 0 else ""
+        kept += f"; {_text(words['more'].format(count=more))}" if more > 0 else ""
         parts.append(_folded(words["named_kept"].format(run=run.name, count=len(facts.kept)), f"<p>{kept}</p>\n"))
     return parts + _lacking(runs, [run for run in runs if run.facts is None], without)
 
@@ -164,22 +164,21 @@ def _named(facts: Sequence[Fact], words: Mapping[str, str]) -> str:
     """Facts by name; first those that matter most: asked in raw text, and not in the chats."""
     ordered = sorted(facts, key=lambda fact: (fact.way != "raw", fact.in_sft))
     rows = [
-        [visible(fact.name), visible(fact.answer), visible(fact.said),
-         _asked([fact.way, "in_sft" if fact.in_sft else "not_in_sft"], words)]
+        [fact.name, fact.answer, fact.said, _asked([fact.way, "in_sft" if fact.in_sft else "not_in_sft"], words)]
         for fact in ordered[:MOST_NAMED]
     ]
     table = _table([words["fact"], words["answer"], words["said"], words["group"]], rows) if rows else ""
     more = len(facts) - MOST_NAMED
-    return table + (f"<p>{escape(words['more'].format(count=more))}</p>\n" if more > 0 else "")
+    return table + (f"<p>{_text(words['more'].format(count=more))}</p>\n" if more > 0 else "")
 
 
 def _answers(runs: Sequence[Run], words: Mapping[str, str]) -> list[str]:
     without = words["answers_none"].format(runs=_names(run for run in runs if not run.answers))
-    parts = [f"<h2>{escape(words['answers'])}</h2>\n"]
+    parts = [f"<h2>{_text(words['answers'])}</h2>\n"]
     questions = dict.fromkeys(answer["question"] for run in runs for answer in run.answers)
     if not questions:
-        return [*parts, f'<p class="none">{escape(without)}</p>\n']
-    parts.append(f'<p class="soft">{escape(words["answers_about"])}</p>\n')
+        return [*parts, f'<p class="none">{_text(without)}</p>\n']
+    parts.append(f'<p class="soft">{_text(words["answers_about"])}</p>\n')
     for question in questions:
         given = [(run.name, answer) for run in runs for answer in run.answers if answer["question"] == question]
         cells = [(words["before"], said) for said in dict.fromkeys(answer["before"] for _, answer in given)]
@@ -194,13 +193,13 @@ def _settings(runs: Sequence[Run], words: Mapping[str, str]) -> list[str]:
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
     head = [words["setting"], *(run.name for run in runs)]
     rows = [[key, *(run.settings.get(key, words["not_recorded"]) for run in runs)] for key in keys]
-    parts = [f"<h2>{escape(words['settings'])}</h2>\n"]
+    parts = [f"<h2>{_text(words['settings'])}</h2>\n"]
     if len(runs) > 1:
         differ = [row for row in rows if len(set(row[1:])) > 1 and row[0] != "run_dir"]
         if differ:
-            parts += [f"<h3>{escape(words['settings_differ'])}</h3>\n", _table(head, differ, kind="long")]
+            parts += [f"<h3>{_text(words['settings_differ'])}</h3>\n", _table(head, differ, kind="long")]
         else:
-            parts.append(f'<p class="none">{escape(words["settings_same"])}</p>\n')
+            parts.append(f'<p class="none">{_text(words["settings_same"])}</p>\n')
     return [*parts, _folded(words["settings_all"].format(count=len(keys)), _table(head, rows, kind="long"))]
 
 
@@ -208,13 +207,13 @@ def _records(
     runs: Sequence[Run], title: str, about: str, records: Sequence[Mapping[str, str]], none: str
 ) -> list[str]:
     """What the runs' records say, key by key; rows in which they differ are marked."""
-    parts = [f"<h2>{escape(title)}</h2>\n"]
+    parts = [f"<h2>{_text(title)}</h2>\n"]
     lacking = [run for run, record in zip(runs, records, strict=True) if not record]
     if len(lacking) == len(runs):
-        return [*parts, f'<p class="none">{escape(none.format(runs=_names(lacking)))}</p>\n']
+        return [*parts, f'<p class="none">{_text(none.format(runs=_names(lacking)))}</p>\n']
     keys = dict.fromkeys(key for record in records for key in record)
     rows = [[key, *(record.get(key, "-") for record in records)] for key in keys]
-    parts += [f'<p class="soft">{escape(about)}</p>\n', _table(["", *(run.name for run in runs)], rows, kind="long")]
+    parts += [f'<p class="soft">{_text(about)}</p>\n', _table(["", *(run.name for run in runs)], rows, kind="long")]
     return parts + (_lacking(runs, lacking, none.format(runs=_names(lacking))) if none else [])
 
 
@@ -233,7 +232,7 @@ def _names(runs: Iterable[Run]) -> str:
 
 
 def _lacking(runs: Sequence[Run], which: Sequence[Run], why: str) -> list[str]:
-    return [f'<p class="none">{escape(why)}</p>\n'] if which and len(runs) > 1 else []
+    return [f'<p class="none">{_text(why)}</p>\n'] if which and len(runs) > 1 else []
 
 
 def _text(text: str) -> str:

@@ -89,22 +89,26 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Picture]:
 
 
 def _drawn(paint: Callable[[Any, Sequence[Run], Theme], bool], runs: Sequence[Run], theme: Theme, path: Path) -> bool:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
-    figure = Figure(layout=layout, facecolor=theme.back, dpi=DPI)
-    FigureCanvasAgg(figure)
+    figure = Figure(layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08), facecolor=theme.back, dpi=DPI)
     if not paint(figure, runs, theme):
         path.unlink(missing_ok=True)
         return False
     for axes in figure.axes:
-        _dress(axes, theme)
-    layout.execute(figure)
-    figure.set_layout_engine("none")  # else saving lays it out once more, by drawing it twice
-    figure.savefig(path, dpi=DPI, facecolor=theme.back)
+        _dress(axes, theme, grid=paint is not _facts)  # its counts stand where lines would cross them
+    _save(figure, path)
     return True
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")  # else saving lays it out once more, by drawing it twice
+    figure.savefig(path, facecolor=figure.get_facecolor())
 
 
 # ---- the pictures: each fills a figure, and says whether there was anything to show
@@ -135,7 +139,7 @@ def _trajectories(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
     axes.margins(0.08)
     axes.set_xlabel("loss on validation chats, nats per token (better to the right)")
     axes.set_ylabel("forgotten, nats per token of text")
-    _legend(figure, runs, theme)
+    _legend(figure, runs, theme, paths)
     return True
 
 
@@ -189,7 +193,7 @@ def _over_steps(
             axes.plot(steps, smooth, **style)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("step")
-    _legend(figure, runs, theme)
+    _legend(figure, runs, theme, [any(paths[number] for _, paths in shown) for number in range(len(runs))])
     return True
 
 
@@ -213,7 +217,7 @@ def _sources(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.margins(x=0.08)
     axes.set_xlabel("forgotten, nats per token of text (documents in brackets)")
-    _legend(figure, runs, theme)
+    _legend(figure, runs, theme, found, "none")
     return True
 
 
@@ -277,25 +281,30 @@ def _style(number: int, theme: Theme, *, points: int) -> dict[str, Any]:
     }
 
 
-def _legend(figure: Any, runs: Sequence[Run], theme: Theme) -> None:
-    """Which line is which run, above the picture; one run needs none."""
+def _legend(
+    figure: Any, runs: Sequence[Run], theme: Theme, shown: Sequence[Any], linestyle: str | None = None
+) -> None:
+    """Which line is which run, above the picture, of the runs that show something; one run alone needs none."""
     from matplotlib.lines import Line2D
 
     if len(runs) == 1:
         return
-    keys = [Line2D([], [], **_style(number, theme, points=1)) for number in range(len(runs))]
-    names = [_short(run.name) for run in runs]
-    width = max(map(len, names)) * 0.085 + 0.7  # inches
-    columns = max(1, min(len(runs), int(figure.get_figwidth() / width)))
+    numbers = [number for number in range(len(runs)) if shown[number]]
+    more = {} if linestyle is None else {"linestyle": linestyle, "markersize": 7}
+    keys = [Line2D([], [], **_style(number, theme, points=1) | more) for number in numbers]
+    names = [_short(runs[number].name) for number in numbers]
+    width = max(map(len, names)) * 0.085 + 0.8  # inches
+    columns = max(1, min(len(names), int(figure.get_figwidth() / width)))
     legend = figure.legend(keys, names, loc="outside upper left", ncols=columns, frameon=False, handlelength=3.2)
     for text in legend.get_texts():
         text.set_color(theme.text)
 
 
-def _dress(axes: Any, theme: Theme) -> None:
+def _dress(axes: Any, theme: Theme, *, grid: bool) -> None:
     axes.set_facecolor(theme.back)
-    axes.set_axisbelow(True)
-    axes.grid(color=theme.grid, linewidth=0.8)
+    if grid:
+        axes.set_axisbelow(True)
+        axes.grid(color=theme.grid, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(theme.soft)
     axes.tick_params(color=theme.soft, labelcolor=theme.text)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minimind_sft.inspection_screen import visible
 from minimind_sft.run_record import Run
 
 NONE = "-"
@@ -31,7 +32,7 @@ def _row(run: Run, words: Mapping[str, str]) -> list[str]:
     lost = f"{asked['lost']:,} / {asked['before']:,}" if asked else NONE
     pace = NONE if run.seconds_per_step is None else f"{run.seconds_per_step:.2f}"
     return [
-        run.name,
+        visible(" ".join(run.name.split())),
         words[run.state],
         f"{run.step:,}{epochs}",
         _path(first.chat, last.chat) if first and last else NONE,
@@ -54,7 +55,7 @@ def _number(value: float | None, sign: str = "") -> str:
 def notes(runs: Sequence[Run], words: Mapping[str, str]) -> list[str]:
     """What to beware of when comparing these runs."""
     found = [
-        words["note_later"].format(run=run.name, step=f"{run.ended:,}")
+        words["note_later"].format(run=visible(" ".join(run.name.split())), step=f"{run.ended:,}")
         for run in runs
         if run.ended is not None and run.ended != run.step
     ]

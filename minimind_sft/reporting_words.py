@@ -28,8 +28,8 @@ WORDS: dict[str, dict[str, str]] = {
         "trajectories": "Chat loss against forgetting",
         "trajectories_about": "One path per run, from the base (the dot) on; down and to the right is better. The "
         "large hollow mark is the best reading, which best.ckpt keeps.",
-        "trajectories_none": "No run measured both chats and text: set data.val_path, and data.heldout_path or "
-        "data.pretrain_path.",
+        "trajectories_none": "No run measured both chats and forgetting: set data.val_path, and data.heldout_path or "
+        "data.pretrain_path. A run from scratch has no base that it could forget.",
         "steps_over": "Over the steps",
         "steps_none": "No run has measured anything yet, or there was nothing to measure on: set data.val_path, and "
         "data.heldout_path or data.pretrain_path.",
@@ -106,8 +106,8 @@ WORDS: dict[str, dict[str, str]] = {
         "note_later": "{run} 在第 {step} 步结束后又继续训练:事实、来源与回答属于那一步。",
         "trajectories": "对话损失与遗忘",
         "trajectories_about": "每次训练一条路径,从基座(圆点)出发;越靠右下越好。空心大标记是最佳读数,即 best.ckpt。",
-        "trajectories_none": "没有训练同时测量了对话与文本:请设置 data.val_path,以及 data.heldout_path 或 "
-        "data.pretrain_path。",
+        "trajectories_none": "没有训练同时测量了对话与遗忘:请设置 data.val_path,以及 data.heldout_path 或 "
+        "data.pretrain_path。从零开始的训练没有可遗忘的基座。",
         "steps_over": "随步数变化",
         "steps_none": "尚无测量,或没有可测量的数据:请设置 data.val_path,以及 data.heldout_path 或 data.pretrain_path。",
         "losses": "损失曲线",
