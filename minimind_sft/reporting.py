@@ -19,7 +19,7 @@ from minimind_sft.reporting_page import page
 from minimind_sft.reporting_plots import draw
 from minimind_sft.reporting_table import cell_rows, notes
 from minimind_sft.reporting_words import WORDS
-from minimind_sft.run_record import read_runs
+from minimind_sft.run_files import read_runs
 
 
 def parser() -> OptionParser:

@@ -1,7 +1,7 @@
 """The pictures of a report, as PNGs in a light and a dark theme: what learning to chat cost, and how it came about.
 
-In come runs, out come files. Every run has a colour that the colour-blind can tell apart (Okabe and Ito's), and besides
-a line and a marker of its own, so nothing is told by colour alone. A picture takes 0.1 s in each theme.
+In come runs, out come files, called `NAME.png` and `NAME_dark.png`. A picture takes 0.1 s in each theme, which is why
+none is drawn with pyplot, whose import alone takes 0.2 s.
 """
 
 from __future__ import annotations
@@ -11,55 +11,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minimind_sft.reporting_style import (
+    DARK,
+    LIGHT,
+    MARKERS,
+    MOST_POINTS,
+    Theme,
+    dress,
+    fonts,
+    known,
+    label,
+    legend,
+    line_style,
+)
 from minimind_sft.run_record import Run, Source
 
 MOST_SOURCES = 30
-MOST_POINTS = 60  # with more, a line has no markers
-LONGEST_NAME = 34
+MOST_NOISY = 3  # runs whose noisy lines can be told apart
 DPI = 130
-CHINESE_FONTS = (
-    "Noto Sans CJK SC",
-    "Source Han Sans SC",
-    "PingFang SC",
-    "Microsoft YaHei",
-    "WenQuanYi Zen Hei",
-    "WenQuanYi Micro Hei",
-    "SimHei",
-    "Arial Unicode MS",
-)
 
 
-class Theme(NamedTuple):
-    """Colours of a picture; of the runs, in their order."""
-
-    suffix: str  # of the file's name
-    back: str
-    text: str
-    soft: str
-    grid: str
-    runs: tuple[str, ...]
-    facts: tuple[str, str, str]  # kept, lost, gained
-
-
-LIGHT = Theme(
-    suffix="",
-    back="#ffffff",
-    text="#1c1e21",
-    soft="#6a6f76",
-    grid="#e3e5e8",
-    runs=("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
-    facts=("#0072B2", "#D55E00", "#009E73"),
-)
-DARK = Theme(
-    suffix="_dark",
-    back="#17191c",
-    text="#e4e6e9",
-    soft="#969ba3",
-    grid="#32363b",
-    runs=("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#ffffff"),
-    facts=("#56B4E9", "#D55E00", "#009E73"),
-)
-LINES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P", "X")
+Pane = tuple[str, list[list[tuple[float, float | None]]]]  # a title, and per run its points
 
 
 class Picture(NamedTuple):
@@ -79,7 +51,8 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Picture]:
     import matplotlib
 
     found = []
-    with matplotlib.rc_context(_fonts()):
+    settings: Any = {"font.family": list(fonts())}
+    with matplotlib.rc_context(settings):
         for name, paint in _PICTURES.items():
             paths = {theme: folder / f"{name}{theme.suffix}.png" for theme in (LIGHT, DARK)}
             drawn = [_drawn(paint, runs, theme, path) for theme, path in paths.items()]
@@ -97,7 +70,7 @@ def _drawn(paint: Callable[[Any, Sequence[Run], Theme], bool], runs: Sequence[Ru
         path.unlink(missing_ok=True)
         return False
     for axes in figure.axes:
-        _dress(axes, theme, grid=paint is not _facts)  # its counts stand where lines would cross them
+        dress(axes, theme, grid=paint is not _facts)  # its counts stand where lines would cross them
     _save(figure, path)
     return True
 
@@ -126,26 +99,26 @@ def _trajectories(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
     for number, (run, path) in enumerate(zip(runs, paths, strict=True)):
         if not path:
             continue
-        style = _style(number, theme, points=len(path))
-        axes.plot(*zip(*path, strict=True), label=_short(run.name), **style)
+        style = line_style(number, theme, points=len(path))
+        axes.plot(*zip(*path, strict=True), **style)
         if run.best and None not in (run.best.chat, run.best.forgetting):
             mark = {"marker": style["marker"] or MARKERS[number % len(MARKERS)], "color": style["color"]}
             axes.plot(run.best.chat, run.best.forgetting, markersize=11, markerfacecolor=theme.back,
                       markeredgewidth=2, zorder=4, **mark)
     for base in {path[0] for path, run in zip(paths, runs, strict=True) if path and run.looks[0].step == 0}:
         axes.plot(*base, color=theme.text, marker="o", markersize=9, zorder=5)
-        axes.annotate("base", base, xytext=(0, 9), textcoords="offset points", ha="center", color=theme.text)
+        axes.annotate("base", base, xytext=(-4, 9), textcoords="offset points", ha="right", color=theme.text)
     axes.invert_xaxis()
     axes.margins(0.08)
     axes.set_xlabel("loss on validation chats, nats per token (better to the right)")
     axes.set_ylabel("forgotten, nats per token of text")
-    _legend(figure, runs, theme, paths)
+    legend(figure, runs, theme, paths)
     return True
 
 
 def _steps(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
     """Chat loss and forgetting over steps."""
-    panes = [
+    panes: list[Pane] = [
         ("loss on validation chats, nats per token", [[(k.step, k.chat) for k in run.looks] for run in runs]),
         ("forgotten, nats per token of text", [[(k.step, k.forgetting) for k in run.looks] for run in runs]),
     ]
@@ -154,7 +127,7 @@ def _steps(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
 
 def _losses(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
     """What training logged: its loss, that of the replayed text, the learning rate."""
-    panes = []
+    panes: list[Pane] = []
     for column, title in (
         ("train/loss", "training loss on chats, nats per token"),
         ("train/replay", "loss on replayed text"),
@@ -168,7 +141,7 @@ def _over_steps(
     figure: Any,
     runs: Sequence[Run],
     theme: Theme,
-    panes: Sequence[tuple[str, list[list[tuple[float, float | None]]]]],
+    panes: Sequence[Pane],
     *,
     markers: bool = True,
 ) -> bool:
@@ -186,14 +159,14 @@ def _over_steps(
             if not path:
                 continue
             steps, values = zip(*path, strict=True)
-            style = _style(number, theme, points=len(path) if markers else MOST_POINTS + 1)
+            style = line_style(number, theme, points=len(path) if markers else MOST_POINTS + 1)
             smooth = list(values) if markers else _smoothed(values)
-            if smooth != list(values):
+            if smooth != list(values) and len(runs) <= MOST_NOISY:
                 axes.plot(steps, values, color=style["color"], linewidth=0.8, alpha=0.35)
             axes.plot(steps, smooth, **style)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("step")
-    _legend(figure, runs, theme, [any(paths[number] for _, paths in shown) for number in range(len(runs))])
+    legend(figure, runs, theme, [any(paths[number] for _, paths in shown) for number in range(len(runs))])
     return True
 
 
@@ -209,15 +182,18 @@ def _sources(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
     for number, sources in enumerate(found):
         points = [(sources[name].forgetting, place) for place, name in enumerate(names) if name in sources]
         if points:
-            style = _style(number, theme, points=1) | {"linestyle": "none", "markersize": 7}
+            style = line_style(number, theme, points=1) | {"linestyle": "none", "markersize": 7}
             axes.plot(*zip(*points, strict=True), **style)
     documents = {name: source.documents for sources in found for name, source in sources.items()}
-    labels = [_short(name or "(none)") + (f"  ({documents[name]:,})" if documents[name] else "") for name in names]
+    labels = [
+        label(name or "(none)", f"source {number}") + (f"  ({documents[name]:,})" if documents[name] else "")
+        for number, name in enumerate(names, 1)
+    ]
     axes.set_yticks(range(len(names)), labels)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.margins(x=0.08)
     axes.set_xlabel("forgotten, nats per token of text (documents in brackets)")
-    _legend(figure, runs, theme, found, "none")
+    legend(figure, runs, theme, found, "none")
     return True
 
 
@@ -230,7 +206,9 @@ def _facts(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
         return False
     figure.set_size_inches(8.6, 1.4 + 0.34 * len(bars) + 0.25 * len(groups))
     axes = figure.subplots()
-    places, labels, place, previous = [], [], 0.0, groups[0]
+    places: list[float] = []
+    labels: list[str] = []
+    place, previous = 0.0, groups[0]
     for key, run in bars:
         place += 0.6 if key != previous else 0.0
         previous = key
@@ -245,7 +223,7 @@ def _facts(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
         axes.annotate(counts, (start, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9,
                       color=theme.text)
         group_name = ", ".join(ways.get(part, part) for part in key.split("/"))
-        labels.append(group_name if len(runs) == 1 else f"{group_name}: {_short(run.name, 18)}")
+        labels.append(group_name if len(runs) == 1 else f"{group_name}: {label(*known(runs, run), longest=18)}")
         places.append(place)
         place += 1
     axes.set_yticks(places, labels)
@@ -267,51 +245,6 @@ _PICTURES: dict[str, Callable[[Any, Sequence[Run], Theme], bool]] = {
     "facts": _facts,
 }
 
-# ---- how they look
-
-
-def _style(number: int, theme: Theme, *, points: int) -> dict[str, Any]:
-    """Colour, line and marker of run `number`."""
-    return {
-        "color": theme.runs[number % len(theme.runs)],
-        "linestyle": LINES[number % len(LINES)],
-        "marker": MARKERS[number % len(MARKERS)] if points <= MOST_POINTS else None,
-        "markersize": 4,
-        "linewidth": 2,
-    }
-
-
-def _legend(
-    figure: Any, runs: Sequence[Run], theme: Theme, shown: Sequence[Any], linestyle: str | None = None
-) -> None:
-    """Which line is which run, above the picture, of the runs that show something; one run alone needs none."""
-    from matplotlib.lines import Line2D
-
-    if len(runs) == 1:
-        return
-    numbers = [number for number in range(len(runs)) if shown[number]]
-    more = {} if linestyle is None else {"linestyle": linestyle, "markersize": 7}
-    keys = [Line2D([], [], **_style(number, theme, points=1) | more) for number in numbers]
-    names = [_short(runs[number].name) for number in numbers]
-    width = max(map(len, names)) * 0.085 + 0.8  # inches
-    columns = max(1, min(len(names), int(figure.get_figwidth() / width)))
-    legend = figure.legend(keys, names, loc="outside upper left", ncols=columns, frameon=False, handlelength=3.2)
-    for text in legend.get_texts():
-        text.set_color(theme.text)
-
-
-def _dress(axes: Any, theme: Theme, *, grid: bool) -> None:
-    axes.set_facecolor(theme.back)
-    if grid:
-        axes.set_axisbelow(True)
-        axes.grid(color=theme.grid, linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(theme.soft)
-    axes.tick_params(color=theme.soft, labelcolor=theme.text)
-    for text in (axes.xaxis.label, axes.yaxis.label, axes.title, axes._left_title, axes.xaxis.offsetText,
-                 axes.yaxis.offsetText):
-        text.set_color(theme.text)
-
 
 def _smoothed(values: Sequence[float]) -> list[float]:
     """Running means over a twentieth of the points on either side; few points stay as they are."""
@@ -325,17 +258,3 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 def _most(found: Sequence[dict[str, Source]], name: str) -> float:
     return max(sources[name].forgetting for sources in found if name in sources)
-
-
-def _short(name: str, longest: int = LONGEST_NAME) -> str:
-    """A name as a picture can hold it; its end tells runs apart."""
-    name = name.replace("$", r"\$")
-    return name if len(name) <= longest else "…" + name[1 - longest :]
-
-
-def _fonts() -> dict[str, Any]:
-    """Matplotlib's own font, and behind it one that has Chinese where the machine has any."""
-    from matplotlib import font_manager
-
-    there = {font.name for font in font_manager.fontManager.ttflist}
-    return {"font.family": ["DejaVu Sans", *(name for name in CHINESE_FONTS if name in there)]}

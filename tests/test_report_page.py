@@ -14,9 +14,10 @@ from matplotlib.image import imread
 
 from minimind_sft import reporting_plots
 from minimind_sft.__main__ import main
-from minimind_sft.reporting_plots import DARK, LIGHT
+from minimind_sft.reporting_style import DARK, LIGHT, label
 from minimind_sft.reporting_words import SEEN, WORDS
-from minimind_sft.run_record import FINISHED, RUNNING, STOPPED, read_runs
+from minimind_sft.run_files import read_runs
+from minimind_sft.run_record import FINISHED, RUNNING, STOPPED
 
 PROJECT = Path(__file__).resolve().parents[1]
 METRICS = """\
@@ -208,6 +209,12 @@ def test_the_words_are_those_of_the_language_asked_for(
     assert "忘掉" in said and "facts" not in said and "已完成" in capsys.readouterr().out
     monkeypatch.setenv("LANG", "zh_CN.UTF-8")
     assert "忘掉" in report(tmp_path / "out", run, more=())[0]
+
+
+def test_names_that_the_fonts_cannot_write_are_numbered_in_pictures() -> None:
+    assert label("held", "run 1") == "held" and label("$x$", "run 1") == r"\$x\$" and label("_x", "run 1") == " _x"
+    assert label("a" * 40, "run 1", longest=5) == "…aaaa"
+    assert label("\u202eheld", "run 1") == "run 1" and label("\U000f0000", "run 2") == "run 2"
 
 
 # ---- runs that are not finished, or of another version
