@@ -16,7 +16,7 @@ from typing import Any
 from minimind_sft import __version__
 from minimind_sft.inspection_screen import visible
 from minimind_sft.reporting_plots import Picture
-from minimind_sft.reporting_table import cell_rows, flat, notes
+from minimind_sft.reporting_table import cell_rows, figure_rows, flat, notes
 from minimind_sft.run_record import COUNTS, Fact, Run
 
 MOST_NAMED = 400  # facts in a list
@@ -46,6 +46,7 @@ th, td {{ padding: .25rem 1.2rem .25rem 0; text-align: left; vertical-align: top
 th {{ color: var(--soft); font-weight: 600; }}
 td.n, th.n {{ text-align: right; white-space: nowrap; }}
 .long td {{ min-width: 6rem; max-width: 34rem; }} .differs td {{ background: var(--mark); }}
+.differs td:first-child::after {{ content: " \2260"; }}
 details {{ margin: .5rem 0; }} summary {{ cursor: pointer; }}
 .answers {{ display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr));
   margin: .3rem 0 1.5rem; }}
@@ -58,7 +59,7 @@ details {{ margin: .5rem 0; }} summary {{ cursor: pointer; }}
 def page(runs: Sequence[Run], pictures: Sequence[Picture], words: Mapping[str, str], lang: str) -> str:
     """The page of these runs."""
     drawn = {picture.name: picture for picture in pictures}
-    head = cell_rows(runs, words)
+    head, figures = cell_rows(runs, words), figure_rows(runs, words)
     made = words["made"].format(count=len(runs), version=__version__)
     parts = [
         _HEAD.format(title=_text(f"{words['title']}: {', '.join(run.name for run in runs)}"), lang=lang),
@@ -66,6 +67,7 @@ def page(runs: Sequence[Run], pictures: Sequence[Picture], words: Mapping[str, s
         *(f'<p class="note">{_text(note)}</p>\n' for note in notes(runs, words)),
         _table(head[0], head[1:], numbers=range(2, len(head[0]))),
         f'<p class="soft">{_text(_looks(runs, words, lang))}</p>\n',
+        _folded(words["figures"], _table(figures[0], figures[1:], numbers=range(1, len(figures[0])))),
         *_pictured(drawn.get("trajectories"), words["trajectories"], words["trajectories_about"],
                    words["trajectories_none"]),
         *_pictured(drawn.get("steps"), words["steps_over"], "", words["steps_none"]),

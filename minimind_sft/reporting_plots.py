@@ -28,6 +28,7 @@ from minimind_sft.run_record import Run, Source
 
 MOST_SOURCES = 30
 MOST_NOISY = 3  # runs whose noisy lines can be told apart
+LEARNING_RATE = "learning rate"
 DPI = 130
 
 
@@ -89,8 +90,9 @@ def _save(figure: Any, path: Path) -> None:
 
 def _trajectories(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
     """Chat loss against forgetting: one path a run, the base a dot."""
-    paths = [[(look.chat, look.forgetting) for look in run.looks if None not in (look.chat, look.forgetting)]
-             for run in runs]
+    paths = [
+        [(look.chat, look.forgetting) for look in run.looks if None not in (look.chat, look.forgetting)] for run in runs
+    ]
     if not any(paths):
         return False
     figure.set_size_inches(8, 5)
@@ -103,8 +105,8 @@ def _trajectories(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
         axes.plot(*zip(*path, strict=True), **style)
         if run.best and None not in (run.best.chat, run.best.forgetting):
             mark = {"marker": style["marker"] or MARKERS[number % len(MARKERS)], "color": style["color"]}
-            axes.plot(run.best.chat, run.best.forgetting, markersize=11, markerfacecolor=theme.back,
-                      markeredgewidth=2, zorder=4, **mark)
+            mark |= {"markersize": 11, "markerfacecolor": theme.back, "markeredgewidth": 2, "zorder": 4}
+            axes.plot(run.best.chat, run.best.forgetting, **mark)
     for base in {path[0] for path, run in zip(paths, runs, strict=True) if path and run.looks[0].step == 0}:
         axes.plot(*base, color=theme.text, marker="o", markersize=9, zorder=5)
         axes.annotate("base", base, xytext=(-4, 9), textcoords="offset points", ha="right", color=theme.text)
@@ -131,20 +133,13 @@ def _losses(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
     for column, title in (
         ("train/loss", "training loss on chats, nats per token"),
         ("train/replay", "loss on replayed text"),
-        ("lr", "learning rate"),
+        ("lr", LEARNING_RATE),
     ):
         panes.append((title, [[(row["step"], row.get(column)) for row in run.metrics] for run in runs]))
-    return _over_steps(figure, runs, theme, panes, markers=False)
+    return _over_steps(figure, runs, theme, panes)
 
 
-def _over_steps(
-    figure: Any,
-    runs: Sequence[Run],
-    theme: Theme,
-    panes: Sequence[Pane],
-    *,
-    markers: bool = True,
-) -> bool:
+def _over_steps(figure: Any, runs: Sequence[Run], theme: Theme, panes: Sequence[Pane]) -> bool:
     """A pane for each title under which any run has points; a noisy line lies thin behind its running mean."""
     shown = [
         (title, [[(step, y) for step, y in path if y is not None] for path in paths])
@@ -159,11 +154,12 @@ def _over_steps(
             if not path:
                 continue
             steps, values = zip(*path, strict=True)
-            style = line_style(number, theme, points=len(path) if markers else MOST_POINTS + 1)
-            smooth = list(values) if markers else _smoothed(values)
-            if smooth != list(values) and len(runs) <= MOST_NOISY:
-                axes.plot(steps, values, color=style["color"], linewidth=0.8, alpha=0.35)
-            axes.plot(steps, smooth, **style)
+            style = line_style(number, theme, points=len(path))
+            if len(path) > MOST_POINTS and title != LEARNING_RATE:
+                if len(runs) <= MOST_NOISY:
+                    axes.plot(steps, values, color=style["color"], linewidth=0.8, alpha=0.35)
+                values = tuple(_smoothed(values))
+            axes.plot(steps, values, **style)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("step")
     legend(figure, runs, theme, [any(paths[number] for _, paths in shown) for number in range(len(runs))])
@@ -206,35 +202,34 @@ def _facts(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
         return False
     figure.set_size_inches(8.6, 1.4 + 0.34 * len(bars) + 0.25 * len(groups))
     axes = figure.subplots()
-    places: list[float] = []
+    places = [number + 0.6 * groups.index(key) for number, (key, _) in enumerate(bars)]  # groups stand apart
     labels: list[str] = []
-    place, previous = 0.0, groups[0]
-    for key, run in bars:
-        place += 0.6 if key != previous else 0.0
-        previous = key
+    for place, (key, run) in zip(places, bars, strict=True):
         assert run.facts
-        group, start = run.facts.groups[key], 0.0
-        for name, color, hatch in zip(("kept", "lost", "gained"), theme.facts, ("", "////", "...."), strict=True):
-            share = 100 * group[name] / max(1, group["probes"])
-            axes.barh(place, share, left=start, height=0.82, color=color, hatch=hatch, edgecolor=theme.back,
-                      linewidth=0.5, label=None if places else name)
-            start += share
-        counts = f"{group['kept']:,} kept, {group['lost']:,} lost, {group['gained']:,} gained of {group['probes']:,}"
-        axes.annotate(counts, (start, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9,
-                      color=theme.text)
-        group_name = ", ".join(ways.get(part, part) for part in key.split("/"))
-        labels.append(group_name if len(runs) == 1 else f"{group_name}: {label(*known(runs, run), longest=18)}")
-        places.append(place)
-        place += 1
+        _fact_bar(axes, place, run.facts.groups[key], theme, named=not labels)
+        asked = ", ".join(ways.get(part, part) for part in key.split("/"))
+        labels.append(asked if len(runs) == 1 else f"{asked}: {label(*known(runs, run), longest=18)}")
     axes.set_yticks(places, labels)
-    axes.set_ylim(place - 0.4, -0.6)
-    axes.set_xlim(0, 150)
+    axes.set_ylim(places[-1] + 0.6, -0.6)
+    axes.set_xlim(0, 150)  # a bar may reach 100, and its counts stand behind it
     axes.set_xticks(range(0, 101, 20))
     axes.set_xlabel("% of the facts asked", loc="left")
-    legend = figure.legend(loc="outside upper right", ncols=3, frameon=False)
-    for text in legend.get_texts():
+    for text in figure.legend(loc="outside upper right", ncols=3, frameon=False).get_texts():
         text.set_color(theme.text)
     return True
+
+
+def _fact_bar(axes: Any, place: float, group: dict[str, int], theme: Theme, *, named: bool) -> None:
+    """What was kept, lost and gained, end to end; `named` for the legend."""
+    start = 0.0
+    for name, color, hatch in zip(("kept", "lost", "gained"), theme.facts, ("", "////", "...."), strict=True):
+        share = 100 * group[name] / max(1, group["probes"])
+        look = {"color": color, "hatch": hatch, "edgecolor": theme.back, "linewidth": 0.5}
+        axes.barh(place, share, left=start, height=0.82, label=name if named else None, **look)
+        start += share
+    counts = f"{group['kept']:,} kept, {group['lost']:,} lost, {group['gained']:,} gained of {group['probes']:,}"
+    where: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+    axes.annotate(counts, (start, place), color=theme.text, **where)
 
 
 _PICTURES: dict[str, Callable[[Any, Sequence[Run], Theme], bool]] = {
@@ -247,7 +242,7 @@ _PICTURES: dict[str, Callable[[Any, Sequence[Run], Theme], bool]] = {
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """Running means over a twentieth of the points on either side; few points stay as they are."""
+    """Running means over a twentieth of the points."""
     reach = len(values) // 40
     means = []
     for place in range(len(values)):

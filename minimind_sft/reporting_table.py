@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minimind_sft.inspection_screen import visible
+from minimind_sft.readings import perplexity
 from minimind_sft.run_record import Run
 
 NONE = "-"
@@ -44,12 +45,32 @@ def _row(run: Run, words: Mapping[str, str]) -> list[str]:
     ]
 
 
+def figure_rows(runs: Sequence[Run], words: Mapping[str, str]) -> list[list[str]]:
+    """A heading, and a row per figure from the base to the last look, in nats, as perplexity and in bits per byte."""
+    rows = [["", *(run.name for run in runs)]]
+    ends = [(run.looks[0], run.looks[-1]) if run.looks else None for run in runs]
+    for title, figure in (
+        ("chats", lambda look: _number(look.chat)),
+        ("chats_perplexity", lambda look: _number(_perplexity(look.chat), digits=2)),
+        ("text", lambda look: _number(look.text)),
+        ("text_perplexity", lambda look: _number(_perplexity(look.text), digits=2)),
+        ("text_bits", lambda look: _number(look.bits)),
+    ):
+        cells = [NONE if pair is None else " → ".join(map(figure, pair)) for pair in ends]
+        rows.append([words[title], *(NONE if cell == f"{NONE} → {NONE}" else cell for cell in cells)])
+    return rows
+
+
+def _perplexity(loss: float | None) -> float | None:
+    return None if loss is None else perplexity(loss)
+
+
 def _path(before: float | None, after: float | None) -> str:
     return NONE if before is None and after is None else f"{_number(before)} → {_number(after)}"
 
 
-def _number(value: float | None, sign: str = "") -> str:
-    return NONE if value is None else f"{value:{sign}.4f}"
+def _number(value: float | None, sign: str = "", digits: int = 4) -> str:
+    return NONE if value is None else f"{value:{sign}.{digits}f}"
 
 
 def notes(runs: Sequence[Run], words: Mapping[str, str]) -> list[str]:

@@ -3,7 +3,7 @@
 WORDS: dict[str, dict[str, str]] = {
     "en": {
         "title": "Learning to chat, and what it cost",
-        "made": "{count} run(s), read by minimind_sft {version}",
+        "made": "Runs: {count}. Read by minimind_sft {version}.",
         # the table of the runs
         "run": "run",
         "state": "state",
@@ -19,6 +19,10 @@ WORDS: dict[str, dict[str, str]] = {
         "pace": "s/step",
         "looks": "Losses from the base to the last look; the text was {seen}. Facts lost: of those that the base knew "
         "in raw text and the chats do not mention. Seconds per step: median, without looks.",
+        "figures": "From the base to the last look: nats, perplexity, bits per byte",
+        "chats_perplexity": "chats, perplexity",
+        "text_perplexity": "text, perplexity",
+        "text_bits": "text, bits/byte",
         "looks_unknown": "not told yet whether the base has seen it",
         "note_bases": "The runs start from different bases, so their losses do not compare; what was forgotten does.",
         "note_measured": "The runs measured their base differently (other text or chats, or another framing): compare "
@@ -85,7 +89,7 @@ WORDS: dict[str, dict[str, str]] = {
     },
     "zh": {
         "title": "学会对话的代价",
-        "made": "共 {count} 次训练,由 minimind_sft {version} 汇总",
+        "made": "共 {count} 次训练,由 minimind_sft {version} 汇总。",
         "run": "训练",
         "state": "状态",
         "finished": "已完成",
@@ -100,6 +104,10 @@ WORDS: dict[str, dict[str, str]] = {
         "pace": "秒/步",
         "looks": "损失从基座到最近一次测量;文本:{seen}。忘掉的事实:基座在原文续写中知道、对话未提到的那些。"
         "秒/步为中位数,不含测量。",
+        "figures": "从基座到最近一次测量:nats、困惑度、每字节比特",
+        "chats_perplexity": "对话困惑度",
+        "text_perplexity": "文本困惑度",
+        "text_bits": "文本(bits/byte)",
         "looks_unknown": "尚不知基座是否见过",
         "note_bases": "各次训练的基座不同,损失不可比,遗忘量可比。",
         "note_measured": "各次训练对基座的测量不同(文本、对话或文本格式不同),比较遗忘时请谨慎。",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,7 +148,8 @@ def _metrics(path: Path) -> list[dict[str, float]]:
 
 
 def _look(row: Mapping[str, float]) -> Look:
-    return Look(int(row["step"]), row.get("val/chat/loss"), row.get("val/pretrain/loss"), row.get("val/forgetting"))
+    names = ("val/chat/loss", "val/pretrain/loss", "val/forgetting", "val/pretrain/bits_per_byte")
+    return Look(int(row["step"]), *(row.get(name) for name in names))
 
 
 def _looks_of_summary(summary: dict[str, Any] | None) -> list[Look]:
@@ -156,8 +158,8 @@ def _looks_of_summary(summary: dict[str, Any] | None) -> list[Look]:
     before, after = summary["before"], summary["after"]
     started = 0.0 if summary.get("forgetting") is not None else None
     return [
-        Look(before["step"], before.get("chat_loss"), before.get("pretrain_loss"), started),
-        Look(after["step"], after.get("chat_loss"), after.get("pretrain_loss"), summary.get("forgetting")),
+        Look(when["step"], when.get("chat_loss"), when.get("pretrain_loss"), forgotten, when.get("bits_per_byte"))
+        for when, forgotten in ((before, started), (after, summary.get("forgetting")))
     ]
 
 
@@ -166,12 +168,11 @@ def _best(summary: dict[str, Any] | None, looks: Sequence[Look], ended: int | No
     if summary and looks and ended == looks[-1].step:
         chosen = summary.get("best")
         return next((look for look in looks if chosen and look.step == chosen["step"]), None)
-    scored = [look for look in looks if look.step and (look.chat is not None or look.text is not None)]
-    try:
-        within = [look for look in scored if (look.forgetting or 0.0) <= float(bound or "inf")]
-    except ValueError:  # null
-        within = scored
-    return min(within, key=lambda look: look.text if look.chat is None else look.chat, default=None)  # type: ignore
+    scores = [(look.text if look.chat is None else look.chat, look) for look in looks if look.step]
+    scored = [(score, look) for score, look in scores if score is not None and math.isfinite(score)]
+    if bound not in (None, "null"):
+        scored = [(score, look) for score, look in scored if (look.forgetting or 0.0) <= float(bound)]
+    return min(scored, default=(0.0, None))[1]
 
 
 def _facts(probes: dict[str, Any]) -> Facts:

@@ -21,6 +21,7 @@ class Look(NamedTuple):
     chat: float | None
     text: float | None
     forgetting: float | None
+    bits: float | None = None  # of the text, per byte
 
 
 class Source(NamedTuple):

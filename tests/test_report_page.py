@@ -21,10 +21,11 @@ from minimind_sft.run_record import FINISHED, RUNNING, STOPPED
 
 PROJECT = Path(__file__).resolve().parents[1]
 METRICS = """\
-step,epoch,train/loss,lr,grad_norm,train/replay,val/chat/loss,val/pretrain/loss,val/forgetting,seconds
-0,0.0,,,,,5.0,2.0,0.0,
-10,1.0,4.0,0.0005,1.0,0.1,3.5,2.25,0.25,1000.0
-20,2.0,3.0,0.0001,1.0,0.2,3.0,2.125,0.125,1030.0
+step,epoch,train/loss,lr,grad_norm,train/replay,val/chat/loss,val/pretrain/loss,val/forgetting,seconds,\
+val/pretrain/bits_per_byte
+0,0.0,,,,,5.0,2.0,0.0,,1.2
+10,1.0,4.0,0.0005,1.0,0.1,3.5,2.25,0.25,1000.0,
+20,2.0,3.0,0.0001,1.0,0.2,3.0,2.125,0.125,1030.0,1.3
 """
 READINGS = {
     "before": {"step": 0, "chat_loss": 5.0, "pretrain_loss": 2.0, "bits_per_byte": 1.0},
@@ -134,6 +135,7 @@ def test_a_finished_run_shows_everything_it_recorded(tmp_path: Path, capsys: pyt
     page = (run / "report" / "report.html").read_text(encoding="utf-8")
     for fact in (
         "unseen by the base",
+        *("148.41 → 20.09", "7.39 → 8.37", "1.2000 → 1.3000"),  # perplexities; bits per byte
         *("poems", "+0.3750", "-0.0625", "48"),
         *("capital of Peru", "Quito", "capital of Chad", "capital of Mali"),
         *("What is 2 and 5?", "Once upon a time", "It is 7."),
@@ -201,8 +203,11 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
 def test_the_words_are_those_of_the_language_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    files = [*(PROJECT / "minimind_sft").glob("reporting*.py"), PROJECT / "minimind_sft" / "run_record.py"]
+    code = "".join(file.read_text(encoding="utf-8") for file in files if file.name != "reporting_words.py")
     assert WORDS["en"].keys() == WORDS["zh"].keys() and SEEN["en"].keys() == SEEN["zh"].keys()
     for key, text in WORDS["en"].items():
+        assert re.search(f"[\"']{key}[\"']", code), f"{key} is never said"
         assert set(re.findall(r"{\w+}", text)) == set(re.findall(r"{\w+}", WORDS["zh"][key])), key
     run = make_run(tmp_path / "run")
     said, _ = report(tmp_path / "out", run, more=("--lang=zh",))
