@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -241,7 +242,8 @@ class LastScreen(Callback):
             print("\n" + "\n".join(told), flush=True)
         print(
             f"\nin {self.folder}: "
-            f"{', '.join(sorted(p.name for p in self.folder.iterdir() if not p.name.startswith('.')))}",
+            f"{', '.join(sorted(p.name for p in self.folder.iterdir() if not p.name.startswith('.')))}\n"
+            f"as a page: python -m minimind_sft report {shlex.quote(str(self.folder))}",
             flush=True,
         )
 

@@ -66,7 +66,7 @@ AT_THE_END = {"forgetting.json": None, "probes.json": None, "answers.json": None
 @pytest.fixture(autouse=True)
 def _draw_only_where_pictures_are_looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "everything" not in request.node.name:  # nearly all of the time of a report
-        monkeypatch.setattr(reporting_plots, "_save", lambda figure, path: path.write_bytes(b"PNG"))
+        monkeypatch.setattr(reporting_plots, "_save", lambda figure, path, places: [path.write_bytes(b"PNG")])
 
 
 def make_run(folder: Path, **changed: Any) -> Path:
