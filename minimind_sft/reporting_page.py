@@ -42,10 +42,11 @@ img {{ display: block; max-width: 100%; height: auto; margin: .5rem 0; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .25rem 1.2rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
-  overflow-wrap: anywhere; }}
+  overflow-wrap: break-word; }}
 th {{ color: var(--soft); font-weight: 600; }}
 td.n, th.n {{ text-align: right; white-space: nowrap; }}
-.long td {{ min-width: 6rem; max-width: 34rem; }} .differs td {{ background: var(--mark); }}
+.long td {{ min-width: 8rem; max-width: 34rem; overflow-wrap: anywhere; }}
+.long td:first-child {{ white-space: nowrap; }} .differs td {{ background: var(--mark); }}
 .differs td:first-child::after {{ content: " \2260"; }}
 details {{ margin: .5rem 0; }} summary {{ cursor: pointer; }}
 .answers {{ display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr));

@@ -167,7 +167,7 @@ def _over_steps(figure: Any, runs: Sequence[Run], theme: Theme, panes: Sequence[
                     axes.plot(steps, values, color=style["color"], linewidth=0.8, alpha=0.35)
                 values = tuple(_smoothed(values))
             axes.plot(steps, values, **style)
-        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_title(title, loc="left", fontsize=10, color=theme.text)
         axes.set_xlabel("step")
     legend(figure, runs, theme, [any(paths[number] for _, paths in shown) for number in range(len(runs))])
     return True

@@ -72,9 +72,7 @@ def line_style(number: int, theme: Theme, *, points: int) -> dict[str, Any]:
     }
 
 
-def legend(
-    figure: Any, runs: Sequence[Run], theme: Theme, shown: Sequence[Any], linestyle: str | None = None
-) -> None:
+def legend(figure: Any, runs: Sequence[Run], theme: Theme, shown: Sequence[Any], linestyle: str | None = None) -> None:
     """Which line is which run, above the picture, of the runs that show something; one run alone needs none."""
     from matplotlib.lines import Line2D
 
@@ -87,8 +85,8 @@ def legend(
     width = max(map(len, names)) * 0.085 + 0.8  # inches
     columns = max(1, min(len(names), int(figure.get_figwidth() / width)))
     figure.set_figheight(figure.get_figheight() + 0.22 * (math.ceil(len(names) / columns) - 1))
-    legend = figure.legend(keys, names, loc="outside upper left", ncols=columns, frameon=False, handlelength=3.2)
-    for text in legend.get_texts():
+    drawn = figure.legend(keys, names, loc="outside upper left", ncols=columns, frameon=False, handlelength=3.2)
+    for text in drawn.get_texts():
         text.set_color(theme.text)
 
 
@@ -101,9 +99,9 @@ def dress(axes: Any, theme: Theme, *, grid: bool) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(theme.soft)
     axes.tick_params(color=theme.soft, labelcolor=theme.text)
-    for text in (axes.xaxis.label, axes.yaxis.label, axes.title, axes._left_title, axes.xaxis.offsetText,
-                 axes.yaxis.offsetText):
-        text.set_color(theme.text)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set_color(theme.text)
+        axis.offsetText.set_color(theme.text)
 
 
 def known(runs: Sequence[Run], run: Run) -> tuple[str, str]:

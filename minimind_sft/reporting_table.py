@@ -80,7 +80,7 @@ def notes(runs: Sequence[Run], words: Mapping[str, str]) -> list[str]:
         for run in runs
         if run.ended is not None and run.ended != run.step
     ]
-    if len({run.record.get("base_sha256") for run in runs}) > 1:
+    if len({str(run.record.get("base_sha256")) for run in runs}) > 1:
         return [words["note_bases"], *found]
     for part in ("chat", "text"):
         starts = [getattr(run.looks[0], part) for run in runs if run.looks and run.looks[0].step == 0]

@@ -44,9 +44,7 @@ def names(places: Sequence[Path]) -> list[str]:
     for place in places:
         parts = place.parts
         same = [other.parts for other in places if other != place]
-        size = next(
-            (n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in same)), len(parts)
-        )
+        size = next((n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in same)), len(parts))
         found.append("/".join(parts[-size:]))
     return found
 
@@ -75,11 +73,9 @@ def _read_run(folder: Path, name: str) -> Run:
         looks = looks or _looks_of_summary(summary)
         ended = int(summary["after"]["step"]) if summary else None
         best = _best(summary, looks, ended, settings.get("model.max_forgetting"))
-        sources = [
-            Source(row["source"], row.get("documents"), row["before"], row["forgetting"])
-            for row in (summary or {}).get("by_source") or []
-        ]
+        sources = [_source(row) for row in (summary or {}).get("by_source") or []]
         seen = (summary or {}).get("seen")
+        seen = {True: "seen", False: "unseen", None: None}.get(seen, str(seen))
     probes = _object(folder / "probes.json")
     with _as_fit_writes(folder / "probes.json"):
         facts = _facts(probes) if probes else None
@@ -96,7 +92,7 @@ def _read_run(folder: Path, name: str) -> Run:
         looks=looks,
         best=best,
         ended=ended,
-        seen={True: "seen", False: "unseen"}.get(seen, seen) if seen is not None else None,
+        seen=seen,
         sources=sources,
         facts=facts,
         answers=answers,
@@ -111,7 +107,7 @@ def _as_fit_writes(path: Path) -> Iterator[None]:
     """What is missing or of another type becomes an error that names the file."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path}: not what fit writes ({type(error).__name__}: {error}); restore it, or delete it to report "
             "without it"
@@ -142,7 +138,7 @@ def _metrics(path: Path) -> list[dict[str, float]]:
         rows = read_metrics(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); make it readable, or delete it") from error
-    if any("step" not in row for row in rows):
+    if not all(math.isfinite(row.get("step", math.nan)) for row in rows):
         raise ValueError(f"{path}: there is a row without a step; remove it, or delete the file to report without it")
     return rows
 
@@ -158,20 +154,43 @@ def _looks_of_summary(summary: dict[str, Any] | None) -> list[Look]:
     before, after = summary["before"], summary["after"]
     started = 0.0 if summary.get("forgetting") is not None else None
     return [
-        Look(when["step"], when.get("chat_loss"), when.get("pretrain_loss"), forgotten, when.get("bits_per_byte"))
+        Look(
+            int(when["step"]),
+            _number(when.get("chat_loss")),
+            _number(when.get("pretrain_loss")),
+            _number(forgotten),
+            _number(when.get("bits_per_byte")),
+        )
         for when, forgotten in ((before, started), (after, summary.get("forgetting")))
     ]
 
 
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _source(row: dict[str, Any]) -> Source:
+    documents = row.get("documents")
+    return Source(
+        str(row["source"] or ""),
+        None if documents is None else int(documents),
+        float(row["before"]),
+        float(row["forgetting"]),
+    )
+
+
 def _best(summary: dict[str, Any] | None, looks: Sequence[Look], ended: int | None, bound: str | None) -> Look | None:
-    """The run's own choice where its end is recorded; else the lowest loss so far within `model.max_forgetting`."""
+    """The run's own choice where its end is recorded; else the lowest loss so far within `model.max_forgetting`, or
+    where none is within it, the one that forgot least: as `callbacks.Measure` chooses."""
     if summary and looks and ended == looks[-1].step:
         chosen = summary.get("best")
         return next((look for look in looks if chosen and look.step == chosen["step"]), None)
     scores = [(look.text if look.chat is None else look.chat, look) for look in looks if look.step]
     scored = [(score, look) for score, look in scores if score is not None and math.isfinite(score)]
     if bound not in (None, "null"):
-        scored = [(score, look) for score, look in scored if (look.forgetting or 0.0) <= float(bound)]
+        forgotten = [(look.forgetting or 0.0, look) for _, look in scored]
+        within = [look for rise, look in forgotten if rise <= float(bound)]
+        scored = [pair for pair in scored if pair[1] in within] or forgotten
     return min(scored, default=(0.0, None))[1]
 
 
@@ -179,10 +198,15 @@ def _facts(probes: dict[str, Any]) -> Facts:
     replies = probes.get("replies") or []
     return Facts(
         groups={name: {count: int(group[count]) for count in COUNTS} for name, group in probes["groups"].items()},
-        kept=[row["name"] for row in replies if row["before"]["raw_right"] and row["after"]["raw_right"]],
-        lost=[Fact(*(row[field] for field in Fact._fields)) for row in probes["lost"]],
-        gained=[Fact(*(row[field] for field in Fact._fields)) for row in probes["gained"]],
+        kept=[str(row["name"]) for row in replies if row["before"]["raw_right"] and row["after"]["raw_right"]],
+        lost=[_fact(row) for row in probes["lost"]],
+        gained=[_fact(row) for row in probes["gained"]],
     )
+
+
+def _fact(row: dict[str, Any]) -> Fact:
+    name, way, answer, said = (str(row[field]) for field in ("name", "way", "answer", "said"))
+    return Fact(name, way, bool(row["in_sft"]), answer, said)
 
 
 def _settings(path: Path) -> dict[str, str]:

@@ -258,6 +258,9 @@ def test_the_best_so_far_is_within_the_bound_of_the_run(tmp_path: Path) -> None:
     assert run.best is not None and run.best.step == 20
     (run,) = read_runs([str(killed(tmp_path / "free", metrics_csv=rows))])
     assert run.best is not None and run.best.step == 30
+    bound = "model:\n  max_forgetting: 0.01\n"  # none is within: the one that forgot least
+    (run,) = read_runs([str(killed(tmp_path / "tight", metrics_csv=rows, config_yaml=bound))])
+    assert run.best is not None and run.best.step == 20
 
 
 def test_a_run_of_an_older_version_is_shown_without_what_it_lacks(tmp_path: Path) -> None:
@@ -343,10 +346,13 @@ def test_a_run_is_named_once_and_runs_of_one_name_are_told_apart(
         ("forgetting.json", "{", "forgetting.json: cannot be read"),
         ("forgetting.json", "[]", "forgetting.json: not what fit writes"),
         ("forgetting.json", '{"after": 3}', "forgetting.json: not what fit writes"),
+        ("forgetting.json", json.dumps(SUMMARY | {"seen": []}), "forgetting.json: not what fit writes"),
+        ("forgetting.json", json.dumps(SUMMARY | {"by_source": [1]}), "forgetting.json: not what fit writes"),
         ("probes.json", '{"groups": {}}', "probes.json: not what fit writes (KeyError: 'lost')"),
         ("answers.json", '[{"question": "a"}]', "answers.json: not what fit writes"),
         ("sample.json", "\udcff", "sample.json: cannot be read"),
         ("metrics.csv", "step,lr\n1,fast\n", "metrics.csv:2: not a row of metrics"),
+        ("metrics.csv", "step,lr\nnan,0.1\n", "metrics.csv: there is a row without a step"),
         ("metrics.csv", "lr\n0.1\n", "metrics.csv: there is a row without a step"),
         ("config.yaml", "a: [", "config.yaml: cannot be read"),
         ("config.yaml", "", "config.yaml: no settings"),
