@@ -198,7 +198,9 @@ def _settings(runs: Sequence[Run], words: Mapping[str, str]) -> list[str]:
     rows = [[key, *(run.settings.get(key, words["not_recorded"]) for run in runs)] for key in keys]
     parts = [f"<h2>{_text(words['settings'])}</h2>\n"]
     if len(runs) > 1:
-        differ = [row for row in rows if len(set(row[1:])) > 1 and row[0] != "run_dir"]
+        # what a run's version did not know is no difference; where a run lies is none of training
+        known = {key: {run.settings[key] for run in runs if key in run.settings} for key in keys}
+        differ = [row for row in rows if len(known[row[0]]) > 1 and row[0] != "run_dir"]
         if differ:
             parts += [f"<h3>{_text(words['settings_differ'])}</h3>\n", _table(head, differ, kind="long")]
         else:

@@ -24,7 +24,8 @@ WORDS: dict[str, dict[str, str]] = {
         "text_perplexity": "text, perplexity",
         "text_bits": "text, bits/byte",
         "looks_unknown": "not told yet whether the base has seen it",
-        "note_bases": "The runs start from different bases, so their losses do not compare; what was forgotten does.",
+        "note_bases": "The runs start from different bases: their losses do not compare, and what was forgotten only "
+        "where the text is the same.",
         "note_measured": "The runs measured their base differently (other text or chats, or another framing): compare "
         "their forgetting with care.",
         "note_later": "{run} went on after its end at step {step}: facts, sources and answers are of that step.",
@@ -109,7 +110,7 @@ WORDS: dict[str, dict[str, str]] = {
         "text_perplexity": "文本困惑度",
         "text_bits": "文本(bits/byte)",
         "looks_unknown": "尚不知基座是否见过",
-        "note_bases": "各次训练的基座不同,损失不可比,遗忘量可比。",
+        "note_bases": "各次训练的基座不同:损失不可比,遗忘量只在文本相同时可比。",
         "note_measured": "各次训练对基座的测量不同(文本、对话或文本格式不同),比较遗忘时请谨慎。",
         "note_later": "{run} 在第 {step} 步结束后又继续训练:事实、来源与回答属于那一步。",
         "trajectories": "对话损失与遗忘",

@@ -1,5 +1,6 @@
 """The verb `report`: run directories in, a page and pictures out, whatever state the runs are in."""
 
+import base64
 import fcntl
 import json
 import re
@@ -66,7 +67,7 @@ AT_THE_END = {"forgetting.json": None, "probes.json": None, "answers.json": None
 @pytest.fixture(autouse=True)
 def _draw_only_where_pictures_are_looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "everything" not in request.node.name:  # nearly all of the time of a report
-        monkeypatch.setattr(reporting_plots, "_save", lambda figure, path, places: [path.write_bytes(b"PNG")])
+        monkeypatch.setattr(reporting_plots, "_save", lambda _, path, places: [path.write_bytes(path.name.encode())])
 
 
 def make_run(folder: Path, **changed: Any) -> Path:
@@ -194,7 +195,10 @@ def test_whatever_people_and_models_said_is_only_text(tmp_path: Path) -> None:
 
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     _, reader = report(tmp_path / "out", make_run(tmp_path / "run"))
-    assert len(reader.links) == 10 and all(link.startswith("data:image/png;base64,") for link in reader.links)
+    assert all(link.startswith("data:image/png;base64,") for link in reader.links)
+    inlined = [base64.b64decode(link.split(",")[1]).decode() for link in reader.links]
+    names = ("trajectories", "steps", "losses", "sources", "facts")
+    assert inlined == [file for name in names for file in (f"{name}_dark.png", f"{name}.png")]
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in text and "url(" not in text and "@import" not in text
     assert text.count('media="(prefers-color-scheme: dark)"') == 5
@@ -271,6 +275,7 @@ def test_a_run_of_an_older_version_is_shown_without_what_it_lacks(tmp_path: Path
         metrics_csv=without_replay,
         forgetting_json={**READINGS, "best": None, "forgetting": 0.125},
         run_json={"command": ["fit"]},
+        config_yaml="data:\n  seed: 42\n",
         sample_json=None,
         probes_json=None,
         answers_json=None,
@@ -280,6 +285,7 @@ def test_a_run_of_an_older_version_is_shown_without_what_it_lacks(tmp_path: Path
     assert "No run replayed text" in said and len(reader.links) == 6
     said, _ = report(tmp_path / "out", old, make_run(tmp_path / "new"))
     assert "old: not recorded" in said and "old: none recorded" in said and "poems" in said
+    assert "The runs have the same settings" in said  # as far as both know them
 
 
 @pytest.mark.parametrize("metrics", [None, "", METRICS.splitlines(keepends=True)[0]])
