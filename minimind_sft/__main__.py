@@ -22,6 +22,8 @@ train
   budget     a run per cap on the sample: how many MB of chats for how much forgetting
              python -m minimind_sft budget --config sft.yaml --max_mb 0.5 1 2 4 8
 look
+  report     a page of what runs learned and forgot, with pictures; of runs that are still training, too
+             python -m minimind_sft report runs/sft
   validate   measure a model on the validation chats and the pretraining text
              python -m minimind_sft validate --config sft.yaml --ckpt_path best
   predict    answer the validation chats, as JSON lines
@@ -57,6 +59,7 @@ MODULES = {  # of the other verbs; each has a `main`
     "interpolate": "interpolation",
     "sample": "sampling",
     "inspect": "inspection",
+    "report": "reporting",
 }
 VERBS = (*TRAINING_VERBS, *MODULES)
 SHOW_TRACEBACK = "MINIMIND_SFT_TRACEBACK"

@@ -62,6 +62,7 @@ class MicroBatch(NamedTuple):
     window_targets: int  # supervised tokens of the whole window, over all micro-batches and ranks
     window_tokens: int = 1  # all its tokens, likewise
     target_bytes: int = 0  # bytes of text behind the targets; counted for evaluation only
+    source: int = 0  # which source of the text all of it is from; told for evaluation only
     replay: Replayed | None = None
 
 

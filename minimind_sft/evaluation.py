@@ -1,15 +1,15 @@
 """What a look at a model reads: evaluation batches, prompts to answer, and how often a look is affordable.
 
 Evaluation keeps nothing for a backward pass, so its batches are larger than training's; documents of like length go
-together. Every document goes to exactly one rank, and what is drawn for it (whether its empty think block stays) is the
-same at every step.
+together, and only those of one source, so that sums by source cost nothing. Every document goes to exactly one rank,
+and what is drawn for it (whether its empty think block stays) is the same at every step.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -21,10 +21,36 @@ from minimind_sft.formats import Conversation, Rejected, parse
 from minimind_sft.sampling import Line
 
 EVALUATION_TOKENS = 8_192  # of one batch
+MOST_SOURCES = 40
+OTHER_SOURCES = "(other sources)"
+
+
+class Sources(NamedTuple):
+    """Where documents come from, as the `source` of their line says."""
+
+    names: list[str]  # "" where a line says nothing
+    of: np.ndarray  # (D,) index into names
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Documents of each source."""
+        return dict(zip(self.names, np.bincount(self.of, minlength=len(self.names)).tolist(), strict=True))
+
+
+def sources_of(documents: Documents) -> Sources:
+    """The sources of documents, by name; where there are over `MOST_SOURCES`, the smallest are taken together."""
+    named = np.asarray(documents.store.meta["sources"] or [""])
+    sources = named[np.asarray(documents.store.sources)[documents.index]]
+    names, counts = np.unique(sources, return_counts=True)
+    if len(names) > MOST_SOURCES:
+        small = names[np.argsort(-counts, kind="stable")[MOST_SOURCES - 1 :]]
+        sources = np.where(np.isin(sources, small), OTHER_SOURCES, sources)
+    names, of = np.unique(sources, return_inverse=True)
+    return Sources(names.tolist(), of)
 
 
 class EvaluationBatches(Dataset[MicroBatch]):
-    """A rank's share of the documents to evaluate, in batches of about `EVALUATION_TOKENS`."""
+    """A rank's share of the documents to evaluate, in batches of about `EVALUATION_TOKENS` of one source each."""
 
     def __init__(
         self,
@@ -40,16 +66,22 @@ class EvaluationBatches(Dataset[MicroBatch]):
         draws = np.random.default_rng([seed, 0, 2]).random(len(documents))
         self.keep = draws < empty_think_ratio  # the same ones at every step
         lengths, _ = documents.sizes(self.keep)
-        self.groups = in_order(lengths, max_tokens=EVALUATION_TOKENS)[rank::ranks]
+        names, of = sources_of(documents)
+        members = [np.flatnonzero(of == source) for source in range(len(names))]
+        self.groups = [
+            (source, mine[group])
+            for source, mine in enumerate(members)
+            for group in in_order(lengths[mine], max_tokens=EVALUATION_TOKENS)
+        ][rank::ranks]
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def __getitem__(self, index: int) -> MicroBatch:
-        rows = [self.documents.row(number, bool(self.keep[number])) for number in self.groups[index]]
-        packed = pack(rows)
+        source, group = self.groups[index]
+        packed = pack([self.documents.row(number, bool(self.keep[number])) for number in group.tolist()])
         wanted = packed.batch.labels[packed.targets].numpy()
-        return packed._replace(target_bytes=int(self.token_bytes[wanted].sum()))
+        return packed._replace(target_bytes=int(self.token_bytes[wanted].sum()), source=source)
 
 
 def bytes_of_tokens(template: ChatTemplate) -> np.ndarray:

@@ -13,6 +13,7 @@ tokenizers comparable; a control token counts no bytes.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,33 +21,38 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from minimind_sft.losses import perplexity
+from minimind_sft.readings import perplexity
 
 CHAT, PRETRAIN = "chat", "pretrain"
 
 
 class TokenLoss(Metric):
-    """Sums of nats, tokens and bytes; summed over ranks."""
+    """Sums of nats, tokens and bytes, for each of P parts of what is measured; summed over ranks."""
 
     full_state_update = False
     nats: Tensor
     tokens: Tensor
     bytes: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, parts: int = 1) -> None:
         super().__init__()
         for name in ("nats", "tokens", "bytes"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(parts, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, nats: Tensor, tokens: int, bytes: int) -> None:
-        """Add a sum of nats () over this many tokens, which stand for this many bytes of text."""
-        self.nats += nats.double()
-        self.tokens += tokens
-        self.bytes += bytes
+    def update(self, nats: Tensor, tokens: int, bytes: int, part: int = 0) -> None:
+        """Add a sum of nats () over this many tokens of one part, which stand for this many bytes of text."""
+        self.nats[part] += nats.double()
+        self.tokens[part] += tokens
+        self.bytes[part] += bytes
 
     def compute(self) -> dict[str, Tensor]:
-        """Nats per token and bits per byte; NaN where nothing was scored."""
-        return {"loss": self.nats / self.tokens, "bits_per_byte": self.nats / math.log(2) / self.bytes}
+        """Nats per token and bits per byte (), and nats per token by part (P,); NaN where nothing was scored."""
+        nats = self.nats.sum()
+        return {
+            "loss": nats / self.tokens.sum(),
+            "bits_per_byte": nats / math.log(2) / self.bytes.sum(),
+            "by_part": self.nats / self.tokens,
+        }
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Reading:
     chat_loss: float | None = None
     pretrain_loss: float | None = None
     bits_per_byte: float | None = None
+    by_source: dict[str, float] | None = None  # the text's loss for each of its sources, where they are named
 
     def metrics(self, base: Reading | None) -> dict[str, float]:
         """What is logged, under its public names; `val/forgetting` only against a base."""
@@ -83,18 +90,20 @@ class Meter(nn.Module):
 
     Args:
         names: what each evaluation loader holds, `CHAT` or `PRETRAIN`, in the loaders' order.
+        sources: of the pretraining text; one of no name where its lines name none.
     """
 
-    def __init__(self, names: list[str]) -> None:
+    def __init__(self, names: list[str], sources: Sequence[str] = ("",)) -> None:
         super().__init__()
-        self.names = names
-        self.losses = nn.ModuleDict({name: TokenLoss() for name in names})
+        self.names, self.sources = names, list(sources)
+        self.losses = nn.ModuleDict({name: TokenLoss(len(sources) if name == PRETRAIN else 1) for name in names})
 
-    def update(self, loader: int, nats: Tensor, tokens: int, bytes: int) -> None:
-        """Add one batch of loader number `loader`; see `TokenLoss.update`."""
-        metric = self.losses[self.names[loader]]
+    def update(self, loader: int, nats: Tensor, tokens: int, bytes: int, source: int = 0) -> None:
+        """Add one batch of loader number `loader`, of one source where it is text; see `TokenLoss.update`."""
+        name = self.names[loader]
+        metric = self.losses[name]
         assert isinstance(metric, TokenLoss)
-        metric.update(nats, tokens, bytes)
+        metric.update(nats, tokens, bytes, source if name == PRETRAIN else 0)
 
     def reset(self) -> None:
         for metric in self.losses.values():
@@ -103,30 +112,71 @@ class Meter(nn.Module):
 
     def read(self, step: int) -> Reading:
         """The sums of all ranks as a reading; the only place where the device is asked."""
-        values: dict[str, dict[str, float]] = {}
+        values: dict[str, dict[str, Any]] = {}
         for name, metric in self.losses.items():
             assert isinstance(metric, TokenLoss)
-            values[name] = {key: float(value) for key, value in metric.compute().items()}
+            values[name] = {key: value.tolist() for key, value in metric.compute().items()}
         chat, text = values.get(CHAT), values.get(PRETRAIN)
+        named = self.sources != [""]
         return Reading(
             step=step,
             chat_loss=chat["loss"] if chat else None,
             pretrain_loss=text["loss"] if text else None,
             bits_per_byte=text["bits_per_byte"] if text and math.isfinite(text["bits_per_byte"]) else None,
+            by_source=dict(zip(self.sources, text["by_part"], strict=True)) if text and named else None,
         )
 
 
 def summary(
-    before: Reading, after: Reading, best: Reading | None, *, seen: bool | None, from_base: bool = True
+    before: Reading,
+    after: Reading,
+    best: Reading | None,
+    *,
+    seen: bool | None,
+    from_base: bool = True,
+    documents: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """What `forgetting.json` holds: three readings, the forgetting of the last, whether the base had seen the text."""
+    """What `forgetting.json` holds.
+
+    Args:
+        before, after, best: at step 0, at the end, and the best after step 0.
+        seen: whether the base had seen the text.
+        from_base: whether there is a base that could be forgotten.
+        documents: how many there are of each source of the text.
+
+    Returns:
+        The three readings; `forgetting` of the last; `seen`; and `by_source`, a row per source (`source`, `documents`,
+        `before`, `after`, `forgetting`), the most forgotten first, or null.
+    """
     forgetting = None
     if from_base and before.pretrain_loss is not None and after.pretrain_loss is not None:
         forgetting = after.pretrain_loss - before.pretrain_loss
     return {
-        "before": asdict(before),
-        "after": asdict(after),
-        "best": asdict(best) if best else None,
+        "before": _told(before),
+        "after": _told(after),
+        "best": _told(best) if best else None,
         "forgetting": forgetting,
         "seen": seen,
+        "by_source": _by_source(before, after, documents or {}) if from_base else None,
     }
+
+
+def _told(reading: Reading) -> dict[str, Any]:
+    return {name: value for name, value in asdict(reading).items() if name != "by_source"}
+
+
+def _by_source(before: Reading, after: Reading, documents: Mapping[str, int]) -> list[dict[str, Any]] | None:
+    if before.by_source is None or after.by_source is None:
+        return None
+    rows = [
+        {
+            "source": source,
+            "documents": documents.get(source),
+            "before": before.by_source[source],
+            "after": loss,
+            "forgetting": loss - before.by_source[source],
+        }
+        for source, loss in after.by_source.items()
+        if source in before.by_source
+    ]
+    return sorted(rows, key=lambda row: -row["forgetting"])

@@ -14,7 +14,6 @@ Shapes: N tokens of a micro-batch, M of them targets, H hidden, V vocabulary, R 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,11 +26,6 @@ from minimind_sft.chunks import rows_at_once
 
 # rows of the M, their logits (R, V) in fp32 -> sum of nats (), its gradient by the logits (R, V), which may reuse them
 Chunk = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
-
-
-def perplexity(nats: float) -> float:
-    """exp of nats per token; infinite where that overflows."""
-    return math.exp(nats) if nats < 700 else math.inf
 
 
 def cross_entropy(hidden: Tensor, labels: Tensor, targets: Tensor, weight: Tensor) -> Tensor:

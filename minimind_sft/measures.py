@@ -21,8 +21,8 @@ from minimind_sft.corpus import Store
 from minimind_sft.documents import Documents
 from minimind_sft.evaluation import prompts
 from minimind_sft.formats import PlainText, parse
-from minimind_sft.losses import perplexity
 from minimind_sft.pairs import Pair
+from minimind_sft.readings import perplexity
 from minimind_sft.sampling import Line
 from minimind_sft.scoring import Scores
 from minimind_sft.significance import Resampling, mcnemar

@@ -23,8 +23,9 @@ from minimind_sft import resume
 from minimind_sft import weights as weight_files
 from minimind_sft.attention import attention_backend, needs_device_cu_seqlens
 from minimind_sft.batching import MicroBatch
+from minimind_sft.evaluation import sources_of
 from minimind_sft.files import resolve
-from minimind_sft.forgetting import Meter, Reading
+from minimind_sft.forgetting import PRETRAIN, Meter, Reading
 from minimind_sft.generate import generate
 from minimind_sft.guard import Guard, StepResult
 from minimind_sft.losses import cross_entropy
@@ -192,7 +193,8 @@ class SFTModule(LightningModule):
         if self.trainer.state.fn == "fit" and not self.terms:
             self._choose_terms()
         if not hasattr(self, "meter"):
-            self.meter = Meter(list(data.evaluation))
+            text = data.evaluation.get(PRETRAIN)
+            self.meter = Meter(list(data.evaluation), sources_of(text).names if text else [""])
 
     def _fit_vocab(self, wanted: int) -> None:
         """Make room for all of the tokenizer's tokens, if asked to; say so where the base is described."""
@@ -359,7 +361,7 @@ class SFTModule(LightningModule):
 
     def validation_step(self, batch: MicroBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch's sums to the meter."""
-        self.meter.update(dataloader_idx, self._nats(batch), len(batch.targets), batch.target_bytes)
+        self.meter.update(dataloader_idx, self._nats(batch), len(batch.targets), batch.target_bytes, batch.source)
 
     def on_validation_epoch_start(self) -> None:
         self.meter.reset()

@@ -1,12 +1,31 @@
-"""A run's `metrics.csv`, read back; apart from `records.py`, which writes it, so as not to import Lightning (5 s)."""
+"""What a run measured, read back from its `metrics.csv`. No torch.
+
+Apart from `records.py`, which writes the file, so as not to import Lightning (5 s).
+"""
 
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 
 
+def perplexity(nats: float) -> float:
+    """exp of nats per token; infinite where that overflows."""
+    return math.exp(nats) if nats < 700 else math.inf
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a `metrics.csv`, each with the values that it has."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    """The rows of a `metrics.csv`, each with the values that it has; a last row that was not written whole is left out.
+
+    Raises:
+        ValueError: naming file and line of what is no row.
+    """
+    text = path.read_text(encoding="utf-8")
+    rows = []
+    for number, row in enumerate(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()), 2):
+        try:
+            rows.append({name: float(value) for name, value in row.items() if value})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: not a row of metrics ({error}); remove this line") from error
+    return rows

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minimind_sft.losses import perplexity
+from minimind_sft.readings import perplexity
 
 if TYPE_CHECKING:  # torchmetrics takes seconds to import, and only annotations need it
     from minimind_sft.budgeting import Trial

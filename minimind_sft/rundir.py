@@ -20,6 +20,8 @@ OUR_FILES = (
     "forgetting.json",
     "forgetting.png",
     "probes.json",
+    "answers.json",
+    "report",
     "predictions.jsonl",
     "nonfinite.jsonl",
     "spikes.jsonl",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from lightning.pytorch.callbacks import Callback
 from minimind_sft import account, report
 from minimind_sft.callbacks import Measure, duration, evaluating
 from minimind_sft.caps import RULE_OF_THUMB
-from minimind_sft.evaluation import evaluation_tokens
+from minimind_sft.evaluation import evaluation_tokens, sources_of
 from minimind_sft.export import export_run
 from minimind_sft.files import write_whole
 from minimind_sft.forgetting import CHAT, PRETRAIN, summary
@@ -193,7 +194,7 @@ def _text_line(text: float, chat: float | None, pl_module: SFTModule, data: SFTD
 
 
 class LastScreen(Callback):
-    """Before and after: facts, sample answers, the table, `forgetting.json`, `probes.json` and the picture.
+    """Before and after: facts, sample answers, the table, `forgetting.json` and others, and the picture.
 
     Args:
         folder: the run directory.
@@ -227,7 +228,9 @@ class LastScreen(Callback):
         readings = self.measure.readings
         before, after, best = readings[0], readings[-1], self.measure.best
         from_base = not pl_module.from_scratch
-        figures = summary(before, after, best, seen=data.seen, from_base=from_base)
+        text = data.evaluation.get(PRETRAIN)
+        documents = sources_of(text).counts if text else None
+        figures = summary(before, after, best, seen=data.seen, from_base=from_base, documents=documents)
         write_whole(self.folder / "forgetting.json", json.dumps(figures, indent=1) + "\n")
         table = report.forgetting_table(before, after, best, seen=data.seen, from_base=from_base)
         print("\n" + table, flush=True)
@@ -239,7 +242,8 @@ class LastScreen(Callback):
             print("\n" + "\n".join(told), flush=True)
         print(
             f"\nin {self.folder}: "
-            f"{', '.join(sorted(p.name for p in self.folder.iterdir() if not p.name.startswith('.')))}",
+            f"{', '.join(sorted(p.name for p in self.folder.iterdir() if not p.name.startswith('.')))}\n"
+            f"as a page: python -m minimind_sft report {shlex.quote(str(self.folder))}",
             flush=True,
         )
 
@@ -249,9 +253,15 @@ class LastScreen(Callback):
             comparison = compare(self.probes, self.replies, replies)
             write_whole(self.folder / "probes.json", json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
             print("\n" + report.probe_table(comparison), flush=True)
-        for row, old, new in zip(self._samples(trainer), self.answers, answers, strict=True):
+        told = [
+            {"where": row["where"], "question": row["messages"][-1]["content"], "before": old, "after": new}
+            for row, old, new in zip(self._samples(trainer), self.answers, answers, strict=True)
+        ]
+        if told:
+            write_whole(self.folder / "answers.json", json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+        for row in told:
             print(
-                f"\nuser    {row['messages'][-1]['content'][:200]}\nbefore  {old[:200]}\nafter   {new[:200]}",
+                f"\nuser    {row['question'][:200]}\nbefore  {row['before'][:200]}\nafter   {row['after'][:200]}",
                 flush=True,
             )
 

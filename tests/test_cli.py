@@ -105,9 +105,14 @@ def test_a_mistake_of_ours_is_one_line_that_names_the_file_with_the_traceback(
         main(["export"])
 
 
-def test_fit_leaves_the_record_that_the_readme_lists(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_fit_leaves_the_record_that_the_readme_lists(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("fit", settings) == 0
     run_dir = tmp_path / "run"
+    assert capsys.readouterr().out.endswith(f"as a page: python -m minimind_sft report {run_dir}\n")
+    assert main(["report", str(run_dir), "--lang=en"]) == 0
+    assert "run  finished" in capsys.readouterr().out and (run_dir / "report" / "report.html").is_file()
     for name in ("config.yaml", "run.json", "sample.json", "metrics.csv", "forgetting.json", "forgetting.png"):
         assert (run_dir / name).is_file(), name
     for name in ("last.ckpt", "best.ckpt"):
@@ -115,7 +120,8 @@ def test_fit_leaves_the_record_that_the_readme_lists(settings: dict[str, Any], t
     for name in ("best_16.pth", "last_16.pth", "best/config.json", "last/README.md"):
         assert (run_dir / "export" / name).is_file(), name
     table = json.loads((run_dir / "forgetting.json").read_text())
-    assert table.keys() == {"before", "after", "best", "forgetting", "seen"}
+    assert table.keys() == {"before", "after", "best", "forgetting", "seen", "by_source"}
+    assert table["forgetting"] is None and table["by_source"] is None  # from scratch, there is nothing to forget
     assert table["before"].keys() == {"step", "chat_loss", "pretrain_loss", "bits_per_byte"}
     assert table["seen"] is False
     with open(run_dir / "metrics.csv", encoding="utf-8") as file:

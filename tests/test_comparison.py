@@ -177,6 +177,13 @@ def test_the_figures_are_those_of_fit_and_its_checkpoint_is_taken(material: dict
         assert text[when] == pytest.approx(fit[when]["pretrain_loss"], rel=1e-6)
         assert text["bits_per_byte"][when] == pytest.approx(fit[when]["bits_per_byte"], rel=1e-6)
         assert chats[when] == pytest.approx(fit[when]["chat_loss"], rel=1e-6)
+    told = [(row["source"], row["documents"], row["forgetting"]) for row in fit["by_source"]]
+    assert len(told) > 2
+    for row, (source, documents, forgetting) in zip(text["by_source"], told, strict=True):
+        assert (row["source"], row["documents"]) == (source, documents)
+        assert row["difference"] == pytest.approx(forgetting, abs=1e-6)
+    answers = json.loads((tmp_path / "run" / "answers.json").read_text(encoding="utf-8"))
+    assert len(answers) == 3 and all(row["question"] and row["before"] != row["after"] for row in answers)
 
 
 def test_text_that_was_seen_is_measured_beside_unseen_text_which_is_judged(

@@ -2,7 +2,9 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from minimind_sft import losses
 from minimind_sft.checkpoints import link
 from minimind_sft.devices import pin_device
-from minimind_sft.evaluation import affordable_interval
+from minimind_sft.evaluation import OTHER_SOURCES, affordable_interval, sources_of
 from minimind_sft.forgetting import CHAT, PRETRAIN, Meter, Reading, summary
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
@@ -104,6 +106,30 @@ def test_the_meter_divides_sums_once() -> None:
     assert metrics["val/forgetting"] == pytest.approx(2 * math.log(2) - 1)
     assert metrics["val/chat/perplexity"] == pytest.approx(math.e)
     assert "val/forgetting" not in reading.metrics(None)
+
+
+def test_the_meter_knows_the_loss_of_every_source_of_the_text() -> None:
+    meter = Meter([CHAT, PRETRAIN], ["poems", "sums"])
+    meter.update(0, torch.tensor(6.0), tokens=3, bytes=0, source=1)  # of chats no source is told
+    meter.update(1, torch.tensor(1.0), tokens=4, bytes=4, source=1)
+    meter.update(1, torch.tensor(9.0), tokens=3, bytes=4, source=0)
+    reading = meter.read(step=5)
+    assert reading.by_source == {"poems": 3.0, "sums": 0.25}
+    assert reading.pretrain_loss == pytest.approx(10 / 7) and reading.chat_loss == 2.0
+    base = Reading(0, pretrain_loss=1.0, by_source={"poems": 2.5, "sums": 0.25})
+    table = summary(base, reading, None, seen=False, documents={"poems": 3, "sums": 9})
+    assert [(row["source"], row["documents"], row["forgetting"]) for row in table["by_source"]] == [
+        ("poems", 3, 0.5),
+        ("sums", 9, 0.0),
+    ]
+
+
+def test_of_many_sources_the_smallest_are_taken_together() -> None:
+    sources = np.concatenate([np.repeat(np.arange(39), 2), np.arange(39, 45)])  # 39 of two documents, six of one
+    store = SimpleNamespace(meta={"sources": [f"source {n:02}" for n in range(45)]}, sources=sources)
+    names, of = found = sources_of(SimpleNamespace(store=store, index=np.arange(len(sources))))  # type: ignore[arg-type]
+    assert len(names) == 40 and found.counts["source 00"] == 2 and found.counts[OTHER_SOURCES] == 6
+    assert [names[number] for number in of[-7:]] == ["source 38", *[OTHER_SOURCES] * 6]
 
 
 def test_forgetting_is_after_minus_before() -> None:
