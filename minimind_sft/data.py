@@ -36,7 +36,8 @@ class SFTDataModule(LightningDataModule):
     """Chats to learn from, chats to validate on, and text to measure forgetting on.
 
     Args:
-        train_path: chats (or plain text) to train on: a file, a list, a glob or a folder; `.jsonl` or `.jsonl.gz`.
+        train_path: chats (or plain text) to train on: a file, a list, a glob or a folder; `.jsonl` or a `.json` array,
+            both plain, `.gz` or `.zst`, or `.parquet`. Sizes count the lines, elements or rows, not the file.
         tokenizer: folder with `tokenizer.json` and the chat template (`tokenizer_config.json`).
         val_path: chats to validate on.
         pretrain_path: the text that the base was pretrained on; measures forgetting where there is no `heldout_path`,

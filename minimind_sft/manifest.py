@@ -96,9 +96,9 @@ def find_input(name: str, manifest: Path) -> Path:
 def check_output(output: Path, files: Sequence[Path], *, overwrite: bool) -> None:
     if output.is_dir():
         raise ValueError(f"{output} is a folder: name the file to write, such as {output / 'sample.jsonl'}")
-    if output.suffix in (".gz", ".zst"):
+    if output.suffix in (".gz", ".zst", ".parquet"):
         raise ValueError(
-            f"{output}: a sample is written uncompressed, so a name ending in {output.suffix} misleads: leave it off"
+            f"{output}: a sample is written as plain lines, so a name ending in {output.suffix} misleads: leave it off"
         )
     if not output.exists():
         return

@@ -119,9 +119,10 @@ def _parser() -> _Parser:
         allow_abbrev=False,
         usage="%(prog)s IN... OUT [--max_mb 72] [--seed 42] [--max_rows N] [--overwrite]\n"
         "       %(prog)s --manifest FILE [OUT]",
-        description="Write a seeded random sample of the lines of JSONL files (plain, .gz or .zst), as large as a cap "
-        "allows, and OUT.manifest.json, which says what it was made from. The same seed always gives the same bytes, "
-        "and a smaller cap's sample is the beginning of a larger one's.",
+        description="Write a seeded random sample of the lines of JSONL files, as large as a cap allows, and "
+        "OUT.manifest.json, which says what it was made from. A .json file may be an array, whose elements are written "
+        "as lines; both may be .gz or .zst. A .parquet file's rows are written as objects of their columns. The same "
+        "seed always gives the same bytes, and a smaller cap's sample is the beginning of a larger one's.",
     )
     parser.add_argument(
         "paths", nargs="*", metavar="IN... OUT", help="files, globs or folders to sample from; last, the file to write"

@@ -2,9 +2,10 @@
 
 One pass makes the table of lines (`lines.scan_lines`) while a second thread hashes the files for the manifest.
 Permutation and walk need only the table. The chosen lines are then fetched whenever they are asked for: by seeking in
-a plain file, by a second pass through a compressed one, of which the chosen lines (no others) are kept in one buffer.
+a plain file of lines, by a second pass through any other (compressed, an array, Parquet), of which the chosen lines (no
+others) are kept in one buffer.
 
-Memory: 16 bytes a line (start 8, length 4, order 4). For compressed input the sample, and while it is fetched 4 more a
+Memory: 16 bytes a line (start 8, length 4, order 4). For such input the sample, and while it is fetched 4 more a
 line and 16 a chosen one. A line costs 2 us to fetch from the page cache: 0.2 s for 72 MB (92,000 lines).
 """
 
@@ -121,7 +122,7 @@ class Selection:
         """As `lines`, up to 4096 at once, and undecoded."""
         for source in self.sources:
             source.check_unchanged()
-        with _Readers(self.sources, self._fetch_compressed) as readers:
+        with _Readers(self.sources, self._fetch_streamed) as readers:
             for begin in range(0, self.selected, BLOCK):
                 lines = self._picked[begin : begin + BLOCK]
                 files, starts, spans, lengths = (column.tolist() for column in self._columns(lines))
@@ -147,8 +148,8 @@ class Selection:
             raise self.sources[file].changed()
         return raw
 
-    def _fetch_compressed(self, file: int) -> bytearray:
-        """The selected lines of a compressed file with their line breaks, end to end in the sampled order."""
+    def _fetch_streamed(self, file: int) -> bytearray:
+        """The selected lines of a file that cannot be sought in, with their breaks, end to end in the sampled order."""
         table, source = self._table, self.sources[file]
         first, end = table.first_line[file : file + 2]
         chosen = self._picked
@@ -161,7 +162,7 @@ class Selection:
         rank[chosen - np.uint32(first)] = np.arange(chosen.size, dtype=np.uint32)
         kept, position = bytearray(int(ends[-1])), 0
         with source.path.open("rb", buffering=0) as raw:
-            stream = source.decompressed(cast(BinaryIO, raw))
+            stream = source.lines(cast(BinaryIO, raw))
             for begin in range(0, rank.size, BLOCK):
                 ranks = rank[begin : begin + BLOCK]
                 wanted = np.flatnonzero(ranks < chosen.size)
@@ -188,14 +189,14 @@ class Block(NamedTuple):
 
 
 class _Readers(dict[int, Callable[[int, int], bytes]]):
-    """By file, a function from (size, offset) to bytes; of compressed ones, the next of the lines that were kept."""
+    """By file, a function from (size, offset) to bytes; of those not seekable, the next of the lines that were kept."""
 
     def __init__(self, sources: Sequence[Source], fetch: Callable[[int], bytearray]) -> None:
         super().__init__()
         self._sources, self._fetch, self._opened = sources, fetch, dict[int, BinaryIO]()
 
     def __missing__(self, file: int) -> Callable[[int, int], bytes]:
-        if self._sources[file].codec != "plain":
+        if not self._sources[file].seekable:
             self[file] = _in_turn(memoryview(self._fetch(file)))
             return self[file]
         if len(self._opened) == OPEN_FILES:
