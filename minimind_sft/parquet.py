@@ -46,6 +46,17 @@ def parquet_blocks(path: Path, raw: BinaryIO) -> Iterator[bytes]:
         raise ValueError(f"{path} is damaged or cut off (parquet: {what}): download or make it again") from error
 
 
+def estimated_bytes(path: Path) -> int:
+    """Bytes of the values, uncompressed, by the file's own table of contents; 0 where it cannot be read."""
+    try:
+        from pyarrow.parquet import read_metadata
+
+        found = read_metadata(path)
+        return sum(found.row_group(number).total_byte_size for number in range(found.num_row_groups))
+    except (ImportError, ValueError, OSError):
+        return 0
+
+
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(_present(row), ensure_ascii=False, default=_plain) + "\n"
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minimind_sft import corpus, huggingface, report
+from minimind_sft import corpus, huggingface, parquet, report
 from minimind_sft import weights as weight_files
 from minimind_sft.chat import ChatTemplate
 from minimind_sft.checkpoint_files import SUFFIXES
@@ -142,7 +142,9 @@ def _lengths(lines: Sequence[Any], data: Mapping[str, Any], template: ChatTempla
 
 
 def _text_bytes(path: Path) -> int:
-    """Uncompressed bytes: of a .gz what its last four bytes say (of up to 4 GiB), without reading the rest."""
+    """Uncompressed bytes, without reading the file: of a .gz what its last four bytes say (of up to 4 GiB)."""
+    if path.suffix == ".parquet":
+        return max(parquet.estimated_bytes(path), path.stat().st_size)
     if path.suffix != ".gz" or path.stat().st_size < 4:
         return path.stat().st_size
     with open(path, "rb") as file:

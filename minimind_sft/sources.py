@@ -128,8 +128,8 @@ class Source:
         """The lines of ``raw``, this file opened unbuffered, as a stream. One object is a ValueError: it holds none."""
         if self.layout == "object":
             raise ValueError(
-                f"{self.path} is one JSON object, not an array of rows: give the list in it a file of its own (of "
-                f"`data`: `jq -c '.data[]' {self.path.name} > rows.jsonl`), or name a file with one object a line .jsonl"
+                f"{self.path} is one JSON object, not an array of rows: take the list out of it (of `data`, say: "
+                f"`jq -c '.data[]' {self.path.name} > rows.jsonl`), or name a file with one object a line .jsonl"
             )
         if self.layout == "parquet":
             return stream_of(parquet_blocks(self.path, raw), CHUNK)
