@@ -37,7 +37,9 @@ class SFTDataModule(LightningDataModule):
 
     Args:
         train_path: chats (or plain text) to train on: a file, a list, a glob or a folder; `.jsonl` or a `.json` array,
-            both plain, `.gz` or `.zst`, or `.parquet`. Sizes count the lines, elements or rows, not the file.
+            both plain, `.gz` or `.zst`, or `.parquet`. Sizes count the lines, elements or rows, not the file. An entry
+            of a list may be {path: ..., max_mb: 8, weight: 2}: no more than 8 MB of it, and twice as many bytes of the
+            sample as of a source of weight 1; one that runs out leaves its share to the others.
         tokenizer: folder with `tokenizer.json` and the chat template (`tokenizer_config.json`).
         val_path: chats to validate on.
         pretrain_path: the text that the base was pretrained on; measures forgetting where there is no `heldout_path`,
@@ -81,7 +83,7 @@ class SFTDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train_path: str | list[str],
+        train_path: str | list[str | dict[str, Any]],
         tokenizer: str,
         val_path: str | list[str] | None = None,
         val_fraction: float | None = None,

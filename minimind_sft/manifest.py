@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from minimind_sft.mixture import Part
 from minimind_sft.selection import MEBIBYTE, Selection
 
 
@@ -56,7 +57,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 def _verify(made: dict[str, Any], expected: dict[str, Any]) -> None:
-    for name in ("lines_seen", "blank", "selected", "bytes", "stopped_by"):
+    for name in ("lines_seen", "blank", "selected", "bytes", "stopped_by", "sources"):
         if name in expected and made[name] != expected[name]:
             raise ValueError(
                 f"the rebuilt sample differs from its manifest: {name} is {made[name]}, not {expected[name]}"
@@ -75,6 +76,9 @@ def load_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         good = {"inputs", "max_mb", "seed"} <= set(manifest) and bool(manifest["inputs"])
         good = good and all({"name", "size", "sha256"} <= set(entry) for entry in manifest["inputs"])
+        parts = manifest.get("sources", [])
+        good = good and all(set(Part._fields) <= set(entry) for entry in parts)
+        good = good and sum(entry["files"] for entry in parts) in (0, len(manifest["inputs"]))
     except (ValueError, TypeError):
         good = False
     if not good:

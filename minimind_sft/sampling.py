@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from minimind_sft.lines import Line, Progress, read_lines
 from minimind_sft.manifest import check_output, find_input, load_manifest, manifest_path, write_sample
+from minimind_sft.mixture import Part
 from minimind_sft.options import nearest_option
 from minimind_sft.selection import MEBIBYTE, Selection, select
 from minimind_sft.sources import expand
@@ -84,7 +85,12 @@ def rebuild(
     files = [find_input(entry["name"], manifest) for entry in wanted["inputs"]]
     check_output(output, files, overwrite=overwrite)
     selection = select(
-        files, max_mb=wanted["max_mb"], seed=wanted["seed"], max_rows=wanted.get("max_rows"), progress=progress
+        files,
+        max_mb=wanted["max_mb"],
+        seed=wanted["seed"],
+        max_rows=wanted.get("max_rows"),
+        parts=[Part(*(source[name] for name in Part._fields)) for source in wanted.get("sources", ())],
+        progress=progress,
     )
     for found, entry in zip(selection.inputs, wanted["inputs"], strict=True):
         if found["sha256"] != entry["sha256"]:

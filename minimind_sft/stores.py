@@ -20,6 +20,7 @@ from minimind_sft.corpus import Store
 from minimind_sft.dealing import Dealt, choose_by_hash, deal, without
 from minimind_sft.documents import TOO_LONG, Documents
 from minimind_sft.files import Files, default_cache, resolve
+from minimind_sft.mixture import Part, parts_of
 from minimind_sft.progress import track
 from minimind_sft.sampling import Line, read_lines, select
 from minimind_sft.selection import MEBIBYTE
@@ -50,7 +51,7 @@ class Stores:
     def __init__(
         self,
         *,
-        train_path: str | list[str],
+        train_path: str | list[str | dict[str, Any]],
         tokenizer: str,
         val_path: str | list[str] | None = None,
         pretrain_path: str | list[str] | None = None,
@@ -154,16 +155,18 @@ class Stores:
 
         `meta["note"]` is what `Caps.note` notes.
         """
-        files, caps = self.files.expand(self.train_path, "data.train_path"), self.caps
+        (files, parts), caps = self._train_files(), self.caps
+        if not caps.given and any(part.weight for part in parts):
+            raise ValueError("data.train_path has weights, which divide a cap over all: set data.max_mb, say")
 
         def make(folder: Path) -> None:
-            selection = select(files, max_mb=caps.size[1], max_rows=caps.max_rows, seed=self.seed)
+            selection = select(files, max_mb=caps.size[1], max_rows=caps.max_rows, seed=self.seed, parts=parts)
             selection.require_some()
             with track("tokenizing the chats", total=selection.selected) as progress:
                 # everything: the order of the sample means nothing, so the files' own order is kept
                 corpus.build(
                     folder,
-                    selection.lines() if caps.given else read_lines(files),
+                    selection.lines() if caps.given or parts else read_lines(files),
                     progress=progress,
                     note=partial(caps.note, selection),
                     max_tokens=caps.max_tokens,
@@ -172,9 +175,14 @@ class Stores:
                 )
 
         key = self._key("train", files, caps=caps, seed=self.seed)
+        if parts:
+            key["sources"] = parts
         if caps.max_tokens is not None:
             key["max_length"] = self.max_length
         return self._checked(corpus.open_or_build(self.cache, key, make), "data.train_path")
+
+    def _train_files(self) -> tuple[list[Path], list[Part]]:
+        return parts_of(self.train_path, partial(self.files.expand, key="data.train_path"), "data.train_path")
 
     def validation_lines(self, validation: Documents | None) -> Iterator[Line]:
         """The lines of the validation chats, in the files' order; none where there are none."""
@@ -184,7 +192,7 @@ class Stores:
             store = validation.store
             names = store.meta["files"]
             places = {(names[store.line_files[n]], int(store.line_numbers[n])) for n in validation.index}
-            lines = read_lines(self.files.expand(self.train_path, "data.train_path"))
+            lines = read_lines(self._train_files()[0])
             yield from (line for line in lines if (line.file, line.number) in places)
 
     def _whole_store(self, name: str, paths: str | list[str]) -> Store:
