@@ -114,13 +114,14 @@ def mixed_order(
         for part, (first, end) in zip(parts, pairwise(first_lines), strict=True)
     ]
     given = [own + np.uint32(first) for own, first in zip(given, first_lines, strict=False)]
-    if parts[0].weight is None:
+    weights = [part.weight for part in parts if part.weight is not None]
+    if not weights:
         allowed = np.zeros(lengths.size, dtype=bool)
         for own in given:
             allowed[own] = True
         order = shuffled_indices(lengths.size, seed)
         return order[allowed[order]]
-    places = [np.cumsum(lengths[own], dtype=np.int64) / part.weight for own, part in zip(given, parts, strict=True)]
+    places = [np.cumsum(lengths[own], dtype=np.int64) / weight for own, weight in zip(given, weights, strict=True)]
     return np.concatenate(given)[np.argsort(np.concatenate(places), kind="stable")]
 
 

@@ -186,7 +186,7 @@ def test_run_notes_its_sources_and_rebuilds_from_the_note(tmp_path, capsys):
 
 def test_command_line_and_yaml_take_sources(tmp_path, files):
     a, b = files
-    (tmp_path / "c.yaml").write_text(f"data:\n  train_path:\n    - path: {a}\n      max_mb: 8\n    - {b}\n  tokenizer: t")
+    (tmp_path / "c.yaml").write_text(f"data:\n  train_path:\n  - path: {a}\n    max_mb: 8\n  - {b}\n  tokenizer: t")
     words = ["--data.tokenizer=t", f"--data.train_path=[{{path: {a}, max_mb: 8}}, {b}]"]
     for argv in ([f"--config={tmp_path / 'c.yaml'}"], words):
         read = SettingsParser("inspect", "").read(argv).data.train_path
