@@ -127,13 +127,13 @@ class _Writer:
 
     def add(self, line: Line, spans: list[Span], source: str | None, *, takes_system: bool = False) -> None:
         spans = [span for span in spans if span.ids]
-        ids = np.fromiter((token for span in spans for token in span.ids), self.dtype)
+        ids = np.fromiter(itertools.chain.from_iterable([span.ids for span in spans]), self.dtype)
         arrays = self.arrays
         arrays["offsets"].append(arrays["offsets"][-1] + len(ids))
         arrays["span_offsets"].append(arrays["span_offsets"][-1] + len(spans))
-        arrays["span_lengths"].extend(len(span.ids) for span in spans)
+        arrays["span_lengths"].extend([len(span.ids) for span in spans])
         arrays["span_flags"].extend(
-            SUPERVISED * span.supervised | OPTIONAL * span.optional | ENDS_TURN * span.ends_turn for span in spans
+            [SUPERVISED * span.supervised | OPTIONAL * span.optional | ENDS_TURN * span.ends_turn for span in spans]
         )
         arrays["line_files"].append(self.files.setdefault(line.file, len(self.files)))
         arrays["line_numbers"].append(line.number)
