@@ -76,6 +76,7 @@ class SFTDataModule(LightningDataModule):
         document_format: how pretraining framed a raw text: minimind3, minimind2 (the markers are in the text) or bare.
         probes_path: facts to ask before and after training, see `probes.py`.
         cache_dir: where tokenized stores are kept; null for the user's cache folder.
+        workers: processes that tokenize, where there are over 8,000 lines; null for one per core, 16 at most.
 
     Raises:
         ValueError: with file, line, value and remedy, before anything is trained.
@@ -115,6 +116,7 @@ class SFTDataModule(LightningDataModule):
         document_format: str = "minimind3",
         probes_path: str | None = None,
         cache_dir: str | None = None,
+        workers: int | None = None,
     ) -> None:
         super().__init__()
         self.seed, self.max_length, self.batch_size = seed, max_length, batch_size
@@ -150,6 +152,7 @@ class SFTDataModule(LightningDataModule):
             document_format=document_format,
             probes_path=probes_path,
             cache_dir=cache_dir,
+            workers=workers,
         )
         self.template, self.probes = self.stores.template, self.stores.probes
         self.seen = self.stores.seen

@@ -76,6 +76,7 @@ class Stores:
         document_format: str = "minimind3",
         probes_path: str | None = None,
         cache_dir: str | None = None,
+        workers: int | None = None,
     ) -> None:
         self.train_path, self.val_path = train_path, val_path
         self.pretrain_path, self.heldout_path = pretrain_path, heldout_path
@@ -84,7 +85,7 @@ class Stores:
         self.supervise, self.supervise_reasoning = supervise, supervise_reasoning
         self.seed, self.max_bad_ratio, self.max_overlap = seed, max_bad_ratio, max_overlap
         self.measure_documents, self.replay_documents = measure_documents, replay_documents
-        self.format, self.document_format = format, document_format
+        self.format, self.document_format, self.workers = format, document_format, workers
         self.cache = Path(cache_dir) if cache_dir else default_cache()
         self.files = Files(self.cache)
         self.probes = self.files.expand(probes_path, "data.probes_path")[0] if probes_path else None
@@ -97,6 +98,8 @@ class Stores:
         self.prompts = None if system_prompts is None else find_prompts(self.template, read_prompts(system_prompts))
 
     def _check(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"data.workers is {self.workers}; it counts processes, from 1, or null for one per core")
         if self.supervise not in ("all", "last"):
             raise ValueError(f"data.supervise {self.supervise!r} is not known; choose all or last")
         if self.too_long not in TOO_LONG:
@@ -265,6 +268,7 @@ class Stores:
             "document_format": self.document_format,
             "supervise": self.supervise,
             "reasoning": self.supervise_reasoning,
+            "workers": self.workers,
         }
 
     def _key(self, kind: str, files: list[Path], **more: Any) -> dict[str, Any]:
