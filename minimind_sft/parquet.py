@@ -7,6 +7,7 @@ bytes as text. A few hundred rows are in memory at a time, and what pyarrow hold
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date, time
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,27 +24,38 @@ def parquet_blocks(path: Path, raw: BinaryIO) -> Iterator[bytes]:
         raw: the file, opened; its position is moved along with the rows, for whoever shows progress.
 
     Raises:
-        ValueError: pyarrow is missing, the file is damaged, or two columns have one name.
+        ValueError: pyarrow is missing, the file is damaged, two columns have one name, or pyarrow cannot read a value.
     """
     try:
-        import pyarrow
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise ValueError(f"{path} is a Parquet file: `pip install pyarrow` (the extra parquet) to read it") from None
     size, done = path.stat().st_size, 0
+    with _named(path):
+        file = ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)  # or it reads row groups whole
+    with file:
+        names = file.schema_arrow.names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{path}: two columns are called {twice[0]!r}; rename one of them")
+        batches = file.iter_batches(batch_size=ROWS)
+        while True:
+            with _named(path):
+                if (batch := next(batches, None)) is None:
+                    return
+                rows = batch.to_pylist()
+            yield "".join(map(_line, rows)).encode()
+            done += len(rows)
+            raw.seek(size * done // file.metadata.num_rows)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What pyarrow says of a file, with its name."""
     try:
-        with ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:  # or it reads row groups whole
-            names = file.schema_arrow.names
-            if len(set(names)) < len(names):
-                twice = next(name for name in names if names.count(name) > 1)
-                raise ValueError(f"{path}: two columns are called {twice!r}; rename one of them")
-            for batch in file.iter_batches(batch_size=ROWS):
-                yield "".join([_line(row) for row in batch.to_pylist()]).encode()
-                done += batch.num_rows
-                raw.seek(size * done // file.metadata.num_rows)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        yield
+    except (ValueError, OSError) as error:  # its own errors are one or the other
         what = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is damaged or cut off (parquet: {what}): download or make it again") from error
+        raise ValueError(f"{path} cannot be read as Parquet ({what}): if it is damaged, make it again") from error
 
 
 def estimated_bytes(path: Path) -> int:

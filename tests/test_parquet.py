@@ -84,11 +84,15 @@ def test_damage_and_columns_of_one_name_are_errors_that_name_the_file(tmp_path):
     whole = path.read_bytes()
     for damaged in (whole[:-9], whole[:300] + bytes(300) + whole[600:]):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"in\.parquet is damaged or cut off \(parquet: "):
+        with pytest.raises(ValueError, match=r"in\.parquet cannot be read as Parquet \(.*make it again"):
             select([path], max_mb=None, seed=0)
     import pyarrow
     from pyarrow.parquet import write_table
 
+    for value in (pyarrow.array([1], pyarrow.timestamp("ns")), pyarrow.array([b"\xff"]).cast("string", safe=False)):
+        write_table(pyarrow.table([value], names=["a"]), path)
+        with pytest.raises(ValueError, match=r"in\.parquet cannot be read as Parquet"):
+            list(read_lines([path]))
     write_table(pyarrow.table([[1], [2]], names=["a", "a"]), path)
     with pytest.raises(ValueError, match=r"in\.parquet: two columns are called 'a'"):
         list(read_lines([path]))
@@ -96,6 +100,7 @@ def test_damage_and_columns_of_one_name_are_errors_that_name_the_file(tmp_path):
 
 def test_without_pyarrow_one_line_names_the_extra(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     path = tmp_path / "in.parquet"
     path.write_bytes(b"PAR1" + bytes(20) + b"PAR1")
     assert main([str(path), str(tmp_path / "out.jsonl")]) == 2
