@@ -76,9 +76,9 @@ def load_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         good = {"inputs", "max_mb", "seed"} <= set(manifest) and bool(manifest["inputs"])
         good = good and all({"name", "size", "sha256"} <= set(entry) for entry in manifest["inputs"])
-        parts = manifest.get("sources", [])
+        parts = manifest.get("sources", []) if good else []
         good = good and all(set(Part._fields) <= set(entry) for entry in parts)
-        good = good and sum(entry["files"] for entry in parts) in (0, len(manifest["inputs"]))
+        good = good and (not parts or sum(entry["files"] for entry in parts) == len(manifest["inputs"]))
     except (ValueError, TypeError):
         good = False
     if not good:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minimind_sft import lines, selection, sources
+from minimind_sft import lines, readers, selection, sources
 from minimind_sft.sampling import Line, expand, main, manifest_path, read_lines, rebuild, sample, select
 from minimind_sft.shuffle import shuffled_indices
 
@@ -177,7 +177,7 @@ def test_more_files_than_may_be_open_at_once(tmp_path):
         before = len(os.listdir("/proc/self/fd"))
         blocks = chosen.blocks()
         next(blocks)
-        assert len(os.listdir("/proc/self/fd")) <= before + selection.OPEN_FILES
+        assert len(os.listdir("/proc/self/fd")) <= before + readers.OPEN_FILES
         blocks.close()
         assert len(os.listdir("/proc/self/fd")) == before
 
@@ -560,7 +560,8 @@ def test_rebuilding_notices_an_edited_manifest(tmp_path):
         with pytest.raises(ValueError, match="the rebuilt sample differs from its manifest"):
             rebuild(manifest_path(out))
         assert out.read_bytes() == expected
-    for content in ("{", "[]", "{}", '{"inputs": [], "max_mb": 1, "seed": 1}'):
+    wrong = {**made, "sources": [{"name": "a", "files": 2, "max_mb": 1, "weight": None}]}  # of one input
+    for content in ("{", "[]", "{}", '{"inputs": [], "max_mb": 1, "seed": 1}', json.dumps(wrong)):
         with pytest.raises(ValueError, match="is not the manifest of a sample"):
             rebuild(write(tmp_path / "wrong.json", content))
 
