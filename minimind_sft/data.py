@@ -76,7 +76,7 @@ class SFTDataModule(LightningDataModule):
         document_format: how pretraining framed a raw text: minimind3, minimind2 (the markers are in the text) or bare.
         probes_path: facts to ask before and after training, see `probes.py`.
         cache_dir: where tokenized stores are kept; null for the user's cache folder.
-        workers: processes that tokenize, where there are over 8,000 lines; null for one per core, 16 at most.
+        workers: processes that tokenize, where it takes over a second; null for one per core, 16 at most.
 
     Raises:
         ValueError: with file, line, value and remedy, before anything is trained.

@@ -3,7 +3,7 @@
 A worker is a process of its own (Python's lock leaves no other way) that was started afresh, not forked: this process
 may hold threads and a GPU. It gets texts and gives back arrays (`packing.py`), so that what is left to do here, reading
 lines and writing arrays, is a tenth of the work: 6 us a chat of 67. Starting a worker takes 0.3 s, hence the first
-lines are done here: where there are no more than a few thousand, none is started.
+second of the work is done here: where there is no more, as in the demo, none is started.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -26,7 +27,7 @@ from minimind_sft.sampling import Line
 from minimind_sft.tokenization import tokenize
 
 TOGETHER = 512  # lines that a worker gets at a time, and the tokenizer in one call
-ALONE = 16  # times as many are done here before there are workers
+ALONE = 1.0  # seconds of work before workers are started
 MOST = 16  # workers by default: each takes 100 MB
 
 
@@ -65,10 +66,12 @@ def packed_lines(
     count = min(available_cores(), MOST) if workers is None else workers
     stream = iter(lines)
     chunks = iter(lambda: list(itertools.islice(stream, TOGETHER)), [])
-    for chunk in itertools.islice(chunks, ALONE if count > 1 else None):
-        yield chunk, how.packed([line.text for line in chunk])
+    begin = time.perf_counter()
     for chunk in chunks:
-        yield from _by_workers(itertools.chain([chunk], chunks), how, count)
+        if count > 1 and time.perf_counter() - begin > ALONE:
+            yield from _by_workers(itertools.chain([chunk], chunks), how, count)
+        else:
+            yield chunk, how.packed([line.text for line in chunk])
 
 
 def _by_workers(

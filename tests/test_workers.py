@@ -32,9 +32,9 @@ def template() -> ChatTemplate:
 
 @pytest.fixture
 def several(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three lines at a time, and workers from the second time on."""
+    """Three lines at a time, and workers from the first time on."""
     monkeypatch.setattr(workers, "TOGETHER", 3)
-    monkeypatch.setattr(workers, "ALONE", 1)
+    monkeypatch.setattr(workers, "ALONE", 0)
 
 
 def built(folder: Path, template: ChatTemplate, lines: list[Line], **options) -> str:
@@ -74,8 +74,9 @@ def test_what_the_template_drops_is_counted_here(tmp_path, template, several):
     assert template.dropped == alone
 
 
-def test_few_lines_start_no_worker(tmp_path, template, monkeypatch):
+def test_little_work_starts_no_worker(tmp_path, template, monkeypatch):
     monkeypatch.setattr(workers, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(workers, "ALONE", 1e9)
     built(tmp_path / "1", template, [line(number) for number in range(100)], workers=2)
     with pytest.raises(TypeError):
         monkeypatch.setattr(workers, "ALONE", 0)
