@@ -14,10 +14,14 @@ from minimind_sft.selection import MEBIBYTE
 
 
 def chosen(dealt: Dealt) -> str:
-    """`12 of 40 lines, 0.02 MB (max_mb 72, seed 42; all lines are within)`."""
+    """`12 of 40 lines, 0.02 MB (max_mb 72, seed 42; all lines are within)`, and what each source of a mixture gave."""
     note = _store_note(dealt)
     lines = note["lines_seen"] - note["blank"]
-    return f"{note['selected']:,} of {lines:,} lines, {note['bytes'] / MEBIBYTE:,.2f} MB ({described(note)})"
+    told = f"{note['selected']:,} of {lines:,} lines, {note['bytes'] / MEBIBYTE:,.2f} MB ({described(note)})"
+    return told + "".join(
+        f"; {source['selected']:,} lines, {source['bytes'] / max(note['bytes'], 1):.1%} of {source['name']}"
+        for source in note.get("sources", ())
+    )
 
 
 def used(dealt: Dealt) -> str:

@@ -62,21 +62,20 @@ class Caps(NamedTuple):
         Raises:
             ValueError: `max_tokens` leaves nothing.
         """
-        manifest = selection.manifest()
+        if taken.stopped and not taken.lines:
+            raise ValueError(f"data.max_tokens is {self.max_tokens}; the first document has more: raise it")
         tightest = self.size[0] if selection.stopped_by == "max_mb" else selection.stopped_by
-        if taken.stopped:
-            if not taken.lines:
-                raise ValueError(f"data.max_tokens is {self.max_tokens}; the first document has more: raise it")
-            tightest = "max_tokens"  # in the manifest as rows, the unit that a selection knows
-            manifest |= {"max_rows": taken.lines, "selected": taken.lines, "bytes": taken.bytes}
-            manifest["stopped_by"] = "max_rows"
+        tightest = "max_tokens" if taken.stopped else tightest
+        manifest = selection.manifest(taken.lines if taken.stopped else None)
         return manifest | {"caps": self.given, "tokens": taken.tokens, "tightest": tightest}
 
 
 def described(note: dict[str, Any]) -> str:
     """What capped a sample, from what `Caps.note` noted: `max_mb 72, max_rows 1,000 (the tightest), seed 42`."""
+    mixed = "sources" in note
     if not note["caps"]:
-        return "no cap"
+        return f"no cap over all, seed {note['seed']}" if mixed else "no cap"
     marked = [f"{name} {cap:,g}" + " (the tightest)" * (name == note["tightest"] and len(note["caps"]) > 1)
               for name, cap in note["caps"].items()]
-    return f"{', '.join(marked)}, seed {note['seed']}" + "; all lines are within" * (note["tightest"] == "end")
+    within = "all that the sources give is within" if mixed else "all lines are within"
+    return f"{', '.join(marked)}, seed {note['seed']}" + f"; {within}" * (note["tightest"] == "end")

@@ -18,6 +18,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +75,7 @@ class ChatTemplate:
     """
 
     def __init__(self, specification: str, template: str, *, variables: dict[str, str]) -> None:
+        self._made_of = specification, template, variables
         self.tokenizer = Tokenizer.from_str(specification)
         parsed = json.loads(specification)
         self._controls = {token.content: id for id, token in self.tokenizer.get_added_tokens_decoder().items()}
@@ -121,6 +123,11 @@ class ChatTemplate:
             if type(error) is not Exception:
                 raise
             raise ValueError(f"{file} is not a tokenizer that the tokenizers library reads: {error}") from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process: what it was made of."""
+        specification, template, variables = self._made_of
+        return partial(ChatTemplate, variables=variables), (specification, template)
 
     # ---- the rest of the program's interface
 

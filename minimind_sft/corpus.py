@@ -17,7 +17,6 @@ number of lines that were taken.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -30,19 +29,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minimind_sft.chat import ChatTemplate, Span
-from minimind_sft.formats import Rejected
+from minimind_sft.packing import Packed, id_type, pack
 from minimind_sft.sampling import Line
-from minimind_sft.tokenization import tokenize
+from minimind_sft.tokenization import Document
+from minimind_sft.workers import Tokenization, packed_lines
 
 FORMAT_VERSION = 2
-SUPERVISED, OPTIONAL, ENDS_TURN = 1, 2, 4  # bits of a span's flags
-
-_RENDER_TOGETHER = 512  # lines per call of the tokenizer
 _ARRAYS = {
     "offsets": "q",  # (D + 1,) where each document begins in ids
     "span_offsets": "q",  # (D + 1,) where each document's spans begin
     "span_lengths": "i",  # (S,) tokens
-    "span_flags": "B",  # (S,) SUPERVISED | OPTIONAL | ENDS_TURN
+    "span_flags": "B",  # (S,) bits, see `packing.py`
     "line_files": "H",  # (D,) index into meta["files"]
     "line_numbers": "q",  # (D,) from 1
     "sources": "H",  # (D,) index into meta["sources"]
@@ -114,8 +111,7 @@ class _Writer:
     """Collects documents in a folder; see `build`."""
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
-        self.folder = folder
-        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        self.folder, self.dtype = folder, id_type(vocab_size)
         self.arrays = {name: array(code) for name, code in _ARRAYS.items()}
         self.arrays["offsets"].append(0)
         self.arrays["span_offsets"].append(0)
@@ -125,28 +121,22 @@ class _Writer:
         self.ids = open(folder / "ids.bin", "wb")  # noqa: SIM115 (closed by finish)
         self.refusals = open(folder / "rejected.jsonl", "w", encoding="utf-8")  # noqa: SIM115
 
-    def add(self, line: Line, spans: list[Span], source: str | None, *, takes_system: bool = False) -> None:
-        spans = [span for span in spans if span.ids]
-        ids = np.fromiter((token for span in spans for token in span.ids), self.dtype)
+    def add(self, lines: list[Line], packed: Packed) -> None:
+        """Append what came of some lines."""
         arrays = self.arrays
-        arrays["offsets"].append(arrays["offsets"][-1] + len(ids))
-        arrays["span_offsets"].append(arrays["span_offsets"][-1] + len(spans))
-        arrays["span_lengths"].extend(len(span.ids) for span in spans)
-        arrays["span_flags"].extend(
-            SUPERVISED * span.supervised | OPTIONAL * span.optional | ENDS_TURN * span.ends_turn for span in spans
-        )
-        arrays["line_files"].append(self.files.setdefault(line.file, len(self.files)))
-        arrays["line_numbers"].append(line.number)
-        arrays["sources"].append(self.sources.setdefault(source or "", len(self.sources)))
-        arrays["takes_system"].append(takes_system)
-        digest = hashlib.blake2b(ids.tobytes(), digest_size=8)
-        arrays["hashes"].append(int.from_bytes(digest.digest(), "little"))
-        self.ids.write(ids.tobytes())
-
-    def reject(self, line: Line, why: Rejected) -> None:
-        self.rejected[why.reason] += 1
-        row = {"file": line.file, "line": line.number, "reason": why.reason, "detail": why.detail}
-        self.refusals.write(json.dumps(row, ensure_ascii=True) + "\n")
+        for name, lengths in (("offsets", packed.tokens), ("span_offsets", packed.spans)):
+            arrays[name].frombytes((arrays[name][-1] + np.cumsum(lengths, dtype=np.int64)).tobytes())
+        for name in ("span_lengths", "span_flags", "takes_system", "hashes"):
+            arrays[name].frombytes(getattr(packed, name).tobytes())
+        taken = [lines[place] for place in packed.places.tolist()]
+        arrays["line_files"].extend([self.files.setdefault(line.file, len(self.files)) for line in taken])
+        arrays["line_numbers"].extend([line.number for line in taken])
+        arrays["sources"].extend([self.sources.setdefault(source, len(self.sources)) for source in packed.sources])
+        self.ids.write(packed.ids.tobytes())
+        for place, reason, detail in packed.rejected:
+            self.rejected[reason] += 1
+            row = {"file": lines[place].file, "line": lines[place].number, "reason": reason, "detail": detail}
+            self.refusals.write(json.dumps(row, ensure_ascii=True) + "\n")
 
     def finish(self, note: dict[str, Any]) -> None:
         self.ids.close()
@@ -171,7 +161,6 @@ class Taken(NamedTuple):
     """What `build` took of the lines that it was given."""
 
     lines: int
-    bytes: int  # of the lines in UTF-8, without newlines
     tokens: int  # of the documents, each counted up to `max_length`
     stopped: bool  # whether `max_tokens` ended it
 
@@ -187,6 +176,7 @@ def build(
     reasoning: bool = True,
     max_tokens: int | None = None,
     max_length: int | None = None,
+    workers: int | None = None,
     note: Callable[[Taken], dict[str, Any]] = lambda taken: {},
     progress: Callable[[int], None] = lambda lines: None,
 ) -> None:
@@ -202,37 +192,34 @@ def build(
         reasoning: supervise their think blocks, too.
         max_tokens: stop for good at the first document that would make more tokens than this; None for no cap.
         max_length: count no more tokens than this of a document.
+        workers: processes that tokenize, see `packed_lines`.
         note: called at the end; what it returns is kept in `meta["note"]`.
         progress: called with the number of lines done so far.
     """
+    how = Tokenization(template, format, document_format, supervise, reasoning)
     writer = _Writer(folder, template.vocab_size)
-    taken, size, tokens, stopped = 0, 0, 0, False
-    stream = iter(lines)
-    while not stopped and (chunk := list(itertools.islice(stream, _RENDER_TOGETHER))):
-        made = tokenize(
-            chunk, template, format=format, document_format=document_format, supervise=supervise, reasoning=reasoning
-        )
-        for line, document in zip(chunk, made, strict=True):
-            if isinstance(document, Rejected):
-                writer.reject(line, document)
-            else:
-                length = sum(len(span.ids) for span in document.spans)
-                length = length if max_length is None else min(length, max_length)
-                stopped = max_tokens is not None and tokens + length > max_tokens
-                if stopped:
-                    break
-                writer.add(line, document.spans, document.source, takes_system=document.takes_system)
-                tokens += length
-            taken, size = taken + 1, size + len(line.text.encode())
+    taken = tokens = 0
+    stopped = False
+    for chunk, packed in packed_lines(lines, how, workers=workers):
+        lengths = packed.tokens if max_length is None else np.minimum(packed.tokens, max_length)
+        totals = tokens + np.cumsum(lengths, dtype=np.int64)
+        fit = len(totals) if max_tokens is None else int(np.searchsorted(totals, max_tokens, side="right"))
+        if stopped := fit < len(totals):
+            place = int(packed.places[fit])
+            chunk, packed = chunk[:place], packed.before(place)
+        writer.add(chunk, packed)
+        taken, tokens = taken + len(chunk), int(totals[fit - 1]) if fit else tokens
         progress(taken)
-    writer.finish(note(Taken(taken, size, tokens, stopped)))
+        if stopped:
+            break
+    writer.finish(note(Taken(taken, tokens, stopped)))
 
 
 def build_from_spans(folder: Path, documents: Iterable[list[Span]], vocab_size: int, *, source: str) -> None:
     """Make a store of documents that come from no file; `source` stands where a file's name would."""
     writer = _Writer(folder, vocab_size)
     for number, spans in enumerate(documents, 1):
-        writer.add(Line(source, number, ""), spans, source)
+        writer.add([Line(source, number, "")], pack([Document(spans, source)], writer.dtype))
     writer.finish({})
 
 

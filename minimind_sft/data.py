@@ -36,7 +36,10 @@ class SFTDataModule(LightningDataModule):
     """Chats to learn from, chats to validate on, and text to measure forgetting on.
 
     Args:
-        train_path: chats (or plain text) to train on: a file, a list, a glob or a folder; `.jsonl` or `.jsonl.gz`.
+        train_path: chats (or plain text) to train on: a file, a list, a glob or a folder; `.jsonl` or a `.json` array,
+            both plain, `.gz` or `.zst`, or `.parquet`. Sizes count the lines, elements or rows, not the file. An entry
+            of a list may be {path: ..., max_mb: 8, weight: 2}: no more than 8 MB of it, and twice as many bytes of the
+            sample as of a source of weight 1; one that runs out leaves its share to the others.
         tokenizer: folder with `tokenizer.json` and the chat template (`tokenizer_config.json`).
         val_path: chats to validate on.
         pretrain_path: the text that the base was pretrained on; measures forgetting where there is no `heldout_path`,
@@ -73,6 +76,7 @@ class SFTDataModule(LightningDataModule):
         document_format: how pretraining framed a raw text: minimind3, minimind2 (the markers are in the text) or bare.
         probes_path: facts to ask before and after training, see `probes.py`.
         cache_dir: where tokenized stores are kept; null for the user's cache folder.
+        workers: processes that tokenize, where it takes over a second; null for one per core, 16 at most.
 
     Raises:
         ValueError: with file, line, value and remedy, before anything is trained.
@@ -80,7 +84,7 @@ class SFTDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train_path: str | list[str],
+        train_path: str | list[str | dict[str, Any]],
         tokenizer: str,
         val_path: str | list[str] | None = None,
         val_fraction: float | None = None,
@@ -112,6 +116,7 @@ class SFTDataModule(LightningDataModule):
         document_format: str = "minimind3",
         probes_path: str | None = None,
         cache_dir: str | None = None,
+        workers: int | None = None,
     ) -> None:
         super().__init__()
         self.seed, self.max_length, self.batch_size = seed, max_length, batch_size
@@ -147,6 +152,7 @@ class SFTDataModule(LightningDataModule):
             document_format=document_format,
             probes_path=probes_path,
             cache_dir=cache_dir,
+            workers=workers,
         )
         self.template, self.probes = self.stores.template, self.stores.probes
         self.seen = self.stores.seen

@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minimind_sft.corpus import ENDS_TURN, OPTIONAL, SUPERVISED, Store
+from minimind_sft.corpus import Store
+from minimind_sft.packing import ENDS_TURN, OPTIONAL, SUPERVISED
 from minimind_sft.system_prompts import SystemPrompts
 
 TOO_LONG = ("truncate_right", "truncate_turns", "truncate_left", "drop", "error")

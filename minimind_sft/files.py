@@ -7,7 +7,6 @@ and times of change.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minimind_sft import sampling
+from minimind_sft.sources import BUFFER, CHUNK, Source, expand
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -67,7 +66,7 @@ class Facts(NamedTuple):
     """What a file holds."""
 
     sha256: str  # of the bytes on disk
-    text_bytes: int  # uncompressed
+    text_bytes: int  # of its lines, uncompressed; an array's or table's as they are read
 
 
 class Files:
@@ -84,15 +83,15 @@ class Files:
         """
         wanted = [paths] if isinstance(paths, (str, Path)) else list(paths)
         try:
-            return sampling.expand([str(resolve(path)) for path in wanted])
+            return expand([str(resolve(path)) for path in wanted])
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
 
     def facts(self, path: Path) -> Facts:
-        """SHA-256 and uncompressed size; read again only when the file has changed.
+        """SHA-256 and size of the text; read again only when the file has changed.
 
         Raises:
-            ValueError: a compressed file that cannot be read to its end.
+            ValueError: a file that cannot be read to its end.
         """
         stat = path.stat()
         identity = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}|{stat.st_ino}"
@@ -114,19 +113,11 @@ class Files:
 
 
 def _read_facts(path: Path) -> Facts:
-    digest, size = hashlib.sha256(), 0
+    source, digest = Source.of(path), hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(CHUNK):
             digest.update(block)
-            size += len(block)
-    if path.suffix == ".gz":
-        size = 0
-        try:
-            with gzip.open(path) as file:
-                while block := file.read(1 << 20):
-                    size += len(block)
-        except (OSError, EOFError) as error:
-            raise ValueError(f"{path}: not a whole gzip file ({error}); make or fetch it again") from error
+    size = source.size if source.seekable else sum(source.pieces(bytearray(BUFFER)))
     return Facts(digest.hexdigest(), size)
 
 

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from minimind_sft.batching import Plan
-from minimind_sft.corpus import OPTIONAL, SUPERVISED
 from minimind_sft.dealing import VALIDATION, Dealt
 from minimind_sft.documents import NO_PROMPT
 from minimind_sft.oddities import TokenTexts
+from minimind_sft.packing import OPTIONAL, SUPERVISED
 
 USED, LEFT_OUT, CUT = "used", "left out", "cut"
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from minimind_sft.mixture import Part
 from minimind_sft.selection import MEBIBYTE, Selection
 
 
@@ -56,7 +57,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 def _verify(made: dict[str, Any], expected: dict[str, Any]) -> None:
-    for name in ("lines_seen", "blank", "selected", "bytes", "stopped_by"):
+    for name in ("lines_seen", "blank", "selected", "bytes", "stopped_by", "sources"):
         if name in expected and made[name] != expected[name]:
             raise ValueError(
                 f"the rebuilt sample differs from its manifest: {name} is {made[name]}, not {expected[name]}"
@@ -75,6 +76,9 @@ def load_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         good = {"inputs", "max_mb", "seed"} <= set(manifest) and bool(manifest["inputs"])
         good = good and all({"name", "size", "sha256"} <= set(entry) for entry in manifest["inputs"])
+        parts = manifest.get("sources", []) if good else []
+        good = good and all(set(Part._fields) <= set(entry) for entry in parts)
+        good = good and (not parts or sum(entry["files"] for entry in parts) == len(manifest["inputs"]))
     except (ValueError, TypeError):
         good = False
     if not good:
@@ -96,9 +100,9 @@ def find_input(name: str, manifest: Path) -> Path:
 def check_output(output: Path, files: Sequence[Path], *, overwrite: bool) -> None:
     if output.is_dir():
         raise ValueError(f"{output} is a folder: name the file to write, such as {output / 'sample.jsonl'}")
-    if output.suffix in (".gz", ".zst"):
+    if output.suffix in (".gz", ".zst", ".parquet"):
         raise ValueError(
-            f"{output}: a sample is written uncompressed, so a name ending in {output.suffix} misleads: leave it off"
+            f"{output}: a sample is written as plain lines, so a name ending in {output.suffix} misleads: leave it off"
         )
     if not output.exists():
         return

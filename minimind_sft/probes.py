@@ -7,7 +7,6 @@ answered greedily. Raw counts when the continuation begins with the answer, a ch
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 from minimind_sft.chat import ChatTemplate
 from minimind_sft.generate import generate
 from minimind_sft.model import Transformer
+from minimind_sft.sampling import read_lines
+from minimind_sft.strict_json import Rejected, load
 
 RAW_EXTRA, CHAT_TOKENS = 4, 48  # tokens beyond the answer's own; tokens of a chat reply
 
@@ -40,27 +41,25 @@ class Reply:
 
 
 def load_probes(path: Path) -> list[Probe]:
-    """Read probes from JSON lines.
+    """Read probes, from any file that chats may come from.
 
     Raises:
         ValueError: naming file, line and what is missing.
     """
     probes = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for line in read_lines([path]):
         try:
-            row = json.loads(line)
+            row = load(line.text)
             fields = [row[name] for name in ("prompt", "question", "answer")]
             if not all(isinstance(value, str) and value for value in fields):
                 raise ValueError("prompt, question and answer must be text")
             prompt, question, answer = fields
             name, in_sft = str(row.get("name", prompt)), bool(row.get("in_sft", False))
             probes.append(Probe(prompt, question, answer, name, in_sft))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, Rejected) as error:
             raise ValueError(
-                f"{path}:{number}: not a probe ({type(error).__name__}: {error}); a line is an object with prompt, "
-                "question and answer"
+                f"{path}:{line.number}: not a probe ({type(error).__name__}: {error}); a line is an object with "
+                "prompt, question and answer"
             ) from error
     if not probes:
         raise ValueError(f"{path} holds no probe")

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from minimind_sft.lines import Line, Progress, read_lines
 from minimind_sft.manifest import check_output, find_input, load_manifest, manifest_path, write_sample
+from minimind_sft.mixture import Part
 from minimind_sft.options import nearest_option
 from minimind_sft.selection import MEBIBYTE, Selection, select
 from minimind_sft.sources import expand
@@ -84,7 +85,12 @@ def rebuild(
     files = [find_input(entry["name"], manifest) for entry in wanted["inputs"]]
     check_output(output, files, overwrite=overwrite)
     selection = select(
-        files, max_mb=wanted["max_mb"], seed=wanted["seed"], max_rows=wanted.get("max_rows"), progress=progress
+        files,
+        max_mb=wanted["max_mb"],
+        seed=wanted["seed"],
+        max_rows=wanted.get("max_rows"),
+        parts=[Part(*(source[name] for name in Part._fields)) for source in wanted.get("sources", ())],
+        progress=progress,
     )
     for found, entry in zip(selection.inputs, wanted["inputs"], strict=True):
         if found["sha256"] != entry["sha256"]:
@@ -119,9 +125,10 @@ def _parser() -> _Parser:
         allow_abbrev=False,
         usage="%(prog)s IN... OUT [--max_mb 72] [--seed 42] [--max_rows N] [--overwrite]\n"
         "       %(prog)s --manifest FILE [OUT]",
-        description="Write a seeded random sample of the lines of JSONL files (plain, .gz or .zst), as large as a cap "
-        "allows, and OUT.manifest.json, which says what it was made from. The same seed always gives the same bytes, "
-        "and a smaller cap's sample is the beginning of a larger one's.",
+        description="Write a seeded random sample of the lines of JSONL files, as large as a cap allows, and "
+        "OUT.manifest.json, which says what it was made from. A .json file may be an array, whose elements are written "
+        "as lines; both may be .gz or .zst. A .parquet file's rows are written as objects of their columns. The same "
+        "seed always gives the same bytes, and a smaller cap's sample is the beginning of a larger one's.",
     )
     parser.add_argument(
         "paths", nargs="*", metavar="IN... OUT", help="files, globs or folders to sample from; last, the file to write"

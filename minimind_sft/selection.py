@@ -2,17 +2,17 @@
 
 One pass makes the table of lines (`lines.scan_lines`) while a second thread hashes the files for the manifest.
 Permutation and walk need only the table. The chosen lines are then fetched whenever they are asked for: by seeking in
-a plain file, by a second pass through a compressed one, of which the chosen lines (no others) are kept in one buffer.
+a plain file of lines, by a second pass through any other (compressed, an array, Parquet), of which the chosen lines (no
+others) are kept in one buffer.
 
-Memory: 16 bytes a line (start 8, length 4, order 4). For compressed input the sample, and while it is fetched 4 more a
+Memory: 16 bytes a line (start 8, length 4, order 4). For such input the sample, and while it is fetched 4 more a
 line and 16 a chosen one. A line costs 2 us to fetch from the page cache: 0.2 s for 72 MB (92,000 lines).
 """
 
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minimind_sft.lines import Line, LineTable, Progress, scan_lines
+from minimind_sft.mixture import Part, figures, mixed_order
+from minimind_sft.readers import Readers
 from minimind_sft.shuffle import shuffled_indices
-from minimind_sft.sources import CHUNK, Digests, Source
+from minimind_sft.sources import CHUNK, MEBIBYTE, Digests, Source
 
-MEBIBYTE = 1024 * 1024
 BLOCK = 4096  # lines handled at a time
-OPEN_FILES = 64  # inputs open at a time
 
 
 class _Walk(NamedTuple):
@@ -49,6 +49,7 @@ class Selection:
         selected: lines chosen.
         bytes: what counts against the cap: UTF-8 bytes of the stripped lines, without newlines.
         stopped_by: the cap that ended the walk, "max_mb" or "max_rows"; "end" where all but blank lines are taken.
+        parts: the sources of a mixture; none where the files are not.
     """
 
     sources: list[Source]
@@ -60,6 +61,7 @@ class Selection:
     selected: int
     bytes: int
     stopped_by: str
+    parts: list[Part]
     _refused: int
     _picked: NDArray[np.uint32]
     _table: LineTable
@@ -73,10 +75,17 @@ class Selection:
             for source, digest in zip(self.sources, self._digests.result(), strict=True)
         ]
 
-    def manifest(self) -> dict[str, Any]:
-        """Everything that determines the selection, and its figures, ready for JSON."""
+    def manifest(self, rows: int | None = None) -> dict[str, Any]:
+        """Everything that determines the selection, and its figures, ready for JSON; of the first `rows`, if given."""
         names = ("max_mb", "max_rows", "seed", "lines_seen", "blank", "selected", "bytes", "stopped_by")
-        return {"inputs": self.inputs, **{name: getattr(self, name) for name in names}}
+        made = {"inputs": self.inputs, **{name: getattr(self, name) for name in names}}
+        if rows is not None:  # a cap in lines is the unit that a selection knows
+            size = int(self._table.lengths[self._picked[:rows]].sum(dtype=np.int64))
+            made |= {"max_rows": rows, "selected": rows, "bytes": size, "stopped_by": "max_rows"}
+        if self.parts:
+            firsts = _first_lines(self.parts, self._table.first_line)
+            made["sources"] = figures(self.parts, firsts, self._picked[:rows], self._table.lengths)
+        return made
 
     @property
     def why_empty(self) -> str | None:
@@ -121,7 +130,7 @@ class Selection:
         """As `lines`, up to 4096 at once, and undecoded."""
         for source in self.sources:
             source.check_unchanged()
-        with _Readers(self.sources, self._fetch_compressed) as readers:
+        with Readers(self.sources, self._fetch_streamed) as readers:
             for begin in range(0, self.selected, BLOCK):
                 lines = self._picked[begin : begin + BLOCK]
                 files, starts, spans, lengths = (column.tolist() for column in self._columns(lines))
@@ -147,8 +156,8 @@ class Selection:
             raise self.sources[file].changed()
         return raw
 
-    def _fetch_compressed(self, file: int) -> bytearray:
-        """The selected lines of a compressed file with their line breaks, end to end in the sampled order."""
+    def _fetch_streamed(self, file: int) -> bytearray:
+        """The selected lines of a file that cannot be sought in, with their breaks, end to end in the sampled order."""
         table, source = self._table, self.sources[file]
         first, end = table.first_line[file : file + 2]
         chosen = self._picked
@@ -161,7 +170,7 @@ class Selection:
         rank[chosen - np.uint32(first)] = np.arange(chosen.size, dtype=np.uint32)
         kept, position = bytearray(int(ends[-1])), 0
         with source.path.open("rb", buffering=0) as raw:
-            stream = source.decompressed(cast(BinaryIO, raw))
+            stream = source.lines(cast(BinaryIO, raw))
             for begin in range(0, rank.size, BLOCK):
                 ranks = rank[begin : begin + BLOCK]
                 wanted = np.flatnonzero(ranks < chosen.size)
@@ -187,50 +196,6 @@ class Block(NamedTuple):
     raw: list[bytes]
 
 
-class _Readers(dict[int, Callable[[int, int], bytes]]):
-    """By file, a function from (size, offset) to bytes; of compressed ones, the next of the lines that were kept."""
-
-    def __init__(self, sources: Sequence[Source], fetch: Callable[[int], bytearray]) -> None:
-        super().__init__()
-        self._sources, self._fetch, self._opened = sources, fetch, dict[int, BinaryIO]()
-
-    def __missing__(self, file: int) -> Callable[[int, int], bytes]:
-        if self._sources[file].codec != "plain":
-            self[file] = _in_turn(memoryview(self._fetch(file)))
-            return self[file]
-        if len(self._opened) == OPEN_FILES:
-            self.__exit__()
-        stream = self._opened[file] = cast(BinaryIO, self._sources[file].path.open("rb", buffering=0))
-        self[file] = partial(os.pread, stream.fileno()) if hasattr(os, "pread") else partial(_seek_and_read, stream)
-        return self[file]
-
-    def __enter__(self) -> "_Readers":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file, stream in self._opened.items():
-            stream.close()
-            del self[file]
-        self._opened.clear()
-
-
-def _in_turn(kept: memoryview) -> Callable[[int, int], bytes]:
-    position = 0
-
-    def read(size: int, offset: int) -> bytes:
-        nonlocal position
-        position += size
-        return bytes(kept[position - size : position])
-
-    return read
-
-
-def _seek_and_read(stream: BinaryIO, size: int, offset: int) -> bytes:
-    """`os.pread` where there is none (Windows)."""
-    stream.seek(offset)
-    return stream.read(size)
-
-
 _Bytes = bytes  # the name of a field of Selection
 
 
@@ -240,6 +205,7 @@ def select(
     max_mb: float | None,
     seed: int,
     max_rows: int | None = None,
+    parts: Sequence[Part] = (),
     progress: Progress | None = None,
 ) -> Selection:
     """Choose lines of ``files``, which count as one file in the order given.
@@ -249,10 +215,12 @@ def select(
         max_mb: MB (1024 * 1024 bytes) of stripped lines without newlines; None for all lines, shuffled.
         seed: of Python's ``random``.
         max_rows: at most this many lines; with ``max_mb`` the tighter of the two ends the walk.
+        parts: the sources that the files belong to, of a mixture; see `mixture.py`.
         progress: called with (bytes read, bytes in all) during the scan.
 
     Raises:
-        ValueError: for a cap below 0, invalid UTF-8 (file and line), damaged compressed data or a file that changes.
+        ValueError: for a cap below 0 or too small for its source, invalid UTF-8 (file and line), damaged compressed
+            data or a file that changes.
     """
     if max_mb is not None and not 0 <= max_mb < math.inf:
         raise ValueError(f"max_mb is {max_mb}: give a number of MB, 0 or more, or null for no cap")
@@ -263,7 +231,12 @@ def select(
     try:
         table = scan_lines(sources, progress=progress)
         cap = None if max_mb is None else min(int(max_mb * MEBIBYTE), 1 << 62)
-        walk = _walk(table.lengths, seed=seed, cap=cap, rows=max_rows)
+        order = (
+            mixed_order(table.lengths, parts, _first_lines(parts, table.first_line), seed)
+            if parts
+            else shuffled_indices(table.lengths.size, seed)
+        )
+        walk = _walk(table.lengths, order, cap=cap, rows=max_rows)
     except BaseException:
         digests.cancel()
         raise
@@ -277,6 +250,7 @@ def select(
         selected=walk.picked.size,
         bytes=walk.bytes,
         stopped_by=walk.stopped_by,
+        parts=list(parts),
         _refused=walk.refused,
         _picked=walk.picked,
         _table=table,
@@ -284,9 +258,13 @@ def select(
     )
 
 
-def _walk(lengths: NDArray[np.uint32], *, seed: int, cap: int | None, rows: int | None) -> _Walk:
-    """Take lines in shuffled order, skipping blank ones, until the next would pass a cap (in whole bytes)."""
-    order = shuffled_indices(lengths.size, seed)
+def _first_lines(parts: Sequence[Part], first_line: Sequence[int]) -> list[int]:
+    """(P + 1,) the first line of each source's first file, then the number of lines."""
+    return [first_line[at] for at in accumulate((part.files for part in parts), initial=0)]
+
+
+def _walk(lengths: NDArray[np.uint32], order: NDArray[np.uint32], *, cap: int | None, rows: int | None) -> _Walk:
+    """Take lines in an order, which is overwritten, without blank ones, until one would pass a cap (in whole bytes)."""
     taken = total = refused = 0
     stopped_by = "end"
     for begin in range(0, order.size, BLOCK):

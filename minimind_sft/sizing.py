@@ -12,17 +12,19 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from minimind_sft import corpus, huggingface, report
+from minimind_sft import corpus, huggingface, parquet, report
 from minimind_sft import weights as weight_files
 from minimind_sft.chat import ChatTemplate
 from minimind_sft.checkpoint_files import SUFFIXES
 from minimind_sft.documents import Documents
 from minimind_sft.files import Files, default_cache, resolve
+from minimind_sft.mixture import Part, parts_of
 from minimind_sft.model_config import ModelConfig, from_sizes, stretched
 from minimind_sft.sampling import read_lines
 from minimind_sft.selection import MEBIBYTE
@@ -103,7 +105,7 @@ def look_at(data: Mapping[str, Any], template: ChatTemplate | None) -> Data | No
     """The training data by its size and its first lines; None where there is none."""
     files = Files(Path(data["cache_dir"]) if data["cache_dir"] else default_cache())
     try:
-        paths = files.expand(data["train_path"], "data.train_path")
+        paths, parts = parts_of(data["train_path"], partial(files.expand, key="data.train_path"), "data.train_path")
     except ValueError:
         return None
     each = max(1, LINES_LOOKED_AT // len(paths))
@@ -112,7 +114,8 @@ def look_at(data: Mapping[str, Any], template: ChatTemplate | None) -> Data | No
         return None
     size = sum(len(line.text.encode()) + 1 for line in lines) / len(lines)
     total, cap = sum(_text_bytes(path) for path in paths), _cap(data, files)
-    used = total if cap is None else min(total, cap)
+    given = _given(paths, parts)
+    used = given if cap is None else min(given, cap)
     documents = max(1, round(used / size))
     if template is None:
         lengths = np.minimum([len(line.text.encode()) / BYTES_PER_TOKEN for line in lines], data["max_length"])
@@ -131,6 +134,17 @@ def look_at(data: Mapping[str, Any], template: ChatTemplate | None) -> Data | No
     return Data(documents, mean, float((lengths.astype(np.float64) ** 2).mean()), told)
 
 
+def _given(paths: Sequence[Path], parts: Sequence[Part]) -> float:
+    """Bytes that the sources' own caps leave."""
+    if not parts:
+        return sum(map(_text_bytes, paths))
+    sizes, stream = [], iter(paths)
+    for part in parts:
+        size = sum(map(_text_bytes, itertools.islice(stream, part.files)))
+        sizes.append(size if part.max_mb is None else min(size, part.max_mb * MEBIBYTE))
+    return sum(sizes)
+
+
 def _lengths(lines: Sequence[Any], data: Mapping[str, Any], template: ChatTemplate) -> np.ndarray:
     """Tokens of each line that can be learned from, after cutting."""
     with tempfile.TemporaryDirectory() as folder:
@@ -142,7 +156,9 @@ def _lengths(lines: Sequence[Any], data: Mapping[str, Any], template: ChatTempla
 
 
 def _text_bytes(path: Path) -> int:
-    """Uncompressed bytes: of a .gz what its last four bytes say (of up to 4 GiB), without reading the rest."""
+    """Uncompressed bytes, without reading the file: of a .gz what its last four bytes say (of up to 4 GiB)."""
+    if path.suffix == ".parquet":
+        return max(parquet.estimated_bytes(path), path.stat().st_size)
     if path.suffix != ".gz" or path.stat().st_size < 4:
         return path.stat().st_size
     with open(path, "rb") as file:

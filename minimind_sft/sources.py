@@ -1,34 +1,45 @@
-"""Paths to bytes: what the user names in, checked files read as chunks of bytes out. No torch.
+"""Paths to bytes: what the user names in, checked files read as chunks of lines out. No torch.
 
-Compressed input (gzip, zstd) is recognised by its first bytes, which cannot begin UTF-8 text, and not by its name. A
-file is read twice (once to choose lines, once to fetch them), so that it need not be in memory; the price is that a
+Compressed input (gzip, zstd) and Parquet are recognised by their first bytes, which cannot begin UTF-8 text or JSON,
+and not by the name. Only a ``.json`` may be a JSON array; one that begins otherwise holds lines. Whatever a file holds
+is read as lines: those of a text, an array's elements (`arrays.py`), a table's rows (`parquet.py`).
+
+A file is read twice (once to choose lines, once to fetch them), so that it need not be in memory; the price is that a
 change between the passes must be an error, which size and modification time show, and that a pipe cannot be an input.
 """
 
 import glob
 import gzip
 import hashlib
-import io
 import os
 import stat
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
+from minimind_sft.arrays import array_blocks, kind_of
+from minimind_sft.parquet import MAGIC as PARQUET
+from minimind_sft.parquet import parquet_blocks
+from minimind_sft.streams import stream_of, zstd_blocks
+
+MEBIBYTE = 1024 * 1024
 CHUNK = 1 << 20  # bytes read at a time: a quarter of it costs a fifth more time per byte, in calls
 BUFFER = CHUNK + 3  # and what is left of the piece before: at most three bytes of a code point
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")  # what a folder is searched for
+JSON = (".json", ".json.gz", ".json.zst")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", *JSON, ".parquet")  # what a folder is searched for
+UNITS = {"array": "element", "parquet": "row"}
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 def expand(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     """The files that a path, a glob, a folder or a list of them names, in the order given.
 
-    A glob's and a folder's files (``*.jsonl``, ``*.jsonl.gz``, ``*.jsonl.zst``) come sorted by name.
+    A glob's and a folder's files come sorted by name. Of a folder these are ``*.jsonl`` and ``*.json``, plain, ``.gz``
+    or ``.zst``, and ``*.parquet``, but no ``.json`` that is one object: it describes the others, as a manifest does.
 
     Raises:
         ValueError: where a value names no file, or an empty one.
@@ -51,6 +62,7 @@ def _expand_one(value: str | Path) -> list[Path]:
         raise ValueError(f"{str(value)!r} is not a path: name a file, a glob, a folder or a list of them")
     if path.is_dir():
         found = sorted(entry for entry in path.iterdir() if entry.name.endswith(SUFFIXES) and entry.is_file())
+        found = [entry for entry in found if Source.of(entry).layout != "object"]
         if not found:
             raise ValueError(
                 f"{path} is a folder without {', '.join('*' + suffix for suffix in SUFFIXES)}: name the file"
@@ -74,6 +86,7 @@ class Source:
     size: int
     mtime_ns: int
     codec: str  # "plain", "gzip" or "zstd"
+    layout: str  # "lines", "array", "object" or "parquet"
 
     @classmethod
     def of(cls, path: Path) -> "Source":
@@ -85,7 +98,22 @@ class Source:
         with path.open("rb") as file:
             head = file.read(4)
         codec = next((name for magic, name in MAGIC.items() if head.startswith(magic)), "plain")
-        return cls(path=path, size=found.st_size, mtime_ns=found.st_mtime_ns, codec=codec)
+        layout = "parquet" if head == PARQUET else "lines"
+        source = cls(path=path, size=found.st_size, mtime_ns=found.st_mtime_ns, codec=codec, layout=layout)
+        if not path.name.endswith(JSON):
+            return source
+        with path.open("rb", buffering=0) as raw, source._damage_named():
+            return replace(source, layout=kind_of(source._decompressed(cast(BinaryIO, raw))))
+
+    @property
+    def seekable(self) -> bool:
+        """Whether a line lies in the file as it is read, so that it can be sought there."""
+        return (self.codec, self.layout) == ("plain", "lines")
+
+    @property
+    def unit(self) -> str:
+        """What is read as a line, for messages."""
+        return UNITS.get(self.layout, "line")
 
     def check_unchanged(self) -> None:
         """Raises ValueError where the file is no longer the one that was first seen."""
@@ -97,16 +125,25 @@ class Source:
         """The error to raise where the file turns out to be another."""
         return ValueError(f"{self.path} changed while it was being read: wait until it is complete and start again")
 
-    def decompressed(self, raw: BinaryIO) -> BinaryIO:
-        """The content of ``raw``, this file opened unbuffered, as a stream."""
+    def lines(self, raw: BinaryIO) -> BinaryIO:
+        """The lines of ``raw``, this file opened unbuffered, as a stream. One object is a ValueError: it holds none."""
+        if self.layout == "object":
+            raise ValueError(
+                f"{self.path} is one JSON object, not an array of rows: take the list out of it (of `data`, say: "
+                f"`jq -c '.data[]' {self.path.name} > rows.jsonl`), or name a file with one object a line .jsonl"
+            )
+        if self.layout == "parquet":
+            return stream_of(parquet_blocks(self.path, raw), CHUNK)
+        content = self._decompressed(raw)
+        return stream_of(array_blocks(self.path, content, CHUNK), CHUNK) if self.layout == "array" else content
+
+    def _decompressed(self, raw: BinaryIO) -> BinaryIO:
         if self.codec == "gzip":
             return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
-        if self.codec == "zstd":
-            return cast(BinaryIO, io.BufferedReader(_Zstd(self.path, raw), CHUNK))
-        return raw
+        return stream_of(zstd_blocks(self.path, raw), CHUNK) if self.codec == "zstd" else raw
 
     def read(self, stream: BinaryIO, size: int) -> bytes:
-        """Up to ``size`` bytes, none only at the end. Damaged compressed data is a ValueError that names the file."""
+        """Up to ``size`` bytes of `lines`, none only at the end. Damaged data is a ValueError that names the file."""
         with self._damage_named():
             return stream.read(size)
 
@@ -119,7 +156,7 @@ class Source:
             raise ValueError(f"{what}: download or compress it again") from error
 
     def pieces(self, buffer: bytearray, *, progress: Callable[[int], None] | None = None) -> Iterator[int]:
-        """The content, in pieces at the front of ``buffer``; yields their sizes. No code point or ``\\r\\n`` is split.
+        """The lines, in pieces at the front of ``buffer``; yields their sizes. No code point or ``\\r\\n`` is split.
 
         Args:
             buffer: of `BUFFER` bytes; the caller must be done with a piece before it asks for the next.
@@ -127,7 +164,7 @@ class Source:
         """
         view, held = memoryview(buffer), 0
         with self.path.open("rb", buffering=0) as raw:
-            stream = self.decompressed(cast(BinaryIO, raw))
+            stream = self.lines(cast(BinaryIO, raw))
             while True:
                 with self._damage_named():
                     read = stream.readinto(view[held : held + CHUNK])  # type: ignore[attr-defined]
@@ -159,41 +196,6 @@ def _unfinished(buffer: bytearray, size: int) -> int:
         if byte < 0x80:
             return 0
     return 0
-
-
-class _Zstd(io.RawIOBase):
-    """All frames of a zstd file; the package's reader stops after the first, and at a cut-off end without a word."""
-
-    def __init__(self, path: Path, raw: BinaryIO) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise ValueError(f"{path} is zstd-compressed: `pip install zstandard`, or run `zstd -d` on it") from None
-        self._new_frame, self._error = zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
-        self._raw, self._frame = raw, cast(Any, None)
-        self._unread, self._ready = b"", memoryview(b"")  # compressed bytes past a frame's end; decompressed bytes
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            block = self._unread or self._raw.read(1 << 14)
-            if not block:
-                if self._frame is not None:
-                    raise EOFError("the last frame is incomplete")
-                return 0
-            frame = self._frame = self._frame or self._new_frame()
-            try:
-                self._ready = memoryview(frame.decompress(block))
-            except self._error as error:
-                raise EOFError(str(error)) from error
-            self._unread = frame.unused_data if frame.eof else b""
-            if frame.eof:
-                self._frame = None
-        size = min(len(buffer), len(self._ready))
-        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
-        return size
 
 
 class Digests(threading.Thread):

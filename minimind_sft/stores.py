@@ -20,6 +20,7 @@ from minimind_sft.corpus import Store
 from minimind_sft.dealing import Dealt, choose_by_hash, deal, without
 from minimind_sft.documents import TOO_LONG, Documents
 from minimind_sft.files import Files, default_cache, resolve
+from minimind_sft.mixture import Part, parts_of
 from minimind_sft.progress import track
 from minimind_sft.sampling import Line, read_lines, select
 from minimind_sft.selection import MEBIBYTE
@@ -50,7 +51,7 @@ class Stores:
     def __init__(
         self,
         *,
-        train_path: str | list[str],
+        train_path: str | list[str | dict[str, Any]],
         tokenizer: str,
         val_path: str | list[str] | None = None,
         pretrain_path: str | list[str] | None = None,
@@ -75,6 +76,7 @@ class Stores:
         document_format: str = "minimind3",
         probes_path: str | None = None,
         cache_dir: str | None = None,
+        workers: int | None = None,
     ) -> None:
         self.train_path, self.val_path = train_path, val_path
         self.pretrain_path, self.heldout_path = pretrain_path, heldout_path
@@ -83,7 +85,7 @@ class Stores:
         self.supervise, self.supervise_reasoning = supervise, supervise_reasoning
         self.seed, self.max_bad_ratio, self.max_overlap = seed, max_bad_ratio, max_overlap
         self.measure_documents, self.replay_documents = measure_documents, replay_documents
-        self.format, self.document_format = format, document_format
+        self.format, self.document_format, self.workers = format, document_format, workers
         self.cache = Path(cache_dir) if cache_dir else default_cache()
         self.files = Files(self.cache)
         self.probes = self.files.expand(probes_path, "data.probes_path")[0] if probes_path else None
@@ -96,6 +98,8 @@ class Stores:
         self.prompts = None if system_prompts is None else find_prompts(self.template, read_prompts(system_prompts))
 
     def _check(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"data.workers is {self.workers}; it counts processes, from 1, or null for one per core")
         if self.supervise not in ("all", "last"):
             raise ValueError(f"data.supervise {self.supervise!r} is not known; choose all or last")
         if self.too_long not in TOO_LONG:
@@ -154,16 +158,18 @@ class Stores:
 
         `meta["note"]` is what `Caps.note` notes.
         """
-        files, caps = self.files.expand(self.train_path, "data.train_path"), self.caps
+        (files, parts), caps = self._train_files(), self.caps
+        if not caps.given and any(part.weight for part in parts):
+            raise ValueError("data.train_path has weights, which divide a cap over all: set data.max_mb, say")
 
         def make(folder: Path) -> None:
-            selection = select(files, max_mb=caps.size[1], max_rows=caps.max_rows, seed=self.seed)
+            selection = select(files, max_mb=caps.size[1], max_rows=caps.max_rows, seed=self.seed, parts=parts)
             selection.require_some()
             with track("tokenizing the chats", total=selection.selected) as progress:
                 # everything: the order of the sample means nothing, so the files' own order is kept
                 corpus.build(
                     folder,
-                    selection.lines() if caps.given else read_lines(files),
+                    selection.lines() if caps.given or parts else read_lines(files),
                     progress=progress,
                     note=partial(caps.note, selection),
                     max_tokens=caps.max_tokens,
@@ -172,9 +178,14 @@ class Stores:
                 )
 
         key = self._key("train", files, caps=caps, seed=self.seed)
+        if parts:
+            key["sources"] = parts
         if caps.max_tokens is not None:
             key["max_length"] = self.max_length
         return self._checked(corpus.open_or_build(self.cache, key, make), "data.train_path")
+
+    def _train_files(self) -> tuple[list[Path], list[Part]]:
+        return parts_of(self.train_path, partial(self.files.expand, key="data.train_path"), "data.train_path")
 
     def validation_lines(self, validation: Documents | None) -> Iterator[Line]:
         """The lines of the validation chats, in the files' order; none where there are none."""
@@ -184,7 +195,7 @@ class Stores:
             store = validation.store
             names = store.meta["files"]
             places = {(names[store.line_files[n]], int(store.line_numbers[n])) for n in validation.index}
-            lines = read_lines(self.files.expand(self.train_path, "data.train_path"))
+            lines = read_lines(self._train_files()[0])
             yield from (line for line in lines if (line.file, line.number) in places)
 
     def _whole_store(self, name: str, paths: str | list[str]) -> Store:
@@ -257,6 +268,7 @@ class Stores:
             "document_format": self.document_format,
             "supervise": self.supervise,
             "reasoning": self.supervise_reasoning,
+            "workers": self.workers,
         }
 
     def _key(self, kind: str, files: list[Path], **more: Any) -> dict[str, Any]:

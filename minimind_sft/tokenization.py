@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from minimind_sft.chat import ChatTemplate, Span
 from minimind_sft.formats import Conversation, PlainText, Rejected, parse
-from minimind_sft.sampling import Line
 
 
 class Document(NamedTuple):
@@ -21,14 +20,14 @@ class Document(NamedTuple):
 
 
 def tokenize(
-    lines: list[Line], template: ChatTemplate, *, format: str, document_format: str, supervise: str, reasoning: bool
+    texts: list[str], template: ChatTemplate, *, format: str, document_format: str, supervise: str, reasoning: bool
 ) -> list[Document | Rejected]:
-    """Lines to documents, or to the reasons why they are none, in order; see `build`."""
-    parsed = [_parsed(line, format) for line in lines]
+    """Lines to documents, or to the reasons why they are none, in order; see `corpus.build`."""
+    parsed = [_parsed(text, format) for text in texts]
     chats = [entry for entry in parsed if isinstance(entry, Conversation)]
-    texts = [entry for entry in parsed if isinstance(entry, PlainText)]
+    raw = [entry for entry in parsed if isinstance(entry, PlainText)]
     rendered = iter(_render(chats, template, supervise, reasoning))
-    framed = iter(template.documents([entry.text for entry in texts], format=document_format) if texts else [])
+    framed = iter(template.documents([entry.text for entry in raw], format=document_format) if raw else [])
     made: list[Document | Rejected] = []
     for entry in parsed:
         if isinstance(entry, Conversation):
@@ -40,9 +39,9 @@ def tokenize(
     return made
 
 
-def _parsed(line: Line, format: str) -> Conversation | PlainText | Rejected:
+def _parsed(text: str, format: str) -> Conversation | PlainText | Rejected:
     try:
-        return parse(line.text, format=format)
+        return parse(text, format=format)
     except Rejected as why:
         return why
 

@@ -10,6 +10,7 @@ from minimind_sft.batching import IGNORE, Plan, in_order, pack
 from minimind_sft.chat import ChatTemplate, Span
 from minimind_sft.corpus import Store
 from minimind_sft.documents import Documents
+from minimind_sft.packing import SUPERVISED
 from minimind_sft.sampling import Line
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -17,10 +18,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 def store_of(folder: Path, documents: list[list[Span]]) -> Store:
     folder.mkdir()
-    writer = corpus._Writer(folder, vocab_size=100)
-    for number, spans in enumerate(documents, 1):
-        writer.add(Line("chats.jsonl", number, ""), spans, None)
-    writer.finish({})
+    corpus.build_from_spans(folder, documents, 100, source="chats.jsonl")
     return Store(folder)
 
 
@@ -168,7 +166,7 @@ def test_a_store_accounts_for_every_line(tmp_path: Path) -> None:
     assert [(row["line"], row["reason"]) for row in store.rejections()] == [(2, "not_json")]
     assert store.hashes[0] == store.hashes[2] != store.hashes[1]
     ids, flags = store.document(0)
-    assert "b" in template.decode(ids[(flags & corpus.SUPERVISED) != 0].tolist())
+    assert "b" in template.decode(ids[(flags & SUPERVISED) != 0].tolist())
 
 
 def test_a_store_is_built_once_and_a_killed_build_leaves_none(tmp_path: Path) -> None:
@@ -176,10 +174,9 @@ def test_a_store_is_built_once_and_a_killed_build_leaves_none(tmp_path: Path) ->
 
     def make(folder: Path) -> None:
         calls.append(folder)
-        writer = corpus._Writer(folder, 10)
+        corpus.build_from_spans(folder, [], 10, source="x")
         if len(calls) == 1:
             raise KeyboardInterrupt
-        writer.finish({})
 
     with pytest.raises(KeyboardInterrupt):
         corpus.open_or_build(tmp_path, {"a": 1}, make)

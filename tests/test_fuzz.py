@@ -10,7 +10,8 @@ import pytest
 
 from minimind_sft import corpus
 from minimind_sft.chat import ChatTemplate
-from minimind_sft.corpus import SUPERVISED, Store
+from minimind_sft.corpus import Store
+from minimind_sft.packing import SUPERVISED
 from minimind_sft.sampling import read_lines
 
 PROJECT = Path(__file__).resolve().parents[1]

@@ -15,9 +15,9 @@ from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
 from minimind_sft import account
-from minimind_sft.dealing import Dealt
+from minimind_sft.dealing import Dealt, content_hash
 from minimind_sft.documents import TOO_LONG, Documents
-from minimind_sft.sampling import rebuild
+from minimind_sft.sampling import Line, rebuild
 from minimind_sft.stores import Stores
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -140,6 +140,30 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], tmp_p
     ):
         with pytest.raises(ValueError, match=says):
             dealt(settings, **wrong)
+
+
+STRINGS = st.text(st.sampled_from('a "\\\x00\n\x7f\u2028一'), max_size=3)
+
+
+@settings_of_hypothesis(max_examples=200, deadline=None)
+@given(words=STRINGS, source=st.none() | STRINGS, space=st.sampled_from(["", " "]), ascii=st.booleans())
+def test_content_of_a_text_is_its_text_however_the_line_is_written(
+    words: str, source: str | None, space: str, ascii: bool
+) -> None:
+    row = {"text": words} | ({} if source is None else {"source": source})
+    line = Line("f", 1, json.dumps(row, ensure_ascii=ascii, separators=("," + space, ":" + space)))
+    other = Line("f", 1, json.dumps({"parent": [1], "text": words}))
+    assert (content_hash(line) == content_hash(other)) is bool(words and not words.isspace())
+
+
+def test_content_of_a_line_that_is_no_text_is_the_line() -> None:
+    def content(line: str) -> bytes:
+        return content_hash(Line("f", 1, line))
+
+    assert content('{"text": "a"}') == content('{"text":"a"}')
+    for line in ('{"text": "a", "text": "a"}', '{"text": "a", "source": "b", "source": "c"}', '{"text": "a"',
+                 '{"text": "a", "messages": []}', '{"text": " "}', '{"text": "a\tb"}'):  # fmt: skip
+        assert content(line) != content(line + " ") and content(line) != content('{"text": "a"}')
 
 
 # ---- caps
