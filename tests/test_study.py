@@ -30,9 +30,9 @@ TRIALS = [
 def confirm(outcome: Outcome) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A confirmation in which every document forgets what the trial forgot on the selection part, give or take."""
     rows = [
-        {"where": f"t:{n}", "parent": n, "source": n % 2, "tokens": 10, "difference": outcome.forgetting * (0.9 + n / 10)}
-        for n in range(3)
-    ]  # fmt: skip
+        {"where": f"t:{n}", "parent": n, "source": n % 2, "tokens": 10, "difference": outcome.forgetting * factor}
+        for n, factor in enumerate((0.9, 1.0, 1.1))
+    ]
     forgetting = sum(row["difference"] for row in rows) / 3
     text = {"difference": forgetting, "kl": 0.1}
     facts = {"groups": {"raw/not_in_sft": {"before": 10, "lost": 4}}}

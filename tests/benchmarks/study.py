@@ -1,7 +1,7 @@
 """How much is forgotten at the same chat loss: the study behind docs/forgetting.md (protocol v1).
 
     python tests/benchmarks/study.py tests/benchmarks/study_synthetic.yaml --out runs/study
-    python tests/benchmarks/study.py tests/benchmarks/study_real.yaml --config my_data.yaml --base 256=base.pth --out DIR
+    python tests/benchmarks/study.py tests/benchmarks/study_real.yaml --config data.yaml --base 256=base.pth --out DIR
 
 A plan names bases and trials. A trial is one `fit` with settings of its own, in one of the groups `vanilla` (nothing
 holds on), `held`, or any other name (a control). Validation chats and held-out text are divided by a hash of their
@@ -10,7 +10,7 @@ parent: a third to select on, the rest to confirm on.
     l*       the lowest chat loss of a vanilla trial on the selection part, and 0.01 nats more
     rows     of each group the trial that forgets least among those that reach l*, every one at the end of its own
              learning-rate schedule; and the trial called `original`
-    gate     no ratio is told where the vanilla row forgets less than 0.05 nats, or the base's chats are within 0.3 of l*
+    gate     no ratio where the vanilla row forgets less than 0.05 nats, or the base's chats are within 0.3 nats of l*
     figures  on the confirmation part, read once by the rows alone: `compare`, with intervals over parents within
              sources. Of several seeds the mean; the ratio's interval is over parents as well, paired.
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path)
     parser.add_argument("--config", action="append", default=[], help="an overlay for every fit: the data")
-    parser.add_argument("--base", action="append", default=[], metavar="NAME=FILE", help="a base, instead of the plan's")
+    parser.add_argument("--base", action="append", default=[], metavar="NAME=FILE", help="instead of the plan's")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the plan's")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -111,8 +112,8 @@ def _pretrained(folder: Path, base: dict[str, Any]) -> str:
 
 def _run(folder: Path, trial: str, group: str, settings: list[str], seed: int) -> Outcome:
     """One trial with one seed, unless that is done, and what it came to on the selection part."""
-    run = folder / f"{trial.replace(' ', '_')}-{seed}"
-    note = run.with_suffix(".json") if "." not in run.name else run.with_name(f"{run.name}.json")
+    run = folder / f"{re.sub('[^a-zA-Z0-9.-]+', '_', trial)}-{seed}"
+    note = run.with_name(f"{run.name}.json")
     if note.is_file() and json.loads(note.read_text(encoding="utf-8")) != settings:
         sys.exit(f"{run} is a run of other settings; move it away or give another --out")
     if not is_whole(run):
@@ -147,12 +148,19 @@ def _confirm(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What `compare` finds on the confirmation part, and a row per document of its text."""
     run = Path(outcome.run)
-    result, documents = run.with_name(f"{run.name}.compare.json"), out / "documents" / f"{run.parent.name}-{run.name}.jsonl"
+    result = run.with_name(f"{run.name}.compare.json")
+    documents = out / "documents" / f"{run.parent.name}-{run.name}.jsonl"
     if not documents.is_file():
         found, rows = compare(
-            base, str(run), tokenizer=data.tokenizer, probes=data.probes_path, documents=10**9, max_length=data.max_length,
-            document_format=data.document_format, **paths,
-        )  # fmt: skip
+            base,
+            str(run),
+            tokenizer=data.tokenizer,
+            probes=data.probes_path,
+            documents=10**9,
+            max_length=data.max_length,
+            document_format=data.document_format,
+            **paths,
+        )
         write_whole(result, json.dumps(found, ensure_ascii=False) + "\n")
         documents.parent.mkdir(parents=True, exist_ok=True)
         write_whole(documents, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

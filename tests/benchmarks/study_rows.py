@@ -153,8 +153,8 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
         parts.append(
             f"## {base}\n\nBase: chats {of['base_chat_loss']:.4f}; l* {of['target']:.4f} (selection part)."
             + ("" if of["gate"] else " The shift is too small for a ratio.")
-            + "\n\n| row | trial | chats | forgotten | 95 % | KL | in the template | facts lost | s a step | vanilla / row "
-            "| original / row |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
+            + "\n\n| row | trial | chats | forgotten | 95 % | KL | in the template | facts lost | s a step "
+            "| vanilla / row | original / row |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
         )
         for group, row in of["rows"].items():
             interval = "" if row["interval"] is None else "{:+.4f} to {:+.4f}".format(*row["interval"])
