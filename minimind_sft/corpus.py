@@ -23,7 +23,7 @@ import os
 import shutil
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,8 +139,7 @@ class _Writer:
         arrays["line_numbers"].append(line.number)
         arrays["sources"].append(self.sources.setdefault(source or "", len(self.sources)))
         arrays["takes_system"].append(takes_system)
-        digest = hashlib.blake2b(ids.tobytes(), digest_size=8)
-        arrays["hashes"].append(int.from_bytes(digest.digest(), "little"))
+        arrays["hashes"].append(token_hash(ids, self.dtype))
         self.ids.write(ids.tobytes())
 
     def reject(self, line: Line, why: Rejected) -> None:
@@ -165,6 +164,12 @@ class _Writer:
             "note": note,
         }
         (self.folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def token_hash(ids: Sequence[int] | np.ndarray, dtype: np.dtype[Any]) -> int:
+    """What stands in `Store.hashes` for a document of these tokens."""
+    digest = hashlib.blake2b(np.asarray(ids, dtype).tobytes(), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
 
 
 class Taken(NamedTuple):
@@ -228,11 +233,21 @@ def build(
     writer.finish(note(Taken(taken, size, tokens, stopped)))
 
 
-def build_from_spans(folder: Path, documents: Iterable[list[Span]], vocab_size: int, *, source: str) -> None:
-    """Make a store of documents that come from no file; `source` stands where a file's name would."""
+def build_from_spans(
+    folder: Path,
+    documents: Iterable[list[Span]],
+    vocab_size: int,
+    *,
+    source: str,
+    apart_from: Store | None = None,
+) -> None:
+    """Make a store of documents that come from no file and, by their hash, do not stand in `apart_from`; `source`
+    stands where a file's name would."""
     writer = _Writer(folder, vocab_size)
+    known = set() if apart_from is None else set(apart_from.hashes.tolist())
     for number, spans in enumerate(documents, 1):
-        writer.add(Line(source, number, ""), spans, source)
+        if not known or token_hash([id for span in spans for id in span.ids], writer.dtype) not in known:
+            writer.add(Line(source, number, ""), spans, source)
     writer.finish({})
 
 

@@ -23,10 +23,10 @@ from minimind_sft.batching import MicroBatch, Plan
 from minimind_sft.corpus import Store
 from minimind_sft.documents import Documents
 from minimind_sft.evaluation import EvaluationBatches, bytes_of_tokens, prompts
-from minimind_sft.forgetting import CHAT, PRETRAIN
+from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
 from minimind_sft.replay import ReplayStream
-from minimind_sft.self_written import self_written
-from minimind_sft.stores import Opened, Stores
+from minimind_sft.self_written import Author
+from minimind_sft.stores import SELF_WRITTEN, Opened, Stores
 
 if TYPE_CHECKING:
     from minimind_sft.module import SFTModule
@@ -65,9 +65,14 @@ class SFTDataModule(LightningDataModule):
         max_overlap: refuse held-out documents that share more than this share of their 50-character shingles with the
             training chats.
         measure_documents: documents of pretraining text to measure on, chosen by content hash.
+        own_documents: without `pretrain_path` and `heldout_path`, measure forgetting on this many documents that the
+            base writes itself first; 0 for no such measuring.
+        own_chats: measure the forgetting of this many chats that the base writes itself, too; auto for 64 where it is a
+            chat model (see `self_written.Author.chats`), else none; 0 for none.
         replay_ratio: tokens of `pretrain_path` per token of chat that every window holds besides, none of them
             measured on; 0 is off. What is asked of them: `model.replay_loss`.
-        replay_source: `file`, to replay `pretrain_path`; `self`, to replay text that the base writes itself first.
+        replay_source: `file`, to replay `pretrain_path`; `self`, to replay text that the base writes itself first;
+            `auto`, to replay `pretrain_path` where it is set.
         replay_documents: documents to replay from, at most; of `pretrain_path` chosen by content hash.
         format: of the lines: auto, or one of the formats in the README.
         document_format: how pretraining framed a raw text: minimind3, minimind2 (the markers are in the text) or bare.
@@ -105,8 +110,10 @@ class SFTDataModule(LightningDataModule):
         max_bad_ratio: float = 0.01,
         max_overlap: float = 0.2,
         measure_documents: int = 1_000,
+        own_documents: int = 200,
+        own_chats: int | Literal["auto"] = "auto",
         replay_ratio: float = 0.0,
-        replay_source: Literal["file", "self"] = "file",
+        replay_source: Literal["auto", "file", "self"] = "auto",
         replay_documents: int = 20_000,
         format: str = "auto",
         document_format: str = "minimind3",
@@ -120,7 +127,12 @@ class SFTDataModule(LightningDataModule):
         self.empty_think_ratio, self.document_format = empty_think_ratio, document_format
         if not replay_ratio >= 0.0:
             raise ValueError(f"data.replay_ratio is {replay_ratio}; it is replay tokens per chat token, 0 or above")
-        self.replay_ratio, self.replay_source, self.replay_documents = replay_ratio, replay_source, replay_documents
+        for name, number in (("own_documents", own_documents), ("own_chats", own_chats)):
+            if number != "auto" and number < 0:
+                raise ValueError(f"data.{name} is {number}; it is a number that the base writes, 0 for none")
+        self.own_documents, self.own_chats = own_documents, own_chats
+        self.replay_ratio, self.replay_documents = replay_ratio, replay_documents
+        self.replays_own = replay_source == "self" or replay_source == "auto" and pretrain_path is None
         self.stores = Stores(
             train_path=train_path,
             tokenizer=tokenizer,
@@ -149,7 +161,6 @@ class SFTDataModule(LightningDataModule):
             cache_dir=cache_dir,
         )
         self.template, self.probes = self.stores.template, self.stores.probes
-        self.seen = self.stores.seen
         self.start_step = 0  # optimizer steps done before this process started; set on resume
 
     def prepare_data(self) -> None:
@@ -157,56 +168,71 @@ class SFTDataModule(LightningDataModule):
         self._open()
 
     def _open(self) -> Opened:
+        """What there is in files, and what the base writes itself where there is nothing."""
         assert self.trainer is not None
-        replays = self.trainer.state.fn == "fit" and self._replays
-        opened = self.stores.open(
-            train=self.trainer.state.fn == "fit", replay=replays and self.replay_source == "file"
-        )
-        if replays and opened.replay is None:
-            opened = opened._replace(replay=self._written_by_the_base(opened))
-        return opened
+        fitting, module = self.trainer.state.fn == "fit", self._module
+        opened = self.stores.open(train=fitting, replay=fitting and self._replays and not self.replays_own)
+        if module.from_scratch or self.trainer.state.fn == "predict":
+            return opened
+        author = self._author()
+        if opened.measured is None and self.own_documents:
+            measured = author.texts("measured", documents=self.own_documents, document_format=self.document_format)
+            opened = opened._replace(measured=measured)
+        if fitting and self._replays and self.replays_own:
+            opened = opened._replace(replay=self._text_to_replay(author, opened))
+        return opened._replace(own_chats=author.chats(self.own_chats))
 
-    def _written_by_the_base(self, opened: Opened) -> Store:
-        """As many tokens as an epoch replays."""
-        assert self.trainer is not None
-        module: SFTModule = self.trainer.lightning_module  # type: ignore[assignment]
+    def _text_to_replay(self, author: Author, opened: Opened) -> Store:
+        """As many tokens by the base as an epoch replays."""
         train = self.stores.documents(opened).train
-        assert train is not None and module.base_sha256 is not None
+        assert train is not None
         lengths, _ = train.sizes(np.ones(len(train), bool))
-        home = module.model.lm_head.weight.device
-        module.model.to(self.trainer.strategy.root_device)
-        try:
-            return self_written(
-                self.stores.cache,
-                module.model,
-                self.template,
-                base_sha256=module.base_sha256,
-                tokens=int(self.replay_ratio * lengths.sum()),
-                most_documents=self.replay_documents,
-                max_length=self.max_length,
-                document_format=self.document_format,
-                seed=self.seed,
-            )
-        finally:
-            module.model.to(home)
+        return author.texts(
+            "replay",
+            documents=self.replay_documents,
+            tokens=int(self.replay_ratio * lengths.sum()),
+            document_format=self.document_format,
+            apart_from=opened.measured,
+        )
+
+    def _author(self) -> Author:
+        assert self.trainer is not None and self._module.base_sha256 is not None
+        return Author(
+            cache=self.stores.cache,
+            model=self._module.base,
+            template=self.template,
+            base_sha256=self._module.base_sha256,
+            max_length=self.max_length,
+            seed=self.seed,
+            device=self.trainer.strategy.root_device,
+        )
+
+    @property
+    def _module(self) -> SFTModule:
+        assert self.trainer is not None
+        return self.trainer.lightning_module  # type: ignore[return-value]
+
+    @property
+    def text(self) -> str | None:
+        """What the text that forgetting is measured on is to the base: `seen`, `unseen`, `self-written`; None for no
+        text."""
+        own = self.own_documents and not self._module.from_scratch
+        return self.stores.text or (SELF_WRITTEN if own else None)
 
     @property
     def _replays(self) -> bool:
         """Whether there is text to replay, and a base whose text it is."""
-        assert self.trainer is not None
-        model: SFTModule = self.trainer.lightning_module  # type: ignore[assignment]
-        return self.replay_ratio > 0.0 and model.replay_weight > 0.0 and not model.from_scratch
+        module = self._module
+        return self.replay_ratio > 0.0 and module.replay_weight > 0.0 and not module.from_scratch
 
     def setup(self, stage: str) -> None:
         """Open the stores and deal their documents; `fit` also plans the windows."""
         assert self.trainer is not None
         opened = self._open()
         self.dealt = self.stores.documents(opened)
-        self.evaluation = {
-            name: documents
-            for name, documents in ((CHAT, self.dealt.validation), (PRETRAIN, self.dealt.measured))
-            if documents is not None
-        }
+        own = None if opened.own_chats is None else Documents(opened.own_chats, max_length=self.max_length)
+        named = ((CHAT, self.dealt.validation), (PRETRAIN, self.dealt.measured), (OWN_CHATS, own))
+        self.evaluation = {name: documents for name, documents in named if documents is not None}
         if stage == "fit":
             assert self.dealt.train is not None
             self.plan = Plan(

@@ -6,6 +6,9 @@ token, over the model that training started from:
 
     val/forgetting = val/pretrain/loss - (the same at step 0)
 
+A chat model that is trained on may also forget how it used to answer: `val/own_chats/forgetting` is the same rise on
+the answers of chats that it wrote itself before the first step (`self_written.py`).
+
 Bits per byte divide by the bytes of the scored text instead of its tokens, which makes models with different
 tokenizers comparable; a control token counts no bytes.
 """
@@ -21,8 +24,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from minimind_sft.losses import perplexity
+from minimind_sft.stores import SEEN, UNSEEN
 
-CHAT, PRETRAIN = "chat", "pretrain"
+CHAT, PRETRAIN, OWN_CHATS = "chat", "pretrain", "own_chats"
 
 
 class TokenLoss(Metric):
@@ -57,6 +61,7 @@ class Reading:
     chat_loss: float | None = None
     pretrain_loss: float | None = None
     bits_per_byte: float | None = None
+    own_chat_loss: float | None = None  # on the answers of chats that the base wrote
 
     def metrics(self, base: Reading | None) -> dict[str, float]:
         """What is logged, under its public names; `val/forgetting` only against a base."""
@@ -70,6 +75,10 @@ class Reading:
                 out["val/pretrain/bits_per_byte"] = self.bits_per_byte
             if base is not None and base.pretrain_loss is not None:
                 out["val/forgetting"] = self.pretrain_loss - base.pretrain_loss
+        if self.own_chat_loss is not None:
+            out["val/own_chats/loss"] = self.own_chat_loss
+            if base is not None and base.own_chat_loss is not None:
+                out["val/own_chats/forgetting"] = self.own_chat_loss - base.own_chat_loss
         return out
 
     @property
@@ -79,10 +88,10 @@ class Reading:
 
 
 class Meter(nn.Module):
-    """Scores validation chats and pretraining text.
+    """Scores validation chats, pretraining text and chats that the base wrote.
 
     Args:
-        names: what each evaluation loader holds, `CHAT` or `PRETRAIN`, in the loaders' order.
+        names: what each evaluation loader holds, `CHAT`, `PRETRAIN` or `OWN_CHATS`, in the loaders' order.
     """
 
     def __init__(self, names: list[str]) -> None:
@@ -107,26 +116,34 @@ class Meter(nn.Module):
         for name, metric in self.losses.items():
             assert isinstance(metric, TokenLoss)
             values[name] = {key: float(value) for key, value in metric.compute().items()}
-        chat, text = values.get(CHAT), values.get(PRETRAIN)
+        chat, text, own = values.get(CHAT), values.get(PRETRAIN), values.get(OWN_CHATS)
         return Reading(
             step=step,
             chat_loss=chat["loss"] if chat else None,
             pretrain_loss=text["loss"] if text else None,
             bits_per_byte=text["bits_per_byte"] if text and math.isfinite(text["bits_per_byte"]) else None,
+            own_chat_loss=own["loss"] if own else None,
         )
 
 
 def summary(
-    before: Reading, after: Reading, best: Reading | None, *, seen: bool | None, from_base: bool = True
+    before: Reading, after: Reading, best: Reading | None, *, text: str | None, from_base: bool = True
 ) -> dict[str, Any]:
-    """What `forgetting.json` holds: three readings, the forgetting of the last, whether the base had seen the text."""
-    forgetting = None
-    if from_base and before.pretrain_loss is not None and after.pretrain_loss is not None:
-        forgetting = after.pretrain_loss - before.pretrain_loss
+    """What `forgetting.json` holds: three readings, the forgetting of the last on text and on the base's own chats, and
+    what the text is to the base (`seen`, `unseen`, `self-written`)."""
+    forgetting, of_chats = (
+        new - old if from_base and old is not None and new is not None else None
+        for old, new in (
+            (before.pretrain_loss, after.pretrain_loss),
+            (before.own_chat_loss, after.own_chat_loss),
+        )
+    )
     return {
         "before": asdict(before),
         "after": asdict(after),
         "best": asdict(best) if best else None,
         "forgetting": forgetting,
-        "seen": seen,
+        "own_chats_forgetting": of_chats,
+        "text": text,
+        "seen": {SEEN: True, UNSEEN: False}.get(text or ""),
     }

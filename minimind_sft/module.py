@@ -157,6 +157,11 @@ class SFTModule(LightningModule):
         """Whether there was no base: nothing to compare with, nothing to forget."""
         return self.base_sha256 is None
 
+    @property
+    def base(self) -> Transformer:
+        """The model as it is, with the base's output layer; before training, the base."""
+        return frozen_copy(self.model, self._base_head[0]) if self.reset_head else self.model
+
     def _load(self, source: str) -> None:
         self.model, loaded = weight_files.load_model(
             resolve(source),

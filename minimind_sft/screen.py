@@ -24,9 +24,10 @@ from minimind_sft.caps import RULE_OF_THUMB
 from minimind_sft.evaluation import evaluation_tokens
 from minimind_sft.export import export_run
 from minimind_sft.files import write_whole
-from minimind_sft.forgetting import CHAT, PRETRAIN, summary
+from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN, summary
 from minimind_sft.generate import generate
 from minimind_sft.probes import Probe, Reply, answer_text, ask, compare, load_probes
+from minimind_sft.stores import UNSEEN
 
 if TYPE_CHECKING:
     from minimind_sft.data import SFTDataModule
@@ -133,7 +134,8 @@ class FirstScreen(Callback):
         if reading.pretrain_loss is not None:
             rows.append(("text now", _text_line(reading.pretrain_loss, reading.chat_loss, pl_module, data)))
         elif not pl_module.from_scratch:
-            rows.append(("forgetting", "not measured: set data.heldout_path or data.pretrain_path"))
+            what = "data.heldout_path, data.pretrain_path or data.own_documents"
+            rows.append(("forgetting", f"not measured: set {what}"))
         tokens = evaluation_tokens(data.evaluation)
         if self.measure.seconds and tokens:
             # a token trained costs about as much as three looked at
@@ -154,10 +156,14 @@ def _data_rows(data: SFTDataModule) -> list[tuple[str, str]]:
         ("tokens", f"{tokens:,} per epoch, {targets / tokens:.1%} supervised"),
         ("SFT : text", report.ratio(documents.store.meta["note"]["bytes"], data.pretrain_bytes, RULE_OF_THUMB)),
     ]
-    for name, what in ((CHAT, "validation"), (PRETRAIN, "held out" if data.seen is False else "text to keep")):
+    told = {
+        CHAT: ("validation", ""),
+        PRETRAIN: ("held out" if data.text == UNSEEN else "text to keep", f", {data.text} by the base"),
+        OWN_CHATS: ("chats to keep", ", self-written by the base, which is a chat model"),
+    }
+    for name, (what, known) in told.items():
         if name in data.evaluation:
             found = data.evaluation[name]
-            known = "" if name == CHAT else ", seen by the base" if data.seen else ", unseen by the base"
             rows.append((what, f"{len(found):,} documents{known}; rejected: {report.rejected(found.rejected)}"))
     return rows
 
@@ -166,11 +172,11 @@ def _holding(data: SFTDataModule, pl_module: SFTModule) -> str:
     """What keeps the model near its base."""
     said, replay = [], data.plan.replay
     if replay is not None:
-        by = " by the base" if data.replay_source == "self" else ""
+        text = "text by the base" if data.replays_own else "pretraining text"
         tokens = np.mean([replay.lengths[window].sum() for window in data.plan.epoch(0).replay])
         said.append(
-            f"replay of {tokens:,.0f} tokens of pretraining text a step ({data.replay_ratio:g} of the chats'; "
-            f"{len(replay.documents):,} documents{by}, none of them measured), {pl_module.replay_loss} loss of weight "
+            f"replay of {tokens:,.0f} tokens of {text} a step ({data.replay_ratio:g} of the chats'; "
+            f"{len(replay.documents):,} documents, none of them measured), {pl_module.replay_loss} loss of weight "
             f"{pl_module.replay_weight:g}"
         )
     said += [f"{term.name}, weight {term.weight:g}" for term in pl_module.terms if term.name != "replay"]
@@ -227,9 +233,9 @@ class LastScreen(Callback):
         readings = self.measure.readings
         before, after, best = readings[0], readings[-1], self.measure.best
         from_base = not pl_module.from_scratch
-        figures = summary(before, after, best, seen=data.seen, from_base=from_base)
+        figures = summary(before, after, best, text=data.text, from_base=from_base)
         write_whole(self.folder / "forgetting.json", json.dumps(figures, indent=1) + "\n")
-        table = report.forgetting_table(before, after, best, seen=data.seen, from_base=from_base)
+        table = report.forgetting_table(before, after, best, text=data.text, from_base=from_base)
         print("\n" + table, flush=True)
         if before.chat_loss is not None and before.pretrain_loss is not None:
             report.plot(readings, self.folder / "forgetting.png")
