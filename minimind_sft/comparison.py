@@ -204,8 +204,8 @@ def _notes(result: Section, vocab_size: int) -> list[str]:
     text, notes = result["text"][result["judged"]], []
     if result["judged"] == SELF_WRITTEN:
         notes.append(
-            "no text was given, so the base wrote what forgetting is judged on; what it knows but seldom says is hardly "
-            "measured there: --heldout_path and --pretrain_path tell more"
+            "no text was given, so the base wrote what forgetting is judged on; what it knows but seldom says hardly "
+            "counts there: --heldout_path and --pretrain_path tell more"
         )
     if likely_not_pretrained(text["before"], vocab_size):
         notes.append(

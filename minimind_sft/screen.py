@@ -165,6 +165,8 @@ def _data_rows(data: SFTDataModule) -> list[tuple[str, str]]:
         if name in data.evaluation:
             found = data.evaluation[name]
             rows.append((what, f"{len(found):,} documents{known}; rejected: {report.rejected(found.rejected)}"))
+    if data.own_chats == "auto" and OWN_CHATS not in data.evaluation:
+        rows.append(("chats to keep", "none: the base is no chat model (data.own_chats would measure them all the same)"))
     return rows
 
 

@@ -107,7 +107,8 @@ class Author:
                 progress(begun if tokens is None else min(total, tokens))
 
         key = {"purpose": purpose, "format": document_format, "tokens": tokens, "documents": documents}
-        return self._store(f"text ({purpose})", key, write, total=tokens or documents, apart_from=apart_from)
+        what = {"measured": "text to measure on", "replay": "text to replay"}[purpose]
+        return self._store(what, key, write, total=tokens or documents, apart_from=apart_from)
 
     def chats(self, wanted: int | Literal["auto"]) -> Store | None:
         """Chats by the base, from the cache or written now; only the answers are supervised.
