@@ -171,26 +171,30 @@ class SFTDataModule(LightningDataModule):
         """What there is in files, and what the base writes itself where there is nothing."""
         assert self.trainer is not None
         fitting, module = self.trainer.state.fn == "fit", self._module
-        opened = self.stores.open(train=fitting, replay=fitting and self._replays and not self.replays_own)
+        wants_text = fitting and (self._replays or module.documents_to_read > 0)
+        opened = self.stores.open(train=fitting, replay=wants_text and not self.replays_own)
         if module.from_scratch or self.trainer.state.fn == "predict":
             return opened
         author = self._author()
         if opened.measured is None and self.own_documents:
             measured = author.texts("measured", documents=self.own_documents, document_format=self.document_format)
             opened = opened._replace(measured=measured)
-        if fitting and self._replays and self.replays_own:
-            opened = opened._replace(replay=self._text_to_replay(author, opened))
+        if wants_text and self.replays_own:
+            opened = opened._replace(replay=self._own_text(author, opened))
         return opened._replace(own_chats=author.chats(self.own_chats))
 
-    def _text_to_replay(self, author: Author, opened: Opened) -> Store:
-        """As many tokens by the base as an epoch replays."""
-        train = self.stores.documents(opened).train
-        assert train is not None
-        lengths, _ = train.sizes(np.ones(len(train), bool))
+    def _own_text(self, author: Author, opened: Opened) -> Store:
+        """Text by the base: as many tokens as an epoch replays, or as many documents as terms want to read."""
+        documents, tokens = self._module.documents_to_read, None
+        if self._replays:
+            train = self.stores.documents(opened).train
+            assert train is not None
+            lengths, _ = train.sizes(np.ones(len(train), bool))
+            documents, tokens = self.replay_documents, int(self.replay_ratio * lengths.sum())
         return author.texts(
             "replay",
-            documents=self.replay_documents,
-            tokens=int(self.replay_ratio * lengths.sum()),
+            documents=documents,
+            tokens=tokens,
             document_format=self.document_format,
             apart_from=opened.measured,
         )
@@ -235,6 +239,7 @@ class SFTDataModule(LightningDataModule):
         self.evaluation = {name: documents for name, documents in named if documents is not None}
         if stage == "fit":
             assert self.dealt.train is not None
+            self.spare_text = None if opened.replay is None else Documents(opened.replay, max_length=self.max_length)
             self.plan = Plan(
                 self.dealt.train,
                 batch_size=self.batch_size,
@@ -245,16 +250,17 @@ class SFTDataModule(LightningDataModule):
                 empty_think_ratio=self.empty_think_ratio,
                 system_ratio=self.system_ratio,
                 max_tokens_per_batch=self.max_tokens_per_batch,
-                replay=self._replay_stream(opened.replay),
+                replay=self._replay_stream(),
             )
             if self.max_tokens_per_batch is not None:  # a later epoch must not fail after hours
                 for epoch in range(max(1, self.trainer.max_epochs or 1)):
                     self.plan.epoch(epoch)
 
-    def _replay_stream(self, store: Store | None) -> ReplayStream | None:
-        if store is None:
+    def _replay_stream(self) -> ReplayStream | None:
+        if not self._replays:
             return None
-        return ReplayStream(Documents(store, max_length=self.max_length), ratio=self.replay_ratio, seed=self.seed)
+        assert self.spare_text is not None
+        return ReplayStream(self.spare_text, ratio=self.replay_ratio, seed=self.seed)
 
     @property
     def pretrain_bytes(self) -> int | None:

@@ -100,7 +100,7 @@ class FirstScreen(Callback):
                 f"{parameters:,}, {trained}, precision {trainer.precision}, {pl_module.device}{ranks}, "
                 f"{pl_module.attention} attention",
             ),
-            *_data_rows(data),
+            *_data_rows(data, from_base=not pl_module.from_scratch),
             ("holding on", _holding(data, pl_module)),
             (
                 "steps",
@@ -146,7 +146,7 @@ class FirstScreen(Callback):
             print(report.aligned([(f"{name:<15}", value) for name, value in rows]), flush=True)
 
 
-def _data_rows(data: SFTDataModule) -> list[tuple[str, str]]:
+def _data_rows(data: SFTDataModule, *, from_base: bool) -> list[tuple[str, str]]:
     documents, epoch = data.plan.documents, data.plan.epoch(0)
     tokens, targets = int(epoch.lengths.sum()), int(epoch.targets.sum())
     rows = [
@@ -165,8 +165,8 @@ def _data_rows(data: SFTDataModule) -> list[tuple[str, str]]:
         if name in data.evaluation:
             found = data.evaluation[name]
             rows.append((what, f"{len(found):,} documents{known}; rejected: {report.rejected(found.rejected)}"))
-    if data.own_chats == "auto" and OWN_CHATS not in data.evaluation:
-        rows.append(("chats to keep", "none: the base is no chat model (data.own_chats would measure them all the same)"))
+    if from_base and data.own_chats == "auto" and OWN_CHATS not in data.evaluation:
+        rows.append(("chats to keep", "none: the base is no chat model (a number as data.own_chats measures anyway)"))
     return rows
 
 

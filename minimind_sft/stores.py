@@ -229,9 +229,9 @@ class Stores:
     def _replay_store(self) -> Store:
         if self.pretrain_path is None:
             raise ValueError(
-                "data.replay_ratio asks for text to replay, but data.pretrain_path is not set. Set it to the text that "
-                "the base was pretrained on (a part of it is enough), data.replay_source to auto to let the base write "
-                "it, or data.replay_ratio to 0"
+                "data.replay_ratio, or a term that reads text, asks for text to replay, but data.pretrain_path is not "
+                "set. Set it to the text that the base was pretrained on (a part of it is enough), data.replay_source "
+                "to auto to let the base write it, or data.replay_ratio to 0"
             )
         if self.replay_documents < 1:
             raise ValueError(f"data.replay_documents is {self.replay_documents}; it must be at least 1")

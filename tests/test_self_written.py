@@ -248,7 +248,7 @@ def test_what_no_text_can_be_measured_by_is_refused(tmp_path: Path, capsys: pyte
     for more, said in (
         (["--own_documents=0"], "nothing to measure on"),
         (["--pretrain_log=log.csv"], "--pretrain_log needs text like the log's"),
-        (["--own_documents=0", f"--val_path={DATA}/sft_val.jsonl", "--max_forgetting=1"], "--max_forgetting needs text"),
+        (["--own_documents=0", f"--val_path={DATA}/sft_val.jsonl", "--max_forgetting=1"], "--max_forgetting needs te"),
         (["--own_chats=-1"], "-1 is not a number from 0"),
     ):
         assert compare(tmp_path, DATA / "base.pth", *more)[0] == 2
