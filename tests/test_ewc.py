@@ -65,7 +65,7 @@ def test_the_loss_is_half_the_fisher_times_the_square_and_near_the_base_kl() -> 
     assert loss == pytest.approx(0.5 * term.fisher["lm_head.weight"][2, 3].item() * step**2)
     hidden = torch.ones(1, H)
     kl = kl_divergence(hidden, hidden, model.logits, base.logits, V).item()
-    assert loss == pytest.approx(kl, rel=0.1)
+    assert loss == pytest.approx(kl, rel=0.15)  # 400 squared gradients are known to 7 %
 
 
 def test_micro_batches_of_a_window_add_up_to_the_loss_once() -> None:

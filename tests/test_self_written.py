@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from minimind_sft.chat import ChatTemplate
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 from minimind_sft.self_written import Author, lines
-from minimind_sft.weights import export_minimind
+from minimind_sft.weights import export_minimind, load_model
 
 PROJECT = Path(__file__).resolve().parents[1]
 DATA = PROJECT / "data"
@@ -169,7 +168,7 @@ def test_without_text_the_base_writes_both_what_is_measured_and_what_is_replayed
         "run_dir": tmp_path / "run", "model.weights": DATA / "base.pth", "data.tokenizer": DATA / "tokenizer",
         "data.train_path": DATA / "sft_train.jsonl", "data.cache_dir": cache, "data.own_documents": 12,
         "data.max_length": 48, "device": "cpu", "ckpt_path": "last"}.items())]) == 0  # fmt: skip
-    assert str(figures["after"]["pretrain_loss"])[:10] in capsys.readouterr().out  # the same documents
+    assert str(figures["after"]["pretrain_loss"])[:7] in capsys.readouterr().out  # the same documents
 
 
 def test_measuring_on_own_text_can_be_turned_off(
@@ -197,7 +196,7 @@ def test_own_chats_are_measured_beside_the_text(
 def test_a_base_with_a_new_head_writes_with_its_own(cache: Path, tmp_path: Path) -> None:
     _, plain = fit(tmp_path / "plain", cache)
     _, reset = fit(tmp_path / "reset", tmp_path / "other", "--model.reset_head=true")
-    assert plain["before"]["pretrain_loss"] < 2 < math.log(2000) < reset["before"]["pretrain_loss"]
+    assert plain["before"]["pretrain_loss"] < 2 < 5 < reset["before"]["pretrain_loss"]
     stores = [{p.read_bytes() for p in folder.glob("*/ids.bin")} for folder in (cache, tmp_path / "other")]
     assert stores[1] <= stores[0]  # the same text and chats
 
@@ -235,7 +234,11 @@ def test_two_models_without_text_are_judged_on_what_the_first_one_writes(
     text = found["text"]["self-written"]
     assert status == 0 and found["judged"] == "self-written" and "own_chats" not in found
     assert text["documents"] == 6 and text["difference"] == 0.0 and text["before"] > 0
-    export_minimind(a_model(), tmp_path / "other.pth")
+    other, _ = load_model(DATA / "base.pth")
+    with torch.no_grad():
+        for parameter in other.model.layers.parameters():
+            parameter.zero_()
+    export_minimind(other, tmp_path / "other.pth")
     status, found = compare(tmp_path, tmp_path / "other.pth", "--own_documents=6", "--own_chats=3")
     assert status == 3 and found["text"]["self-written"]["difference"] > 3
     assert found["own_chats"]["documents"] == 3 and found["own_chats"]["difference"] > 1
