@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from minimind_sft.batching import MicroBatch, Plan
 from minimind_sft.corpus import Store
 from minimind_sft.documents import Documents
-from minimind_sft.evaluation import EvaluationBatches, bytes_of_tokens, prompts
+from minimind_sft.evaluation import EvaluationBatches, bytes_of_tokens, drawn, prompts
 from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
 from minimind_sft.replay import ReplayStream
 from minimind_sft.self_written import Author
@@ -319,6 +319,10 @@ class SFTDataModule(LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader[MicroBatch]]:
         """One loader per entry of `evaluation`; every document goes to exactly one rank."""
+        return self.evaluation_loaders(1.0)
+
+    def evaluation_loaders(self, share: float, *, rest: bool = False) -> list[DataLoader[MicroBatch]]:
+        """As `val_dataloader`, of a share of the documents, the same ones every time, or of the rest of them."""
         assert self.trainer is not None
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
         token_bytes = bytes_of_tokens(self.template)
@@ -331,6 +335,7 @@ class SFTDataModule(LightningDataModule):
                     seed=self.seed,
                     rank=rank,
                     ranks=ranks,
+                    chosen=drawn(len(documents), share, self.seed, rest=rest),
                 )
             )
             for documents in self.evaluation.values()

@@ -24,7 +24,8 @@ EVALUATION_TOKENS = 8_192  # of one batch
 
 
 class EvaluationBatches(Dataset[MicroBatch]):
-    """A rank's share of the documents to evaluate, in batches of about `EVALUATION_TOKENS`."""
+    """A rank's share of the documents to evaluate, in batches of about `EVALUATION_TOKENS`; `chosen` are the numbers of
+    those to evaluate (D,), None for all."""
 
     def __init__(
         self,
@@ -35,12 +36,15 @@ class EvaluationBatches(Dataset[MicroBatch]):
         seed: int,
         rank: int,
         ranks: int,
+        chosen: np.ndarray | None = None,
     ) -> None:
         self.documents, self.token_bytes = documents, token_bytes
         draws = np.random.default_rng([seed, 0, 2]).random(len(documents))
         self.keep = draws < empty_think_ratio  # the same ones at every step
         lengths, _ = documents.sizes(self.keep)
-        self.groups = in_order(lengths, max_tokens=EVALUATION_TOKENS)[rank::ranks]
+        numbers = np.arange(len(documents)) if chosen is None else chosen
+        groups = in_order(lengths[numbers], max_tokens=EVALUATION_TOKENS)[rank::ranks]
+        self.groups = [numbers[group].tolist() for group in groups]
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -50,6 +54,13 @@ class EvaluationBatches(Dataset[MicroBatch]):
         packed = pack(rows)
         wanted = packed.batch.labels[packed.targets].numpy()
         return packed._replace(target_bytes=int(self.token_bytes[wanted].sum()))
+
+
+def drawn(count: int, share: float, seed: int, *, rest: bool = False) -> np.ndarray:
+    """A share of `count` documents, at least one, ascending, the same ones every time; or the rest of them."""
+    order = np.random.default_rng([seed, 0, 4]).permutation(count)
+    first = max(1, math.ceil(share * count))
+    return np.sort(order[first:] if rest else order[:first])
 
 
 def bytes_of_tokens(template: ChatTemplate) -> np.ndarray:

@@ -81,6 +81,21 @@ class Reading:
                 out["val/own_chats/forgetting"] = self.own_chat_loss - base.own_chat_loss
         return out
 
+    def moved(self, start: Reading, whole: Reading) -> Reading:
+        """A reading of everything, estimated from one of a part: what the whole read at the start, plus the change of
+        the part since then.
+
+        Args:
+            start: the part at the start.
+            whole: everything at the start.
+        """
+        changes = {}
+        for name in ("chat_loss", "pretrain_loss", "bits_per_byte", "own_chat_loss"):
+            now, then, all_then = (getattr(reading, name) for reading in (self, start, whole))
+            known = now is not None and then is not None and all_then is not None
+            changes[name] = all_then + (now - then) if known else None
+        return Reading(self.step, **changes)
+
     @property
     def score(self) -> float | None:
         """What `best` means: the chat loss, or the text's where there are no chats."""

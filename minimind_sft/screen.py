@@ -111,7 +111,7 @@ class FirstScreen(Callback):
                 "log, look, save",
                 f"every {intervals.log_every}, {intervals.val_every} and {intervals.save_every} steps, and "
                 f"after the last; "
-                f"a look reads {evaluation_tokens(data.evaluation):,} tokens",
+                f"a look reads {evaluation_tokens(data.evaluation):,} tokens{_live(intervals.live_share)}",
             ),
             ("disk", f"two checkpoints of {report.megabytes(weights_and_adam)} in {trainer.default_root_dir}"),
         ]
@@ -136,14 +136,21 @@ class FirstScreen(Callback):
         elif not pl_module.from_scratch:
             what = "data.heldout_path, data.pretrain_path or data.own_documents"
             rows.append(("forgetting", f"not measured: set {what}"))
+        if self.measure.base_is_known:
+            rows.append(("", "as an earlier run of this base measured on the same documents"))
         tokens = evaluation_tokens(data.evaluation)
         if self.measure.seconds and tokens:
             # a token trained costs about as much as three looked at
             step = 3 * self.measure.seconds / tokens * float(data.plan.epoch(0).window_tokens.mean())
             looks = pl_module.total_steps / self.measure.intervals.val_every * self.measure.seconds
+            looks *= self.measure.intervals.live_share
             rows.append(("time", f"about {duration(pl_module.total_steps * step + looks)}"))
         if rows:
             print(report.aligned([(f"{name:<15}", value) for name, value in rows]), flush=True)
+
+
+def _live(share: float) -> str:
+    return "" if share == 1 else f" ({share:.0%} of them between the first and the last, as a change since step 0)"
 
 
 def _data_rows(data: SFTDataModule, *, from_base: bool) -> list[tuple[str, str]]:
@@ -239,6 +246,9 @@ class LastScreen(Callback):
         write_whole(self.folder / "forgetting.json", json.dumps(figures, indent=1) + "\n")
         table = report.forgetting_table(before, after, best, text=data.text, from_base=from_base)
         print("\n" + table, flush=True)
+        share = self.measure.intervals.live_share
+        if share < 1 and best is not None and best.step != after.step:
+            print(f"step {best.step} was looked at on {share:.0%} of the documents (val_every_steps: all of them)")
         if before.chat_loss is not None and before.pretrain_loss is not None:
             report.plot(readings, self.folder / "forgetting.png")
         if not pl_module.from_scratch:
