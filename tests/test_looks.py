@@ -52,7 +52,7 @@ def fit(run_dir: Path, cache: Path, *more: str) -> list[dict[str, float]]:
     arguments = [
         f"--run_dir={run_dir}", "--device=cpu", "--log_every_steps=100", "--export=none", "--data.max_length=48",
         f"--model.weights={DATA}/base.pth", f"--data.train_path={DATA}/sft_train.jsonl", "--data.max_rows=64",
-        f"--data.heldout_path={DATA}/heldout.jsonl", "--data.max_overlap=1.0", "--data.measure_documents=60",
+        f"--data.heldout_path={DATA}/heldout.jsonl", "--data.max_overlap=1.0", "--data.measure_documents=120",
         f"--data.tokenizer={DATA}/tokenizer", f"--data.cache_dir={cache}", "--data.own_chats=0",
         "--trainer.max_epochs=3", *more,
     ]  # fmt: skip
@@ -98,6 +98,6 @@ def test_the_base_is_measured_once_for_the_same_documents(
     figures["reading"]["pretrain_loss"] += 1.0
     kept.write_text(json.dumps(figures))  # to see that it is taken
     assert fit(tmp_path / "third", own, *few)[0]["val/pretrain/loss"] == first[0]["val/pretrain/loss"] + 1.0
-    for name, other in (("documents", "--data.measure_documents=59"), ("cut", "--data.max_length=40")):
+    for name, other in (("documents", "--data.measure_documents=119"), ("cut", "--data.max_length=40")):
         rows = fit(tmp_path / name, own, *few, other)
         assert rows[0]["val/pretrain/loss"] < first[0]["val/pretrain/loss"] + 0.5, name
