@@ -62,6 +62,7 @@ class Measure(Callback):
         self.max_forgetting, self.patience = max_forgetting, patience
         self.readings: list[Reading] = []
         self.live_start: Reading | None = None  # of step 0, on the documents that are looked at in between
+        self.by_live: dict[int, Reading] = {}  # what whole looks after step 0 would have been by those alone, by step
         self.seconds = 0.0  # of the last whole look
         self.base_is_known = False  # whether an earlier run looked at the base
         self.intervals: Intervals
@@ -69,16 +70,21 @@ class Measure(Callback):
     @property
     def best(self) -> Reading | None:
         """The reading with the lowest loss after step 0 within `max_forgetting`, the earliest of equals; where none is
-        within it, the one that forgot least."""
+        within it, the one that forgot least. All are judged by the same documents."""
+        judged = {reading.step: self._judged(reading) for reading in self.readings}
         scored = [reading for reading in self.readings if reading.step and reading.score is not None]
         within = [reading for reading in scored if self.within(reading)]
         if within or not scored:
-            return min(within, key=lambda reading: (reading.score, reading.step), default=None)
-        return min(scored, key=lambda reading: (reading.pretrain_loss, reading.step))
+            return min(within, key=lambda reading: (judged[reading.step].score, reading.step), default=None)
+        return min(scored, key=lambda reading: (judged[reading.step].pretrain_loss, reading.step))
+
+    def _judged(self, reading: Reading) -> Reading:
+        """The reading by the live documents alone."""
+        return self.by_live.get(reading.step, reading)
 
     def within(self, reading: Reading) -> bool:
         """Whether a reading forgot no more than `max_forgetting`."""
-        base = self.readings[0].pretrain_loss
+        base, reading = self.readings[0].pretrain_loss, self._judged(reading)
         if self.max_forgetting is None or base is None or reading.pretrain_loss is None:
             return True
         return reading.pretrain_loss - base <= self.max_forgetting
@@ -162,6 +168,8 @@ class Measure(Callback):
                 reading = pl_module.meter.read(trainer.global_step)
                 if trainer.global_step == 0:
                     self.live_start = live
+                elif self.live_start is not None:
+                    self.by_live[trainer.global_step] = live.moved(self.live_start, self.readings[0])
         if whole:
             self.seconds = time.monotonic() - started
         else:
@@ -183,13 +191,18 @@ class Measure(Callback):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
     def state_dict(self) -> dict[str, Any]:
-        live = None if self.live_start is None else asdict(self.live_start)
-        readings = [asdict(reading) for reading in self.readings]
-        return {"readings": readings, "live_start": live, "live_share": self.intervals.live_share}
+        return {
+            "readings": [asdict(reading) for reading in self.readings],
+            "by_live": {step: asdict(reading) for step, reading in self.by_live.items()},
+            "live_start": None if self.live_start is None else asdict(self.live_start),
+            "live_share": self.intervals.live_share,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.readings = [Reading(**reading) for reading in state_dict["readings"]]
-        live = state_dict.get("live_start")  # a run from before there was one goes on with whole looks
+        # a run from before there were live documents goes on with whole looks
+        self.by_live = {step: Reading(**reading) for step, reading in state_dict.get("by_live", {}).items()}
+        live = state_dict.get("live_start")
         self.live_start = None if live is None else Reading(**live)
         self.intervals = replace(self.intervals, live_share=state_dict.get("live_share", 1.0))
 

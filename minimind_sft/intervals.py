@@ -5,7 +5,7 @@ steps of the original's 128 chats (measured: 115 s a look, 10.8 to 14.8 s a step
 everything, so that what is reported is exact. Those between may together cost `LIVE_COST` of the training time: where
 runs are long they are made rarely, and where they are so short that less than one an epoch would be left, they read a
 part of the documents instead, always the same ones, and their change since step 0 is added to the base's reading of
-everything (`Reading.moved`).
+everything (`Reading.moved`). Which reading is the best is decided by these documents alone, at the last step as well.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from minimind_sft.__main__ import main
+from minimind_sft.callbacks import Measure
 from minimind_sft.evaluation import drawn
 from minimind_sft.forgetting import Reading
 from minimind_sft.intervals import live_share
@@ -42,6 +43,16 @@ def test_a_share_of_the_documents_and_the_rest_are_all_of_them() -> None:
 def test_a_part_tells_everything_by_its_change() -> None:
     start, whole = Reading(0, 5.0, 2.0, 1.0), Reading(0, 5.5, 2.25, 1.25)
     assert Reading(4, 3.0, 2.125, 1.125).moved(start, whole) == Reading(4, 3.5, 2.375, 1.375)
+
+
+def test_the_best_reading_is_judged_by_the_documents_that_all_were_read_on() -> None:
+    measure = Measure(log_every=1, val_every=None, save_every=None)
+    measure.readings = [Reading(0, 5.0, 2.0), Reading(4, 3.0, 2.1), Reading(8, 3.1, 2.2)]
+    assert measure.best is not None and measure.best.step == 4
+    measure.by_live = {8: Reading(8, 2.9, 2.2)}  # step 8 on what step 4 was read on
+    assert measure.best == Reading(8, 3.1, 2.2)  # told as it was on everything
+    measure.max_forgetting = 0.15
+    assert measure.best.step == 4
 
 
 # ---- through `fit`
