@@ -116,7 +116,9 @@ class Author:
         Args:
             wanted: how many; 0 for none; `auto` for `CHATS` where the base is a chat model, else for none. It is one
                 where at least half of `TRIED` answers end by themselves and, asked for more, it goes on as its template
-                does behind a turn (in MiniMind with a newline behind `<|im_end|>`).
+                does behind a turn (in MiniMind with a newline behind `<|im_end|>`). Measured: 0 and 2 of 16 by bases of
+                1.7 M and 5 M parameters, 16 and 15 by their fine-tunes; that an answer ends would not tell, for the
+                smaller base ends all its texts.
 
         Raises:
             ValueError: a number of chats, and a template that the base cannot begin one with.
