@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -19,9 +19,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from torch.utils.data import DataLoader
 
-from minimind_sft.evaluation import affordable_interval, evaluation_tokens
+from minimind_sft.baselines import Baseline, Baselines
+from minimind_sft.batching import MicroBatch
 from minimind_sft.forgetting import Reading
+from minimind_sft.intervals import Intervals
 from minimind_sft.records import MetricsFile
 
 if TYPE_CHECKING:
@@ -29,39 +32,11 @@ if TYPE_CHECKING:
     from minimind_sft.module import SFTModule
 
 
-@dataclass(frozen=True)
-class Intervals:
-    """Optimizer steps between two lines of the log, two readings, two checkpoints."""
-
-    log_every: int
-    val_every: int
-    save_every: int
-
-    @classmethod
-    def resolve(
-        cls, data: SFTDataModule, *, log_every: int, val_every: int | None, save_every: int | None
-    ) -> Intervals:
-        """Fill in what was left open.
-
-        A checkpoint every 100 steps or quarter of an epoch; a reading as often as costs about 5 % of the time, at most
-        with every checkpoint and at least once an epoch.
-
-        Raises:
-            ValueError: an interval below 1.
-        """
-        for name, value in (("log", log_every), ("val", val_every), ("save", save_every)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}_every_steps is {value}; it counts optimizer steps and must be at least 1")
-        plan = data.plan
-        save = save_every or max(1, min(100, plan.windows // 4))
-        affordable = affordable_interval(evaluation_tokens(data.evaluation), float(plan.epoch(0).window_tokens.mean()))
-        return cls(log_every, val_every or min(max(affordable, save), plan.windows), save)
-
-
 class Measure(Callback):
     """Reads the meter at step 0, every `val_every` steps and after the last one.
 
-    Its state in a checkpoint is every reading so far, so that a resumed run tells the same story.
+    Its state in a checkpoint is every reading so far, so that a resumed run tells the same story. What readings between
+    the first and the last read is `intervals.py`'s.
 
     Args:
         log_every, val_every, save_every: see `Intervals.resolve`.
@@ -86,22 +61,30 @@ class Measure(Callback):
         self._asked = {"log_every": log_every, "val_every": val_every, "save_every": save_every}
         self.max_forgetting, self.patience = max_forgetting, patience
         self.readings: list[Reading] = []
-        self.seconds = 0.0  # of the last look
+        self.live_start: Reading | None = None  # of step 0, on the documents that are looked at in between
+        self.by_live: dict[int, Reading] = {}  # what whole looks after step 0 would have been by those alone, by step
+        self.seconds = 0.0  # of the last whole look
+        self.base_is_known = False  # whether an earlier run looked at the base
         self.intervals: Intervals
 
     @property
     def best(self) -> Reading | None:
         """The reading with the lowest loss after step 0 within `max_forgetting`, the earliest of equals; where none is
-        within it, the one that forgot least."""
+        within it, the one that forgot least. All are judged by the same documents."""
+        judged = {reading.step: self._judged(reading) for reading in self.readings}
         scored = [reading for reading in self.readings if reading.step and reading.score is not None]
         within = [reading for reading in scored if self.within(reading)]
         if within or not scored:
-            return min(within, key=lambda reading: (reading.score, reading.step), default=None)
-        return min(scored, key=lambda reading: (reading.pretrain_loss, reading.step))
+            return min(within, key=lambda reading: (judged[reading.step].score, reading.step), default=None)
+        return min(scored, key=lambda reading: (judged[reading.step].pretrain_loss, reading.step))
+
+    def _judged(self, reading: Reading) -> Reading:
+        """The reading by the live documents alone."""
+        return self.by_live.get(reading.step, reading)
 
     def within(self, reading: Reading) -> bool:
         """Whether a reading forgot no more than `max_forgetting`."""
-        base = self.readings[0].pretrain_loss
+        base, reading = self.readings[0].pretrain_loss, self._judged(reading)
         if self.max_forgetting is None or base is None or reading.pretrain_loss is None:
             return True
         return reading.pretrain_loss - base <= self.max_forgetting
@@ -115,11 +98,15 @@ class Measure(Callback):
         return sum(reading.step > best.step for reading in self.readings) >= self.patience
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        self.intervals = Intervals.resolve(trainer.datamodule, **self._asked)  # type: ignore[attr-defined, arg-type]
+        self.intervals = Intervals.resolve(
+            trainer.datamodule,  # type: ignore[attr-defined]
+            total_steps=pl_module.total_steps,
+            **self._asked,  # type: ignore[arg-type]
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.global_step == 0:
-            reading = self.look(trainer, pl_module)
+            reading = self._look_at_base(trainer, pl_module)
             if not pl_module.from_scratch:
                 pl_module.baseline = reading
             self._log(trainer, pl_module, reading)
@@ -132,7 +119,12 @@ class Measure(Callback):
             return
         step = trainer.global_step
         if step % self.intervals.val_every == 0 or step == pl_module.total_steps:
-            self._log(trainer, pl_module, self.look(trainer, pl_module))
+            last = step == pl_module.total_steps
+            reading = self.look(trainer, pl_module, whole=last)
+            if self.at_plateau and not last and self.intervals.live_share < 1:  # this is the end, so all is looked at
+                self.readings.pop()
+                reading = self.look(trainer, pl_module, whole=True)
+            self._log(trainer, pl_module, reading)
             trainer.should_stop = self.at_plateau
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -147,19 +139,50 @@ class Measure(Callback):
                 flush=True,
             )
 
-    def look(self, trainer: pl.Trainer, pl_module: SFTModule) -> Reading:
-        """Score the model as it is on every evaluation document, and keep the reading."""
-        started = time.monotonic()
+    def _look_at_base(self, trainer: pl.Trainer, pl_module: SFTModule) -> Reading:
+        baselines = Baselines(trainer.datamodule, pl_module, self.intervals.live_share)  # type: ignore[attr-defined]
+        if (known := baselines.find()) is not None:
+            self.readings.append(known.reading)
+            self.live_start, self.seconds, self.base_is_known = known.live, known.seconds, True
+            return known.reading
+        reading = self.look(trainer, pl_module, whole=True)
+        baselines.keep(Baseline(reading, self.live_start, self.seconds))
+        return reading
+
+    def look(self, trainer: pl.Trainer, pl_module: SFTModule, *, whole: bool) -> Reading:
+        """Score the model as it is, and keep the reading.
+
+        Args:
+            whole: on every evaluation document; else on the live ones, as a change since step 0.
+        """
+        data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        share, started = self.intervals.live_share, time.monotonic()
+        whole = whole or self.live_start is None or share == 1
         pl_module.meter.reset()
         with evaluating(trainer, pl_module):
-            for number, loader in enumerate(trainer.datamodule.val_dataloader()):  # type: ignore[attr-defined]
-                for position, batch in enumerate(loader):
-                    moved = trainer.strategy.batch_to_device(batch, dataloader_idx=number)
-                    pl_module.validation_step(moved, position, number)
-        reading = pl_module.meter.read(trainer.global_step)
+            self._score(trainer, pl_module, data.evaluation_loaders(share))
+            reading = pl_module.meter.read(trainer.global_step)
+            if whole and share < 1:
+                live = reading
+                self._score(trainer, pl_module, data.evaluation_loaders(share, rest=True))
+                reading = pl_module.meter.read(trainer.global_step)
+                if trainer.global_step == 0:
+                    self.live_start = live
+                elif self.live_start is not None:
+                    self.by_live[trainer.global_step] = live.moved(self.live_start, self.readings[0])
+        if whole:
+            self.seconds = time.monotonic() - started
+        else:
+            assert self.live_start is not None
+            reading = reading.moved(self.live_start, self.readings[0])
         self.readings.append(reading)
-        self.seconds = time.monotonic() - started
         return reading
+
+    def _score(self, trainer: pl.Trainer, pl_module: SFTModule, loaders: list[DataLoader[MicroBatch]]) -> None:
+        for number, loader in enumerate(loaders):
+            for position, batch in enumerate(loader):
+                moved = trainer.strategy.batch_to_device(batch, dataloader_idx=number)
+                pl_module.validation_step(moved, position, number)
 
     def _log(self, trainer: pl.Trainer, pl_module: SFTModule, reading: Reading) -> None:
         metrics = reading.metrics(pl_module.baseline)
@@ -168,10 +191,20 @@ class Measure(Callback):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"readings": [asdict(reading) for reading in self.readings]}
+        return {
+            "readings": [asdict(reading) for reading in self.readings],
+            "by_live": {step: asdict(reading) for step, reading in self.by_live.items()},
+            "live_start": None if self.live_start is None else asdict(self.live_start),
+            "live_share": self.intervals.live_share,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.readings = [Reading(**reading) for reading in state_dict["readings"]]
+        # a run from before there were live documents goes on with whole looks
+        self.by_live = {step: Reading(**reading) for step, reading in state_dict.get("by_live", {}).items()}
+        live = state_dict.get("live_start")
+        self.live_start = None if live is None else Reading(**live)
+        self.intervals = replace(self.intervals, live_share=state_dict.get("live_share", 1.0))
 
 
 @contextmanager
@@ -259,7 +292,8 @@ class StepLog(Callback):
         assert result is not None
         left = total - result.step
         looks = math.ceil(left / self.measure.intervals.val_every)
-        eta = duration(left * self._step_seconds + looks * self.measure.seconds)
+        look = self.measure.seconds * self.measure.intervals.live_share
+        eta = duration(left * self._step_seconds + looks * look)
         line = f"loss {result.loss:.4f}  lr {result.learning_rate:.2e}  {speed:,.0f} tokens/s  ETA {eta}"
         if self._progress is not None:
             self._progress.update(self._task, completed=result.step, line=line)

@@ -19,13 +19,14 @@ from minimind_sft.files import resolve
 from minimind_sft.hub import PREFIX
 from minimind_sft.origins import Origin, find_origin
 from minimind_sft.report import megabytes
+from minimind_sft.stores import SELF_WRITTEN
 from minimind_sft.weights import Loaded
 
 SETTINGS = ("model", "data", "trainer")  # sections that decide what a model becomes
 STAGES = 8  # followed back at most
 MEASURED = (
     ("chat_loss", "chats, nats per token"), ("pretrain_loss", "text, nats per token"),
-    ("bits_per_byte", "text, bits per byte"),
+    ("bits_per_byte", "text, bits per byte"), ("own_chat_loss", "its base's own chats, nats per token"),
 )  # fmt: skip
 
 USE = """\
@@ -82,8 +83,11 @@ def _cost(run_dir: Path | None, record: Mapping[str, Any]) -> str:
         risen = {name: {"risen": reading["pretrain_loss"] - start} for name, reading in readings.items()}
         rows.append(_measured("forgotten, nats per token", "risen", risen, sign="+"))
     head = ["", *(f"{name} (step {reading.get('step')})" for name, reading in readings.items())]
-    seen = {"True": ", seen by the base", "False": ", unseen by the base"}.get(str(figures.get("seen")), "")
-    text = f"The text is pretraining text{seen}."
+    word = figures.get("text") or {"True": "seen", "False": "unseen"}.get(str(figures.get("seen")))
+    known = {"seen": ", seen by the base", "unseen": ", unseen by the base"}.get(str(word), "")
+    text = f"The text is pretraining text{known}."
+    if word == SELF_WRITTEN:
+        text = "The text was written by the base itself."
     if record.get("step") is not None:
         text += f" These weights are those of step {record['step']:,}."
     return f"## What training cost\n\n{_table(head, [row for row in rows if row])}\n\n{text}"

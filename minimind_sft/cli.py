@@ -157,7 +157,7 @@ class SFTCLI(LightningCLI):
             "--val_every_steps",
             type=OptionalInt,
             default=None,
-            help="steps between two readings; null: as often as costs about 5 %% of the time",
+            help="steps between two readings; null: as often, and of as many documents, as costs 5 %% of the time",
         )
         parser.add_argument(
             "--save_every_steps",

@@ -4,9 +4,9 @@ In come two models in any format that `weights.load` reads, made by any tool, an
 come `compare.json`, `documents.jsonl`, pictures, a table, and the exit status 3 where more was forgotten than allowed.
 No config, no run directory, no Lightning. On one CPU core, two models of 5 M parameters read 2,600 tokens a second.
 
-Forgetting is judged on unseen text (`heldout_path`) where there is some, else on the base's own (`pretrain_path`), by
-its point estimate: the interval says how sure it is, and a tight limit on few documents should not
-fail by chance alone.
+Forgetting is judged on unseen text (`heldout_path`) where there is some, else on the base's own (`pretrain_path`), else
+on text that the base writes first (`self_written.py`), by its point estimate: the interval says how sure it is, and a
+tight limit on few documents should not fail by chance alone.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from minimind_sft import comparison_plots, measures
+from minimind_sft import comparison_plots, measures, self_written
 from minimind_sft.comparison_options import EXCEEDED, MAX_FORGETTING, errors_name_options, parser
 from minimind_sft.comparison_screen import screen
+from minimind_sft.corpus import Store
 from minimind_sft.files import resolve, write_whole
 from minimind_sft.measures import Section
 from minimind_sft.pairs import Pair, find_tokenizer, open_pair
 from minimind_sft.probes import load_probes
 from minimind_sft.report import likely_not_pretrained
 from minimind_sft.retained import LossLog, load_log, retained
-from minimind_sft.sampling import read_lines
-from minimind_sft.stores import Stores
+from minimind_sft.sampling import Line, read_lines
+from minimind_sft.stores import SELF_WRITTEN, Stores
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,6 +70,8 @@ def compare(
     tokenizer: str | None = None,
     heldout_path: str | None = None,
     pretrain_path: str | None = None,
+    own_documents: int = 200,
+    own_chats: int | Literal["auto"] = "auto",
     val_path: str | None = None,
     probes: str | None = None,
     pretrain_log: str | None = None,
@@ -92,10 +95,13 @@ def compare(
     Raises:
         ValueError: models or data that cannot be used, or nothing to measure on.
     """
-    if not (heldout_path or pretrain_path or val_path or probes):
+    has_text = bool(heldout_path or pretrain_path)
+    if not (has_text or own_documents or val_path or probes):
         raise ValueError("nothing to measure on: give --heldout_path, --pretrain_path, --val_path or --probes")
-    if not (heldout_path or pretrain_path) and (max_forgetting is not None or pretrain_log is not None):
-        raise ValueError("--max_forgetting and --pretrain_log need text: give --heldout_path or --pretrain_path")
+    if not (has_text or own_documents) and max_forgetting is not None:
+        raise ValueError("--max_forgetting needs text: give --heldout_path or --pretrain_path, or --own_documents")
+    if not has_text and pretrain_log is not None:
+        raise ValueError("--pretrain_log needs text like the log's: give --heldout_path or --pretrain_path")
     log = None if pretrain_log is None else load_log(resolve(pretrain_log))
     make_stores = partial(
         Stores,
@@ -119,13 +125,20 @@ def compare(
         seed=seed,
     )
     result: Section = {**pair.about, "seed": seed, "max_length": max_length, "document_format": document_format}
-    texts = {
-        "unseen": make_stores(heldout_path=heldout_path) if heldout_path else None,
-        "seen": make_stores(pretrain_path=pretrain_path) if pretrain_path else None,
+    given = [make_stores(heldout_path=heldout_path)] if heldout_path else []
+    given += [make_stores(pretrain_path=pretrain_path)] if pretrain_path else []
+    texts: dict[str, tuple[Store | None, Iterator[Line] | None]] = {
+        str(of.text): (of.open(train=False).measured, None) for of in given
     }
-    rows = _measure_texts(result, pair, {name: of for name, of in texts.items() if of is not None})
+    author = pair.author(stores.cache)
+    if not texts and own_documents:
+        own = author.texts("measured", documents=own_documents, document_format=document_format)
+        texts[SELF_WRITTEN] = own, self_written.lines(own, stores.template, document_format=document_format)
+    rows = _measure_texts(result, pair, texts)
     if val_path:
         _measure_chats(result, pair, stores, prompts=prompts, answer_tokens=answer_tokens)
+    if chats := author.chats(own_chats):
+        result["own_chats"] = measures.measure_chats(pair, chats)
     if asked:
         result["facts"] = measures.measure_facts(pair, asked)
     result["verdict"] = verdict(result, MAX_FORGETTING if max_forgetting is None else max_forgetting)
@@ -135,13 +148,15 @@ def compare(
     return result, rows
 
 
-def _measure_texts(result: Section, pair: Pair, texts: dict[str, Stores]) -> list[Section]:
-    """Measure on every text; the first is the one that is judged, and whose documents are returned."""
+def _measure_texts(
+    result: Section, pair: Pair, texts: Mapping[str, tuple[Store | None, Iterator[Line] | None]]
+) -> list[Section]:
+    """Measure on every text, a store and its lines (None for those of its files); the first is the one that is judged,
+    and whose documents are returned."""
     result["text"], documents = {}, None
-    for name, stores in texts.items():
-        store = stores.open(train=False).measured
+    for name, (store, lines) in texts.items():
         assert store is not None
-        lines = read_lines([Path(file) for file in store.meta["files"]])
+        lines = lines or read_lines([Path(file) for file in store.meta["files"]])
         result["text"][name], rows, found = measures.measure_text(pair, store, lines)
         if documents is None:
             documents = rows
@@ -187,6 +202,11 @@ def _notes(result: Section, vocab_size: int) -> list[str]:
     if "judged" not in result:
         return ["no text was given, so forgetting was not judged"]
     text, notes = result["text"][result["judged"]], []
+    if result["judged"] == SELF_WRITTEN:
+        notes.append(
+            "no text was given, so the base wrote what forgetting is judged on; what it knows but seldom says hardly "
+            "counts there: --heldout_path and --pretrain_path tell more"
+        )
     if likely_not_pretrained(text["before"], vocab_size):
         notes.append(
             f"the base's loss of {text['before']:.2f} nats is no better than guessing among {vocab_size:,} tokens: "

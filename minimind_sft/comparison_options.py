@@ -37,6 +37,20 @@ def parser() -> argparse.ArgumentParser:
     add("--tokenizer", metavar="FOLDER", help="of both models; by default what lies in or beside TUNED or BASE")
     add("--heldout_path", metavar="FILE", help="text that the base has not seen; judged first")
     add("--pretrain_path", metavar="FILE", help="text that the base was pretrained on")
+    add(
+        "--own_documents",
+        type=_number,
+        default=200,
+        metavar="N",
+        help="without either text, documents to measure on that BASE writes itself; 0 for none",
+    )
+    add(
+        "--own_chats",
+        type=lambda text: text if text == "auto" else _number(text),
+        default="auto",
+        metavar="N",
+        help="chats to measure on that BASE writes itself; auto: 64 where it is a chat model, 0 for none",
+    )
     add("--val_path", metavar="FILE", help="validation chats")
     add("--probes", metavar="FILE", help="facts to ask, as JSON lines")
     add(
@@ -69,6 +83,13 @@ def _count(text: str) -> int:
     return number
 
 
+def _number(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
+    return number
+
+
 def _limit(text: str) -> float:
     number = float(text)
     if not number >= 0:
@@ -79,7 +100,8 @@ def _limit(text: str) -> float:
 @contextmanager
 def errors_name_options() -> Iterator[None]:
     """What `fit` calls `data.val_path` is `--val_path` here."""
-    names = "heldout_path|pretrain_path|val_path|tokenizer|max_bad_ratio|max_length|document_format|cache_dir"
+    names = "heldout_path|pretrain_path|val_path|tokenizer|max_bad_ratio|max_length|document_format|cache_dir|own_chats"
+    names += "|own_documents"
     try:
         yield
     except ValueError as error:

@@ -58,6 +58,9 @@ def _losses(result: dict[str, Any]) -> str:
     if section := result.get("chats"):
         rows += _loss_rows("chats", section, full=False)
         about.append(f"chats: {_size(section, 'chats')}, on what the assistant says")
+    if section := result.get("own_chats"):
+        rows += _loss_rows("the base's own chats", section, full=False)
+        about.append(f"the base's own chats: {_size(section, 'chats')}, on the answers; the base wrote them")
     if section := result.get("continuations"):
         rows += _loss_rows("second halves as a chat", section, full=False)
         about.append(

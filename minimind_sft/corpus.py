@@ -157,6 +157,8 @@ class _Writer:
         (self.folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
+
+
 class Taken(NamedTuple):
     """What `build` took of the lines that it was given."""
 
@@ -215,11 +217,22 @@ def build(
     writer.finish(note(Taken(taken, tokens, stopped)))
 
 
-def build_from_spans(folder: Path, documents: Iterable[list[Span]], vocab_size: int, *, source: str) -> None:
-    """Make a store of documents that come from no file; `source` stands where a file's name would."""
+def build_from_spans(
+    folder: Path,
+    documents: Iterable[list[Span]],
+    vocab_size: int,
+    *,
+    source: str,
+    apart_from: Store | None = None,
+) -> None:
+    """Make a store of documents that come from no file and, by their hash, do not stand in `apart_from`; `source`
+    stands where a file's name would."""
     writer = _Writer(folder, vocab_size)
+    known = set() if apart_from is None else set(apart_from.hashes.tolist())
     for number, spans in enumerate(documents, 1):
-        writer.add([Line(source, number, "")], pack([Document(spans, source)], writer.dtype))
+        packed = pack([Document(spans, source)], writer.dtype)
+        if int(packed.hashes[0]) not in known:
+            writer.add([Line(source, number, "")], packed)
     writer.finish({})
 
 

@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from minimind_sft.batching import MicroBatch, Plan
 from minimind_sft.corpus import Store
 from minimind_sft.documents import Documents
-from minimind_sft.evaluation import EvaluationBatches, bytes_of_tokens, prompts
-from minimind_sft.forgetting import CHAT, PRETRAIN
+from minimind_sft.evaluation import EvaluationBatches, bytes_of_tokens, drawn, prompts
+from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
 from minimind_sft.replay import ReplayStream
-from minimind_sft.self_written import self_written
-from minimind_sft.stores import Opened, Stores
+from minimind_sft.self_written import Author
+from minimind_sft.stores import SELF_WRITTEN, Opened, Stores
 
 if TYPE_CHECKING:
     from minimind_sft.module import SFTModule
@@ -68,9 +68,14 @@ class SFTDataModule(LightningDataModule):
         max_overlap: refuse held-out documents that share more than this share of their 50-character shingles with the
             training chats.
         measure_documents: documents of pretraining text to measure on, chosen by content hash.
+        own_documents: without `pretrain_path` and `heldout_path`, measure forgetting on this many documents that the
+            base writes itself first; 0 for no such measuring.
+        own_chats: measure the forgetting of this many chats that the base writes itself, too; auto for 64 where it is a
+            chat model (see `self_written.Author.chats`), else none; 0 for none.
         replay_ratio: tokens of `pretrain_path` per token of chat that every window holds besides, none of them
             measured on; 0 is off. What is asked of them: `model.replay_loss`.
-        replay_source: `file`, to replay `pretrain_path`; `self`, to replay text that the base writes itself first.
+        replay_source: `file`, to replay `pretrain_path`; `self`, to replay text that the base writes itself first;
+            `auto`, to replay `pretrain_path` where it is set.
         replay_documents: documents to replay from, at most; of `pretrain_path` chosen by content hash.
         format: of the lines: auto, or one of the formats in the README.
         document_format: how pretraining framed a raw text: minimind3, minimind2 (the markers are in the text) or bare.
@@ -109,8 +114,10 @@ class SFTDataModule(LightningDataModule):
         max_bad_ratio: float = 0.01,
         max_overlap: float = 0.2,
         measure_documents: int = 1_000,
+        own_documents: int = 200,
+        own_chats: int | Literal["auto"] = "auto",
         replay_ratio: float = 0.0,
-        replay_source: Literal["file", "self"] = "file",
+        replay_source: Literal["auto", "file", "self"] = "auto",
         replay_documents: int = 20_000,
         format: str = "auto",
         document_format: str = "minimind3",
@@ -125,7 +132,12 @@ class SFTDataModule(LightningDataModule):
         self.empty_think_ratio, self.document_format = empty_think_ratio, document_format
         if not replay_ratio >= 0.0:
             raise ValueError(f"data.replay_ratio is {replay_ratio}; it is replay tokens per chat token, 0 or above")
-        self.replay_ratio, self.replay_source, self.replay_documents = replay_ratio, replay_source, replay_documents
+        for name, number in (("own_documents", own_documents), ("own_chats", own_chats)):
+            if number != "auto" and number < 0:
+                raise ValueError(f"data.{name} is {number}; it is a number that the base writes, 0 for none")
+        self.own_documents, self.own_chats = own_documents, own_chats
+        self.replay_ratio, self.replay_documents = replay_ratio, replay_documents
+        self.replays_own = replay_source == "self" or replay_source == "auto" and pretrain_path is None
         self.stores = Stores(
             train_path=train_path,
             tokenizer=tokenizer,
@@ -155,7 +167,6 @@ class SFTDataModule(LightningDataModule):
             workers=workers,
         )
         self.template, self.probes = self.stores.template, self.stores.probes
-        self.seen = self.stores.seen
         self.start_step = 0  # optimizer steps done before this process started; set on resume
 
     def prepare_data(self) -> None:
@@ -163,58 +174,78 @@ class SFTDataModule(LightningDataModule):
         self._open()
 
     def _open(self) -> Opened:
+        """What there is in files, and what the base writes itself where there is nothing."""
         assert self.trainer is not None
-        replays = self.trainer.state.fn == "fit" and self._replays
-        opened = self.stores.open(
-            train=self.trainer.state.fn == "fit", replay=replays and self.replay_source == "file"
-        )
-        if replays and opened.replay is None:
-            opened = opened._replace(replay=self._written_by_the_base(opened))
-        return opened
+        fitting, module = self.trainer.state.fn == "fit", self._module
+        wants_text = fitting and (self._replays or module.documents_to_read > 0)
+        opened = self.stores.open(train=fitting, replay=wants_text and not self.replays_own)
+        if module.from_scratch or self.trainer.state.fn == "predict":
+            return opened
+        author = self._author()
+        if opened.measured is None and self.own_documents:
+            measured = author.texts("measured", documents=self.own_documents, document_format=self.document_format)
+            opened = opened._replace(measured=measured)
+        if wants_text and self.replays_own:
+            opened = opened._replace(replay=self._own_text(author, opened))
+        return opened._replace(own_chats=author.chats(self.own_chats))
 
-    def _written_by_the_base(self, opened: Opened) -> Store:
-        """As many tokens as an epoch replays."""
+    def _own_text(self, author: Author, opened: Opened) -> Store:
+        """Text by the base: as many tokens as an epoch replays, or as many documents as terms want to read."""
+        documents, tokens = self._module.documents_to_read, None
+        if self._replays:
+            train = self.stores.documents(opened).train
+            assert train is not None
+            lengths, _ = train.sizes(np.ones(len(train), bool))
+            documents, tokens = self.replay_documents, int(self.replay_ratio * lengths.sum())
+        return author.texts(
+            "replay",
+            documents=documents,
+            tokens=tokens,
+            document_format=self.document_format,
+            apart_from=opened.measured,
+        )
+
+    def _author(self) -> Author:
+        assert self.trainer is not None and self._module.base_sha256 is not None
+        return Author(
+            cache=self.stores.cache,
+            model=self._module.base,
+            template=self.template,
+            base_sha256=self._module.base_sha256,
+            max_length=self.max_length,
+            seed=self.seed,
+            device=self.trainer.strategy.root_device,
+        )
+
+    @property
+    def _module(self) -> SFTModule:
         assert self.trainer is not None
-        module: SFTModule = self.trainer.lightning_module  # type: ignore[assignment]
-        train = self.stores.documents(opened).train
-        assert train is not None and module.base_sha256 is not None
-        lengths, _ = train.sizes(np.ones(len(train), bool))
-        home = module.model.lm_head.weight.device
-        module.model.to(self.trainer.strategy.root_device)
-        try:
-            return self_written(
-                self.stores.cache,
-                module.model,
-                self.template,
-                base_sha256=module.base_sha256,
-                tokens=int(self.replay_ratio * lengths.sum()),
-                most_documents=self.replay_documents,
-                max_length=self.max_length,
-                document_format=self.document_format,
-                seed=self.seed,
-            )
-        finally:
-            module.model.to(home)
+        return self.trainer.lightning_module  # type: ignore[return-value]
+
+    @property
+    def text(self) -> str | None:
+        """What the text that forgetting is measured on is to the base: `seen`, `unseen`, `self-written`; None for no
+        text."""
+        own = self.own_documents and not self._module.from_scratch
+        return self.stores.text or (SELF_WRITTEN if own else None)
 
     @property
     def _replays(self) -> bool:
         """Whether there is text to replay, and a base whose text it is."""
-        assert self.trainer is not None
-        model: SFTModule = self.trainer.lightning_module  # type: ignore[assignment]
-        return self.replay_ratio > 0.0 and model.replay_weight > 0.0 and not model.from_scratch
+        module = self._module
+        return self.replay_ratio > 0.0 and module.replay_weight > 0.0 and not module.from_scratch
 
     def setup(self, stage: str) -> None:
         """Open the stores and deal their documents; `fit` also plans the windows."""
         assert self.trainer is not None
         opened = self._open()
         self.dealt = self.stores.documents(opened)
-        self.evaluation = {
-            name: documents
-            for name, documents in ((CHAT, self.dealt.validation), (PRETRAIN, self.dealt.measured))
-            if documents is not None
-        }
+        own = None if opened.own_chats is None else Documents(opened.own_chats, max_length=self.max_length)
+        named = ((CHAT, self.dealt.validation), (PRETRAIN, self.dealt.measured), (OWN_CHATS, own))
+        self.evaluation = {name: documents for name, documents in named if documents is not None}
         if stage == "fit":
             assert self.dealt.train is not None
+            self.spare_text = None if opened.replay is None else Documents(opened.replay, max_length=self.max_length)
             self.plan = Plan(
                 self.dealt.train,
                 batch_size=self.batch_size,
@@ -225,16 +256,17 @@ class SFTDataModule(LightningDataModule):
                 empty_think_ratio=self.empty_think_ratio,
                 system_ratio=self.system_ratio,
                 max_tokens_per_batch=self.max_tokens_per_batch,
-                replay=self._replay_stream(opened.replay),
+                replay=self._replay_stream(),
             )
             if self.max_tokens_per_batch is not None:  # a later epoch must not fail after hours
                 for epoch in range(max(1, self.trainer.max_epochs or 1)):
                     self.plan.epoch(epoch)
 
-    def _replay_stream(self, store: Store | None) -> ReplayStream | None:
-        if store is None:
+    def _replay_stream(self) -> ReplayStream | None:
+        if not self._replays:
             return None
-        return ReplayStream(Documents(store, max_length=self.max_length), ratio=self.replay_ratio, seed=self.seed)
+        assert self.spare_text is not None
+        return ReplayStream(self.spare_text, ratio=self.replay_ratio, seed=self.seed)
 
     @property
     def pretrain_bytes(self) -> int | None:
@@ -293,6 +325,10 @@ class SFTDataModule(LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader[MicroBatch]]:
         """One loader per entry of `evaluation`; every document goes to exactly one rank."""
+        return self.evaluation_loaders(1.0)
+
+    def evaluation_loaders(self, share: float, *, rest: bool = False) -> list[DataLoader[MicroBatch]]:
+        """As `val_dataloader`, of a share of the documents, the same ones every time, or of the rest of them."""
         assert self.trainer is not None
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
         token_bytes = bytes_of_tokens(self.template)
@@ -305,6 +341,7 @@ class SFTDataModule(LightningDataModule):
                     seed=self.seed,
                     rank=rank,
                     ranks=ranks,
+                    chosen=drawn(len(documents), share, self.seed, rest=rest),
                 )
             )
             for documents in self.evaluation.values()

@@ -50,7 +50,8 @@ def sources_of(documents: Documents) -> Sources:
 
 
 class EvaluationBatches(Dataset[MicroBatch]):
-    """A rank's share of the documents to evaluate, in batches of about `EVALUATION_TOKENS` of one source each."""
+    """A rank's share of the documents to evaluate, in batches of about `EVALUATION_TOKENS` of one source each; `chosen`
+    are the numbers of those to evaluate, None for all."""
 
     def __init__(
         self,
@@ -61,13 +62,15 @@ class EvaluationBatches(Dataset[MicroBatch]):
         seed: int,
         rank: int,
         ranks: int,
+        chosen: np.ndarray | None = None,
     ) -> None:
         self.documents, self.token_bytes = documents, token_bytes
         draws = np.random.default_rng([seed, 0, 2]).random(len(documents))
         self.keep = draws < empty_think_ratio  # the same ones at every step
         lengths, _ = documents.sizes(self.keep)
         names, of = sources_of(documents)
-        members = [np.flatnonzero(of == source) for source in range(len(names))]
+        numbers = np.arange(len(documents)) if chosen is None else chosen
+        members = [numbers[of[numbers] == source] for source in range(len(names))]
         self.groups = [
             (source, mine[group])
             for source, mine in enumerate(members)
@@ -82,6 +85,13 @@ class EvaluationBatches(Dataset[MicroBatch]):
         packed = pack([self.documents.row(number, bool(self.keep[number])) for number in group.tolist()])
         wanted = packed.batch.labels[packed.targets].numpy()
         return packed._replace(target_bytes=int(self.token_bytes[wanted].sum()), source=source)
+
+
+def drawn(count: int, share: float, seed: int, *, rest: bool = False) -> np.ndarray:
+    """A share of `count` documents, at least one, ascending, the same ones every time; or the rest of them."""
+    order = np.random.default_rng([seed, 0, 4]).permutation(count)
+    first = max(1, math.ceil(share * count))
+    return np.sort(order[first:] if rest else order[:first])
 
 
 def bytes_of_tokens(template: ChatTemplate) -> np.ndarray:

@@ -6,6 +6,9 @@ token, over the model that training started from:
 
     val/forgetting = val/pretrain/loss - (the same at step 0)
 
+A chat model that is trained on may also forget how it used to answer: `val/own_chats/forgetting` is the same rise on
+the answers of chats that it wrote itself before the first step (`self_written.py`).
+
 Bits per byte divide by the bytes of the scored text instead of its tokens, which makes models with different
 tokenizers comparable; a control token counts no bytes.
 """
@@ -22,8 +25,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from minimind_sft.readings import perplexity
+from minimind_sft.stores import SEEN, UNSEEN
 
-CHAT, PRETRAIN = "chat", "pretrain"
+CHAT, PRETRAIN, OWN_CHATS = "chat", "pretrain", "own_chats"
 
 
 class TokenLoss(Metric):
@@ -64,6 +68,7 @@ class Reading:
     pretrain_loss: float | None = None
     bits_per_byte: float | None = None
     by_source: dict[str, float] | None = None  # the text's loss for each of its sources, where they are named
+    own_chat_loss: float | None = None  # on the answers of chats that the base wrote
 
     def metrics(self, base: Reading | None) -> dict[str, float]:
         """What is logged, under its public names; `val/forgetting` only against a base."""
@@ -77,7 +82,26 @@ class Reading:
                 out["val/pretrain/bits_per_byte"] = self.bits_per_byte
             if base is not None and base.pretrain_loss is not None:
                 out["val/forgetting"] = self.pretrain_loss - base.pretrain_loss
+        if self.own_chat_loss is not None:
+            out["val/own_chats/loss"] = self.own_chat_loss
+            if base is not None and base.own_chat_loss is not None:
+                out["val/own_chats/forgetting"] = self.own_chat_loss - base.own_chat_loss
         return out
+
+    def moved(self, start: Reading, whole: Reading) -> Reading:
+        """A reading of everything, estimated from one of a part: what the whole read at the start, plus the change of
+        the part since then.
+
+        Args:
+            start: the part at the start.
+            whole: everything at the start.
+        """
+        changes = {}
+        for name in ("chat_loss", "pretrain_loss", "bits_per_byte", "own_chat_loss"):
+            now, then, all_then = (getattr(reading, name) for reading in (self, start, whole))
+            known = now is not None and then is not None and all_then is not None
+            changes[name] = all_then + (now - then) if known else None
+        return Reading(self.step, **changes)
 
     @property
     def score(self) -> float | None:
@@ -86,10 +110,10 @@ class Reading:
 
 
 class Meter(nn.Module):
-    """Scores validation chats and pretraining text.
+    """Scores validation chats, pretraining text and chats that the base wrote.
 
     Args:
-        names: what each evaluation loader holds, `CHAT` or `PRETRAIN`, in the loaders' order.
+        names: what each evaluation loader holds, `CHAT`, `PRETRAIN` or `OWN_CHATS`, in the loaders' order.
         sources: of the pretraining text; one of no name where its lines name none.
     """
 
@@ -116,7 +140,7 @@ class Meter(nn.Module):
         for name, metric in self.losses.items():
             assert isinstance(metric, TokenLoss)
             values[name] = {key: value.tolist() for key, value in metric.compute().items()}
-        chat, text = values.get(CHAT), values.get(PRETRAIN)
+        chat, text, own = values.get(CHAT), values.get(PRETRAIN), values.get(OWN_CHATS)
         named = self.sources != [""]
         return Reading(
             step=step,
@@ -124,6 +148,7 @@ class Meter(nn.Module):
             pretrain_loss=text["loss"] if text else None,
             bits_per_byte=text["bits_per_byte"] if text and math.isfinite(text["bits_per_byte"]) else None,
             by_source=dict(zip(self.sources, text["by_part"], strict=True)) if text and named else None,
+            own_chat_loss=own["loss"] if own else None,
         )
 
 
@@ -132,7 +157,7 @@ def summary(
     after: Reading,
     best: Reading | None,
     *,
-    seen: bool | None,
+    text: str | None,
     from_base: bool = True,
     documents: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
@@ -140,23 +165,30 @@ def summary(
 
     Args:
         before, after, best: at step 0, at the end, and the best after step 0.
-        seen: whether the base had seen the text.
+        text: what the text is to the base: `seen`, `unseen` or `self-written`.
         from_base: whether there is a base that could be forgotten.
         documents: how many there are of each source of the text.
 
     Returns:
-        The three readings; `forgetting` of the last; `seen`; and `by_source`, a row per source (`source`, `documents`,
-        `before`, `after`, `forgetting`), the most forgotten first, or null.
+        The three readings; `forgetting` of the last, and that of the base's own chats; `text`; `seen`; and
+        `by_source`, a row per source (`source`, `documents`, `before`, `after`, `forgetting`), the most forgotten
+        first, or null.
     """
-    forgetting = None
-    if from_base and before.pretrain_loss is not None and after.pretrain_loss is not None:
-        forgetting = after.pretrain_loss - before.pretrain_loss
+    forgetting, of_chats = (
+        new - old if from_base and old is not None and new is not None else None
+        for old, new in (
+            (before.pretrain_loss, after.pretrain_loss),
+            (before.own_chat_loss, after.own_chat_loss),
+        )
+    )
     return {
         "before": _told(before),
         "after": _told(after),
         "best": _told(best) if best else None,
         "forgetting": forgetting,
-        "seen": seen,
+        "own_chats_forgetting": of_chats,
+        "text": text,
+        "seen": {SEEN: True, UNSEEN: False}.get(text or ""),
         "by_source": _by_source(before, after, documents or {}) if from_base else None,
     }
 

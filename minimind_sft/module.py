@@ -11,6 +11,7 @@ weights change: what is logged, and what stops a run whose loss is no longer a n
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +23,7 @@ from torch.optim import AdamW, Optimizer
 from minimind_sft import resume
 from minimind_sft import weights as weight_files
 from minimind_sft.attention import attention_backend, needs_device_cu_seqlens
-from minimind_sft.batching import MicroBatch
+from minimind_sft.batching import MicroBatch, pack
 from minimind_sft.evaluation import sources_of
 from minimind_sft.files import resolve
 from minimind_sft.forgetting import PRETRAIN, Meter, Reading
@@ -158,6 +159,11 @@ class SFTModule(LightningModule):
         """Whether there was no base: nothing to compare with, nothing to forget."""
         return self.base_sha256 is None
 
+    @property
+    def base(self) -> Transformer:
+        """The model as it is, with the base's output layer; before training, the base."""
+        return frozen_copy(self.model, self._base_head[0]) if self.reset_head else self.model
+
     def _load(self, source: str) -> None:
         self.model, loaded = weight_files.load_model(
             resolve(source),
@@ -231,6 +237,19 @@ class SFTModule(LightningModule):
             base.to(self.device)
             for term in self.terms:
                 term.start(base, self.data.template.control_ids, half=self._half)
+                if term.documents:
+                    term.read(base, self._text_to_read(term.documents))
+
+    @property
+    def documents_to_read(self) -> int:
+        """How much text the terms want to read before the first step."""
+        return 0 if self.from_scratch else max((term.documents for term in self._more_terms or []), default=0)
+
+    def _text_to_read(self, count: int) -> Iterator[MicroBatch]:
+        documents = self.data.spare_text
+        assert documents is not None
+        for number in range(min(count, len(documents))):
+            yield self.transfer_batch_to_device(pack([documents.row(number, True)]), self.device, 0)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **settings: Any) -> SFTModule:  # type: ignore[override]

@@ -21,6 +21,7 @@ from minimind_sft.files import resolve
 from minimind_sft.model import Transformer
 from minimind_sft.progress import track
 from minimind_sft.scoring import Row, Scores, score
+from minimind_sft.self_written import Author
 
 EMPTY_THINK_RATIO = 0.2  # of chats that keep their empty think blocks; the default of fit
 
@@ -40,6 +41,18 @@ class Pair:
     document_format: str
     seed: int
     about: dict[str, dict[str, str]]
+
+    def author(self, cache: Path) -> Author:
+        """The base as one that writes."""
+        return Author(
+            cache=cache,
+            model=self.base,
+            template=self.template,
+            base_sha256=self.about["base"]["sha256"],
+            max_length=self.max_length,
+            seed=self.seed,
+            device=self.base.lm_head.weight.device,
+        )
 
     def score_documents(self, documents: Documents, what: str) -> Scores:
         """Score the documents of a store as `fit` would; `what` is said beside the progress bar."""

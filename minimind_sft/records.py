@@ -27,6 +27,8 @@ COLUMNS = (
     "val/pretrain/loss",
     "val/pretrain/bits_per_byte",
     "val/forgetting",
+    "val/own_chats/loss",
+    "val/own_chats/forgetting",
     "tokens_per_second",
     "seconds",
 )

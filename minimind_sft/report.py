@@ -53,22 +53,28 @@ def megabytes(size: float) -> str:
 
 
 def forgetting_table(
-    before: Reading, after: Reading, best: Reading | None, *, seen: bool | None, from_base: bool = True
+    before: Reading, after: Reading, best: Reading | None, *, text: str | None, from_base: bool = True
 ) -> str:
-    """Before, after and best: nats per token, perplexity, bits per byte, and what was forgotten of a base."""
+    """Before, after and best: nats per token, perplexity, bits per byte, and what was forgotten of a base; `text` is
+    what the text is to the base: seen, unseen or self-written."""
     columns = [("before", before), ("after", after)] + ([(f"best (step {best.step})", best)] if best else [])
     rows = []
     if before.chat_loss is not None:
         rows.append(["chats, nats per token", *(_number(r.chat_loss) for _, r in columns)])
         rows.append(["chats, perplexity", *(_number(r.chat_loss, perplexity, 1) for _, r in columns)])
     if before.pretrain_loss is not None:
-        text = f"text ({'seen' if seen else 'unseen'})"
-        rows.append([f"{text}, nats per token", *(_number(r.pretrain_loss) for _, r in columns)])
-        rows.append([f"{text}, perplexity", *(_number(r.pretrain_loss, perplexity, 1) for _, r in columns)])
-        rows.append([f"{text}, bits per byte", *(_number(r.bits_per_byte) for _, r in columns)])
+        name = f"text ({text})"
+        rows.append([f"{name}, nats per token", *(_number(r.pretrain_loss) for _, r in columns)])
+        rows.append([f"{name}, perplexity", *(_number(r.pretrain_loss, perplexity, 1) for _, r in columns)])
+        rows.append([f"{name}, bits per byte", *(_number(r.bits_per_byte) for _, r in columns)])
         if from_base:
             risen = [None if r.pretrain_loss is None else r.pretrain_loss - before.pretrain_loss for _, r in columns]
             rows.append(["forgotten, nats per token", *(_number(value, sign="+") for value in risen)])
+    if before.own_chat_loss is not None:
+        own, start = [r.own_chat_loss for _, r in columns], before.own_chat_loss
+        rows.append(["the base's own chats, nats per token", *(_number(value) for value in own)])
+        risen = [None if value is None else value - start for value in own]
+        rows.append(["forgotten of its own chats", *(_number(value, sign="+") for value in risen)])
     if not rows:
         return "nothing was measured: set data.val_path and data.heldout_path or data.pretrain_path"
     return table(["", *(name for name, _ in columns)], rows)

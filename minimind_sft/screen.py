@@ -25,9 +25,10 @@ from minimind_sft.caps import RULE_OF_THUMB
 from minimind_sft.evaluation import evaluation_tokens, sources_of
 from minimind_sft.export import export_run
 from minimind_sft.files import write_whole
-from minimind_sft.forgetting import CHAT, PRETRAIN, summary
+from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN, summary
 from minimind_sft.generate import generate
 from minimind_sft.probes import Probe, Reply, answer_text, ask, compare, load_probes
+from minimind_sft.stores import UNSEEN
 
 if TYPE_CHECKING:
     from minimind_sft.data import SFTDataModule
@@ -100,7 +101,7 @@ class FirstScreen(Callback):
                 f"{parameters:,}, {trained}, precision {trainer.precision}, {pl_module.device}{ranks}, "
                 f"{pl_module.attention} attention",
             ),
-            *_data_rows(data),
+            *_data_rows(data, from_base=not pl_module.from_scratch),
             ("holding on", _holding(data, pl_module)),
             (
                 "steps",
@@ -111,7 +112,7 @@ class FirstScreen(Callback):
                 "log, look, save",
                 f"every {intervals.log_every}, {intervals.val_every} and {intervals.save_every} steps, and "
                 f"after the last; "
-                f"a look reads {evaluation_tokens(data.evaluation):,} tokens",
+                f"a look reads {evaluation_tokens(data.evaluation):,} tokens{_live(intervals.live_share)}",
             ),
             ("disk", f"two checkpoints of {report.megabytes(weights_and_adam)} in {trainer.default_root_dir}"),
         ]
@@ -134,18 +135,26 @@ class FirstScreen(Callback):
         if reading.pretrain_loss is not None:
             rows.append(("text now", _text_line(reading.pretrain_loss, reading.chat_loss, pl_module, data)))
         elif not pl_module.from_scratch:
-            rows.append(("forgetting", "not measured: set data.heldout_path or data.pretrain_path"))
+            what = "data.heldout_path, data.pretrain_path or data.own_documents"
+            rows.append(("forgetting", f"not measured: set {what}"))
+        if self.measure.base_is_known:
+            rows.append(("", "as an earlier run of this base measured on the same documents"))
         tokens = evaluation_tokens(data.evaluation)
         if self.measure.seconds and tokens:
             # a token trained costs about as much as three looked at
             step = 3 * self.measure.seconds / tokens * float(data.plan.epoch(0).window_tokens.mean())
             looks = pl_module.total_steps / self.measure.intervals.val_every * self.measure.seconds
+            looks *= self.measure.intervals.live_share
             rows.append(("time", f"about {duration(pl_module.total_steps * step + looks)}"))
         if rows:
             print(report.aligned([(f"{name:<15}", value) for name, value in rows]), flush=True)
 
 
-def _data_rows(data: SFTDataModule) -> list[tuple[str, str]]:
+def _live(share: float) -> str:
+    return "" if share == 1 else f" ({share:.0%} of them between the first and the last, as a change since step 0)"
+
+
+def _data_rows(data: SFTDataModule, *, from_base: bool) -> list[tuple[str, str]]:
     documents, epoch = data.plan.documents, data.plan.epoch(0)
     tokens, targets = int(epoch.lengths.sum()), int(epoch.targets.sum())
     rows = [
@@ -155,11 +164,17 @@ def _data_rows(data: SFTDataModule) -> list[tuple[str, str]]:
         ("tokens", f"{tokens:,} per epoch, {targets / tokens:.1%} supervised"),
         ("SFT : text", report.ratio(documents.store.meta["note"]["bytes"], data.pretrain_bytes, RULE_OF_THUMB)),
     ]
-    for name, what in ((CHAT, "validation"), (PRETRAIN, "held out" if data.seen is False else "text to keep")):
+    told = {
+        CHAT: ("validation", ""),
+        PRETRAIN: ("held out" if data.text == UNSEEN else "text to keep", f", {data.text} by the base"),
+        OWN_CHATS: ("chats to keep", ", self-written by the base, which is a chat model"),
+    }
+    for name, (what, known) in told.items():
         if name in data.evaluation:
             found = data.evaluation[name]
-            known = "" if name == CHAT else ", seen by the base" if data.seen else ", unseen by the base"
             rows.append((what, f"{len(found):,} documents{known}; rejected: {report.rejected(found.rejected)}"))
+    if from_base and data.own_chats == "auto" and OWN_CHATS not in data.evaluation:
+        rows.append(("chats to keep", "none: the base is no chat model (a number as data.own_chats measures anyway)"))
     return rows
 
 
@@ -167,11 +182,11 @@ def _holding(data: SFTDataModule, pl_module: SFTModule) -> str:
     """What keeps the model near its base."""
     said, replay = [], data.plan.replay
     if replay is not None:
-        by = " by the base" if data.replay_source == "self" else ""
+        text = "text by the base" if data.replays_own else "pretraining text"
         tokens = np.mean([replay.lengths[window].sum() for window in data.plan.epoch(0).replay])
         said.append(
-            f"replay of {tokens:,.0f} tokens of pretraining text a step ({data.replay_ratio:g} of the chats'; "
-            f"{len(replay.documents):,} documents{by}, none of them measured), {pl_module.replay_loss} loss of weight "
+            f"replay of {tokens:,.0f} tokens of {text} a step ({data.replay_ratio:g} of the chats'; "
+            f"{len(replay.documents):,} documents, none of them measured), {pl_module.replay_loss} loss of weight "
             f"{pl_module.replay_weight:g}"
         )
     said += [f"{term.name}, weight {term.weight:g}" for term in pl_module.terms if term.name != "replay"]
@@ -230,10 +245,13 @@ class LastScreen(Callback):
         from_base = not pl_module.from_scratch
         text = data.evaluation.get(PRETRAIN)
         documents = sources_of(text).counts if text else None
-        figures = summary(before, after, best, seen=data.seen, from_base=from_base, documents=documents)
+        figures = summary(before, after, best, text=data.text, from_base=from_base, documents=documents)
         write_whole(self.folder / "forgetting.json", json.dumps(figures, indent=1) + "\n")
-        table = report.forgetting_table(before, after, best, seen=data.seen, from_base=from_base)
+        table = report.forgetting_table(before, after, best, text=data.text, from_base=from_base)
         print("\n" + table, flush=True)
+        share = self.measure.intervals.live_share
+        if share < 1 and best is not None and best.step != after.step:
+            print(f"step {best.step} was looked at on {share:.0%} of the documents (val_every_steps: all of them)")
         if before.chat_loss is not None and before.pretrain_loss is not None:
             report.plot(readings, self.folder / "forgetting.png")
         if not pl_module.from_scratch:

@@ -1,89 +1,247 @@
-"""Text that the base writes itself, to be replayed where its pretraining text is not at hand.
+"""Text and chats that the base writes itself, to measure on or to replay where there are no others.
 
-Every document is drawn from the base at temperature 1 behind what opens a document, so its tokens follow the base's own
-distribution; on them KL(base || model) asks the model to stay what it was wherever the base goes by itself
-(self-generated replay: arXiv 2403.01244, arXiv 2509.04259). Written once, in batches, until there is enough for an
-epoch, and kept in the cache under the base, the tokenizer and the seed. On one core, a base of 5 M parameters writes
-1,400 tokens a second.
+All is drawn from the base at temperature 1, so its tokens follow the base's own distribution. On such text the rise of
+the loss is a sample of KL(base || model), 0 for the base and above 0 in the mean for any other model: what is forgotten
+where the base goes by itself (replay of self-written text: arXiv 2403.01244, arXiv 2509.04259). What the base knows but
+seldom says is measured seldom, so text of its pretraining is worth more where there is some.
+
+A chat is written from the user's header on: what a user might say, then the answer (arXiv 2406.08464). Only a model
+that learned to chat has chats of its own to forget; `Author.chats` says how that is told.
+
+Everything is written once, in batches, and kept in the cache under the base, the tokenizer and the seed. On one core, a
+base of 5 M parameters writes 1,400 tokens a second.
 """
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
+
+import torch
 
 from minimind_sft import corpus
 from minimind_sft.chat import DOCUMENT_FRAMES, ChatTemplate, Span
 from minimind_sft.corpus import Store
+from minimind_sft.formats import Rejected
 from minimind_sft.generate import generate
 from minimind_sft.model import Transformer
 from minimind_sft.progress import track
+from minimind_sft.sampling import Line
 
 TOGETHER = 64  # documents written at once
+STREAMS = {"replay": 0, "measured": 1 << 31, "user": 1 << 32, "answer": 1 << 33}  # added to the seed
+CHATS, TRIED = 64, 16  # own chats of a chat model; those by which it is told
+USER_TOKENS, ANSWER_TOKENS = 96, 256
+SOURCE = "the base"  # where a file's name would stand
+
+Progress = Callable[[int], None]
 
 
-def self_written(
-    cache: Path,
-    model: Transformer,
-    template: ChatTemplate,
-    *,
-    base_sha256: str,
-    tokens: int,
-    most_documents: int,
-    max_length: int,
-    document_format: str,
-    seed: int,
-) -> Store:
-    """A store of documents by the base, from the cache or written now.
+@dataclass(frozen=True)
+class Author:
+    """A base that writes, the same every time.
 
-    Args:
+    Attributes:
         cache: folder of all stores.
-        model: the base, on the device that shall write.
-        template: its tokenizer.
+        model: the base.
+        template: its tokenizer and chat template.
         base_sha256: of its file.
-        tokens: write until there are as many.
-        most_documents: or as many documents.
-        max_length: tokens of a document at most.
-        document_format: how pretraining framed a text.
+        max_length: tokens of a document or chat at most.
         seed: of what is drawn.
-
-    Raises:
-        ValueError: a tokenizer without a token that opens a document.
+        device: on which to write; the model is put back afterwards.
     """
-    first, last = (template.token_id(token) for token in DOCUMENT_FRAMES[document_format])
-    opens = next((token for token in (first, template.bos_id, template.eos_id) if token is not None), None)
-    if opens is None:
-        raise ValueError(
-            f"data.replay_source self: the tokenizer has no token that opens a document of data.document_format "
-            f"{document_format}, so the base cannot begin one; give its pretraining text as data.pretrain_path"
-        )
-    stops = {token for token in (last, *template.stop_ids) if token is not None}
-    key = {
-        "kind": "self_written",
-        "base": base_sha256,
-        "tokenizer": template.fingerprint,
-        "format": document_format,
-        "tokens": tokens,
-        "documents": most_documents,
-        "max_length": max_length,
-        "seed": seed,
-    }
 
-    def make(folder: Path) -> None:
-        documents: list[list[Span]] = []
-        written = 0
-        with track("the base writes text to replay", total=tokens) as progress:
-            while written < tokens and len(documents) < most_documents:
-                batch = generate(
-                    model,
-                    [[opens]] * min(TOGETHER, most_documents - len(documents)),
-                    max_new_tokens=max_length - 1,
-                    temperature=1.0,
-                    seed=seed + len(documents),
-                    stop_ids=stops,
+    cache: Path
+    model: Transformer
+    template: ChatTemplate
+    base_sha256: str
+    max_length: int
+    seed: int
+    device: torch.device
+
+    def texts(
+        self,
+        purpose: Literal["measured", "replay"],
+        *,
+        documents: int,
+        tokens: int | None = None,
+        document_format: str,
+        apart_from: Store | None = None,
+    ) -> Store:
+        """Documents by the base, from the cache or written now.
+
+        Args:
+            purpose: what they are for; each has draws of its own.
+            documents: how many to write at most.
+            tokens: begin no more documents once there are as many tokens; None for no such bound.
+            document_format: how pretraining framed a text.
+            apart_from: leave out what also stands here, by content hash.
+
+        Raises:
+            ValueError: a tokenizer without a token that opens a document.
+        """
+        first, last = (self.template.token_id(token) for token in DOCUMENT_FRAMES[document_format])
+        known = [id for id in (first, self.template.bos_id, self.template.eos_id) if id is not None]
+        opens = next((id for id in known if id < self.model.config.vocab_size), None)
+        if opens is None:
+            raise ValueError(
+                "the base cannot write text: its tokenizer has no token that opens a document of data.document_format "
+                f"{document_format}. Give its pretraining text as data.pretrain_path, or set data.own_documents and "
+                "data.replay_ratio to 0"
+            )
+        stops = {id for id in (last, *self.template.stop_ids) if id is not None}
+
+        def write(progress: Progress) -> Iterator[list[Span]]:
+            begun, total = 0, 0
+            while begun < documents and (tokens is None or total < tokens):
+                count = min(TOGETHER, documents - begun)
+                for ids in self._continue([[opens]] * count, self.max_length - 1, purpose, stops, begun):
+                    total += 1 + len(ids)
+                    yield [Span([opens], False), Span(ids, True)]
+                begun += count
+                progress(begun if tokens is None else min(total, tokens))
+
+        key = {"purpose": purpose, "format": document_format, "tokens": tokens, "documents": documents}
+        what = {"measured": "text to measure on", "replay": "text to replay"}[purpose]
+        return self._store(what, key, write, total=tokens or documents, apart_from=apart_from)
+
+    def chats(self, wanted: int | Literal["auto"]) -> Store | None:
+        """Chats by the base, from the cache or written now; only the answers are supervised.
+
+        Args:
+            wanted: how many; 0 for none; `auto` for `CHATS` where the base is a chat model, else for none. It is one
+                where at least half of `TRIED` answers end by themselves and, asked for more, it goes on as its template
+                does behind a turn (in MiniMind with a newline behind `<|im_end|>`). Measured: 0 and 2 of 16 by bases of
+                1.7 M and 5 M parameters, 16 and 15 by their fine-tunes; that an answer ends would not tell, for the
+                smaller base ends all its texts.
+
+        Raises:
+            ValueError: a number of chats, and a template that the base cannot begin one with.
+        """
+        if wanted == "auto":
+            if self._no_chats():
+                return None
+            tried = self._chats(TRIED)
+            taught = sum(self._ends_as_taught(tried.document(number)[0].tolist()) for number in range(len(tried)))
+            return self._chats(CHATS) if 2 * taught >= TRIED else None
+        if wanted and (why := self._no_chats()):
+            raise ValueError(f"the base cannot write chats: {why}. Set data.own_chats to 0")
+        return self._chats(wanted) if wanted else None
+
+    def _no_chats(self) -> str | None:
+        """Why the base cannot begin a chat, if it cannot."""
+        try:
+            header, turn = self._around_user()
+        except Rejected as error:
+            return f"the chat template refuses a user's turn alone ({error.detail})"
+        if not header:
+            return "the chat template puts nothing before what a user says"
+        new = [id for id in header + turn if id >= self.model.config.vocab_size]
+        return f"it does not know the token {self.template.decode(new[:1])!r} of the chat template" if new else None
+
+    def _chats(self, count: int) -> Store:
+        header, turn = self._around_user()
+        user, answer = min(USER_TOKENS, self.max_length // 4), min(ANSWER_TOKENS, self.max_length // 2)
+
+        def write(progress: Progress) -> Iterator[list[Span]]:
+            stops = set(self.template.stop_ids)
+            for begun in range(0, count, TOGETHER):
+                heads = [header] * min(TOGETHER, count - begun)
+                said = self._continue(heads, user, "user", stops, begun)
+                asked = [header + [id for id in ids if id not in stops] + turn for ids in said]
+                answers = self._continue(asked, answer, "answer", stops, begun)
+                yield from ([Span(a, False), Span(b, True)] for a, b in zip(asked, answers, strict=True))
+                progress(begun + len(heads))
+
+        return self._store("chats", {"purpose": "chats", "documents": count}, write, total=count)
+
+    def _around_user(self) -> tuple[list[int], list[int]]:
+        """What the template puts before and behind what a user says: all that two prompts have in common."""
+        one, other = (self.template.prompt([{"role": "user", "content": said}]) for said in "0A")
+        before = _in_common(one, other)
+        return one[:before], one[len(one) - _in_common(one[::-1], other[::-1]) :]
+
+    def _ends_as_taught(self, chat: list[int]) -> bool:
+        """Whether an answer came to its end, and the base would then go on as the template does."""
+        end = self.template.tokenizer.encode(self.template.turns.end, add_special_tokens=False).ids
+        rest = next((end[place + 1 :] for place, id in enumerate(end) if id in self.template.stop_ids), [])
+        if chat[-1] not in self.template.stop_ids:
+            return False
+        with self._at_work():
+            return generate(self.model, [chat], max_new_tokens=len(rest)) == [rest]
+
+    def _continue(
+        self, prompts: list[list[int]], most: int, stream: str, stops: set[int], begun: int
+    ) -> list[list[int]]:
+        with self._at_work():
+            return generate(
+                self.model,
+                prompts,
+                max_new_tokens=most,
+                temperature=1.0,
+                seed=self.seed + STREAMS[stream] + begun,
+                stop_ids=stops,
+            )
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        home = self.model.lm_head.weight.device
+        self.model.to(self.device)
+        try:
+            yield
+        finally:
+            self.model.to(home)
+
+    def _store(
+        self,
+        what: str,
+        key: dict[str, Any],
+        write: Callable[[Progress], Iterator[list[Span]]],
+        *,
+        total: int,
+        apart_from: Store | None = None,
+    ) -> Store:
+        def make(folder: Path) -> None:
+            started = time.monotonic()
+            print(f"the base writes {what} ...", flush=True)
+            with track(f"the base writes {what}", total=total) as progress:
+                corpus.build_from_spans(
+                    folder, write(progress), self.template.vocab_size, source=SOURCE, apart_from=apart_from
                 )
-                documents += [[Span([opens], False), Span(ids, True)] for ids in batch]
-                written += sum(1 + len(ids) for ids in batch)
-                progress(min(written, tokens))
-        corpus.build_from_spans(folder, documents, template.vocab_size, source="the base")
+            made = Store(folder)
+            print(
+                f"the base wrote {what}: {len(made):,} documents, {len(made.ids):,} tokens, "
+                f"{time.monotonic() - started:.1f} s, kept in the cache",
+                flush=True,
+            )
 
-    return corpus.open_or_build(cache, key, make)
+        key = {
+            "kind": "self_written",
+            "base": self.base_sha256,
+            "tokenizer": self.template.fingerprint,
+            "max_length": self.max_length,
+            "seed": self.seed,
+            "apart_from": apart_from and apart_from.folder.name,
+            **key,
+        }
+        return corpus.open_or_build(self.cache, key, make)
+
+
+def lines(store: Store, template: ChatTemplate, *, document_format: str) -> Iterator[Line]:
+    """Self-written texts as the lines of a file, for what reads those; markers stay only where files hold them."""
+    keep = document_format == "minimind2"
+    for number in range(len(store)):
+        ids = store.document(number)[0].tolist()
+        text = template.decode(ids if keep else [id for id in ids if id not in template.control_ids])
+        yield Line(SOURCE, int(store.line_numbers[number]), json.dumps({"text": text}, ensure_ascii=False))
+
+
+def _in_common(one: list[int], other: list[int]) -> int:
+    """How many ids two lists begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -26,6 +26,8 @@ from minimind_sft.sampling import Line, read_lines, select
 from minimind_sft.selection import MEBIBYTE
 from minimind_sft.system_prompts import find_prompts, read_prompts
 
+SEEN, UNSEEN, SELF_WRITTEN = "seen", "unseen", "self-written"  # what text to measure on is to the base
+
 
 class Opened(NamedTuple):
     """Stores that are open; None where there is none."""
@@ -34,6 +36,7 @@ class Opened(NamedTuple):
     validation: Store | None  # chats
     measured: Store | None  # text that forgetting is measured on
     replay: Store | None = None  # text of pretraining, none of it measured
+    own_chats: Store | None = None  # chats that the base wrote; files have none
 
 
 class Stores:
@@ -111,9 +114,12 @@ class Stores:
                 raise ValueError("data.val_path and data.val_fraction are both set; set one of them to null")
 
     @property
-    def seen(self) -> bool | None:
-        """Whether the base has seen the text that forgetting is measured on; None where nothing is measured."""
-        return None if self.pretrain_path is None and self.heldout_path is None else self.heldout_path is None
+    def text(self) -> str | None:
+        """Whether the base has seen the text that forgetting is measured on (`SEEN`, `UNSEEN`); None where there is no
+        text."""
+        if self.heldout_path is not None:
+            return UNSEEN
+        return None if self.pretrain_path is None else SEEN
 
     @property
     def pretrain_bytes(self) -> int | None:
@@ -234,9 +240,9 @@ class Stores:
     def _replay_store(self) -> Store:
         if self.pretrain_path is None:
             raise ValueError(
-                "data.replay_ratio asks for text to replay, but data.pretrain_path is not set. Set it to the text that "
-                "the base was pretrained on (a part of it is enough), data.replay_source to self to let the base write "
-                "it, or data.replay_ratio to 0"
+                "data.replay_ratio, or a term that reads text, asks for text to replay, but data.pretrain_path is not "
+                "set. Set it to the text that the base was pretrained on (a part of it is enough), data.replay_source "
+                "to auto to let the base write it, or data.replay_ratio to 0"
             )
         if self.replay_documents < 1:
             raise ValueError(f"data.replay_documents is {self.replay_documents}; it must be at least 1")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,9 +33,11 @@ class Term:
 
     Attributes:
         name: under which it is logged, as `train/<name>`, in nats before the weight.
+        documents: how many documents of the base's text, none of them measured on, are handed to `read`.
     """
 
     name = "term"
+    documents = 0
 
     def __init__(self, weight: float = 1.0) -> None:
         if not weight >= 0.0:
@@ -50,6 +52,9 @@ class Term:
             control_ids: the ids of the tokenizer's control tokens.
             half: the type that the device multiplies fastest, where that is a half-precision one.
         """
+
+    def read(self, base: Transformer, text: Iterable[MicroBatch]) -> None:
+        """Called behind `start` where `documents` asks for text: one document each, in the base's own framing."""
 
     def loss(self, model: Transformer, hidden: Tensor, batch: MicroBatch) -> Tensor:
         """The micro-batch's share of the window's loss, (), before the weight. Not asked where it is not overridden.
@@ -131,6 +136,61 @@ class L2SP(Term):
             if name in ("model.embed_tokens.weight", "lm_head.weight"):
                 pull[self._control] = 0.0
             parameter.sub_(pull, alpha=learning_rate * self.weight)
+
+
+class EWC(Term):
+    """Elastic weight consolidation: a pull towards the base, the stronger the more its text depends on a weight:
+
+        1/2 * sum over weights of F * (w - w_base)^2
+
+    F is the diagonal of the base's Fisher information, per token, on text to replay. It is the true one, not the
+    empirical: what is scored are tokens drawn from the base, not those that stand in the text. The scores of different
+    positions are then independent with mean 0, so the squared gradient of a whole document is, in the mean, the sum of
+    its tokens'. Near the base, the loss is KL(base || model) per token, but for the terms off the diagonal; `weight` is
+    thus on the scale of `model.replay_weight`. A backward pass per document, once; no text in training.
+    Source: arXiv 1612.00796.
+
+    Args:
+        weight: factor of the loss.
+        documents: to estimate F on.
+        seed: of the drawn tokens.
+    """
+
+    name = "ewc"
+
+    def __init__(self, weight: float = 1.0, documents: int = 200, seed: int = 42) -> None:
+        super().__init__(weight)
+        if documents < 1:
+            raise ValueError(f"the documents of {self.name} are {documents}; it needs at least 1")
+        self.documents, self.seed = documents, seed
+
+    def start(self, base: Transformer, control_ids: list[int], *, half: torch.dtype | None) -> None:
+        self._base = dict(base.named_parameters())
+
+    def read(self, base: Transformer, text: Iterable[MicroBatch]) -> None:
+        weights, draws = list(self._base.values()), torch.Generator().manual_seed(self.seed)
+        sums, tokens = [torch.zeros_like(weight) for weight in weights], 0
+        base.requires_grad_(True)
+        for document in text:
+            flat = document.batch
+            hidden = base.hidden(flat.input_ids, flat.positions, flat.cu_seqlens, flat.max_length)
+            log_p = base.logits(hidden[document.targets]).float().log_softmax(-1)  # (M, V)
+            drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=draws).to(log_p.device)
+            gradients = torch.autograd.grad(log_p.gather(-1, drawn).sum(), weights, allow_unused=True)
+            for total, gradient in zip(sums, gradients, strict=True):
+                if gradient is not None:  # an expert that was not asked
+                    total += gradient.square()
+            tokens += len(drawn)
+        base.requires_grad_(False)
+        self.fisher = {name: total / max(1, tokens) for name, total in zip(self._base, sums, strict=True)}
+
+    def loss(self, model: Transformer, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        pulls = [
+            (self.fisher[name] * (parameter - self._base[name]).square()).sum()
+            for name, parameter in model.named_parameters()
+            if name in self._base and parameter.requires_grad
+        ]
+        return 0.5 * torch.stack(pulls).sum() * len(batch.targets) / batch.window_targets
 
 
 def chosen(

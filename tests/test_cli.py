@@ -120,10 +120,12 @@ def test_fit_leaves_the_record_that_the_readme_lists(
     for name in ("best_16.pth", "last_16.pth", "best/config.json", "last/README.md"):
         assert (run_dir / "export" / name).is_file(), name
     table = json.loads((run_dir / "forgetting.json").read_text())
-    assert table.keys() == {"before", "after", "best", "forgetting", "seen", "by_source"}
+    assert table.keys() == {
+        "before", "after", "best", "forgetting", "own_chats_forgetting", "text", "seen", "by_source"
+    }  # fmt: skip
     assert table["forgetting"] is None and table["by_source"] is None  # from scratch, there is nothing to forget
-    assert table["before"].keys() == {"step", "chat_loss", "pretrain_loss", "bits_per_byte"}
-    assert table["seen"] is False
+    assert table["before"].keys() == {"step", "chat_loss", "pretrain_loss", "bits_per_byte", "own_chat_loss"}
+    assert table["seen"] is False and table["text"] == "unseen"
     with open(run_dir / "metrics.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["0", "1", "2", "3"]

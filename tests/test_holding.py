@@ -253,7 +253,7 @@ def test_a_run_with_replay_resumes_bit_for_bit_and_on_no_other_replay(
 
 def test_replay_needs_text_and_says_what_to_do(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(AssertionError):
-        fit(tmp_path / "run", cache, REPLAY, "--data.pretrain_path=null")
+        fit(tmp_path / "run", cache, REPLAY, "--data.pretrain_path=null", "--data.replay_source=file")
     assert "set it to the text that the base was pretrained on" in capsys.readouterr().err.lower()
 
 

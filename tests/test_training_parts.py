@@ -133,9 +133,9 @@ def test_of_many_sources_the_smallest_are_taken_together() -> None:
 
 
 def test_forgetting_is_after_minus_before() -> None:
-    table = summary(Reading(0, 3.0, 2.0, 1.0), Reading(9, 1.0, 2.5, 1.2), Reading(6, 0.9, 2.25, 1.1), seen=True)
+    table = summary(Reading(0, 3.0, 2.0, 1.0), Reading(9, 1.0, 2.5, 1.2), Reading(6, 0.9, 2.25, 1.1), text="seen")
     assert table["forgetting"] == 0.5 and table["seen"] is True and table["best"]["step"] == 6
-    text = forgetting_table(Reading(0, 3.0, 2.0, 1.0), Reading(9, 1.0, 2.5, 1.2), None, seen=False)
+    text = forgetting_table(Reading(0, 3.0, 2.0, 1.0), Reading(9, 1.0, 2.5, 1.2), None, text="unseen")
     assert "+0.5000" in text and "unseen" in text and "20.1" in text  # exp(3)
 
 

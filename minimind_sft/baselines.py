@@ -1,0 +1,73 @@
+"""What the base read at step 0, kept in the cache: runs from one base on the same documents, as those of `budget` are,
+measure it once.
+
+A reading is taken up again only where it would come out the same: the same base and output layer, the same documents
+cut alike, the same device, precision and threads, the same version of torch. A look at 1,000 documents of text and 500
+chats takes a base of 5 M parameters two minutes on one core. Several processes measure anew, for their caches may
+differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from minimind_sft.files import write_whole
+from minimind_sft.forgetting import Reading
+
+if TYPE_CHECKING:
+    from minimind_sft.data import SFTDataModule
+    from minimind_sft.module import SFTModule
+
+VERSION = 1  # raise it when a reading changes
+
+
+class Baseline(NamedTuple):
+    """The base at step 0: on everything, on the live documents (None where those are all), and what it took."""
+
+    reading: Reading
+    live: Reading | None
+    seconds: float
+
+
+class Baselines:
+    """Those of one run's base, data and device; see the module."""
+
+    def __init__(self, data: SFTDataModule, module: SFTModule, live_share: float) -> None:
+        known = {
+            "version": VERSION,
+            "base": module.base_sha256,
+            "model": asdict(module.model.config),
+            "head": [module.reset_head, module.seed],
+            "documents": {
+                name: [found.store.folder.name, found.fingerprint, found.max_length, found.too_long]
+                for name, found in data.evaluation.items()
+            },
+            "drawn": [data.seed, data.empty_think_ratio, live_share],
+            "device": [str(module.device.type), str(module.trainer.precision), torch.get_num_threads()],
+            "torch": torch.__version__,
+        }
+        name = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
+        self.path: Path | None = data.stores.cache / f"baseline-{name}.json"
+        if module.from_scratch or module.trainer.world_size > 1:
+            self.path = None
+
+    def find(self) -> Baseline | None:
+        """What an earlier run read, if one did."""
+        if self.path is None or not self.path.is_file():
+            return None
+        found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+        live = found["live"] and Reading(**found["live"])
+        return Baseline(Reading(**found["reading"]), live, found["seconds"])
+
+    def keep(self, baseline: Baseline) -> None:
+        """Keep it for later runs."""
+        if self.path is not None:
+            live = baseline.live and asdict(baseline.live)
+            figures = {"reading": asdict(baseline.reading), "live": live, "seconds": baseline.seconds}
+            write_whole(self.path, json.dumps(figures) + "\n")

@@ -1,0 +1,123 @@
+"""Elastic weight consolidation: the Fisher information of the base, by hand, and what it holds."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minimind_sft.__main__ import main
+from minimind_sft.batching import MicroBatch, pack
+from minimind_sft.losses import kl_divergence
+from minimind_sft.model import Transformer
+from minimind_sft.model_config import ModelConfig
+from minimind_sft.terms import EWC
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+V, H = 4, 16
+
+
+def bigram_model() -> Transformer:
+    """Layers that add nothing and an embedding of ones: the hidden state is 1 everywhere, the output uniform over 4."""
+    model = Transformer(
+        ModelConfig.minimind3(vocab_size=V, hidden_size=H, num_hidden_layers=1, tie_word_embeddings=False)
+    )
+    model.initialise(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name or "lm_head" in name:
+                parameter.zero_()
+        model.model.embed_tokens.weight.fill_(1.0)
+    return model
+
+
+def document(length: int) -> MicroBatch:
+    return pack([(np.arange(length) % V, np.ones(length, bool))])
+
+
+def estimated(documents: int, length: int, seed: int = 0) -> tuple[EWC, Transformer]:
+    base, term = bigram_model().requires_grad_(False), EWC(1.0, documents=documents, seed=seed)
+    term.start(base, [], half=None)
+    term.read(base, (document(length) for _ in range(documents)))
+    assert not any(parameter.requires_grad for parameter in base.parameters())  # as it was
+    return term, base
+
+
+def test_the_fisher_of_a_uniform_output_is_p_times_1_minus_p() -> None:
+    term, _ = estimated(documents=400, length=9)
+    fisher = term.fisher["lm_head.weight"]
+    assert fisher.shape == (V, H)
+    # one token's gradient is (p - onehot) h with h = 1: its mean square is 3/4 (1/4)^2 + 1/4 (3/4)^2 = 3/16
+    assert fisher.mean().item() == pytest.approx(3 / 16, rel=0.05)  # per token: not 8 times as much, for 8 targets
+    assert (fisher[:, :1] == fisher).all()
+    assert term.fisher["model.layers.0.mlp.gate_proj.weight"].abs().max() == 0  # nothing depends on it
+
+
+def test_the_loss_is_half_the_fisher_times_the_square_and_near_the_base_kl() -> None:
+    term, base = estimated(documents=400, length=9)
+    model, step = bigram_model(), 0.01
+    assert term.loss(model, torch.zeros(1), document(5)).item() == 0.0
+    with torch.no_grad():
+        model.lm_head.weight[2, 3] += step
+    loss = term.loss(model, torch.zeros(1), document(5)).item()
+    assert loss == pytest.approx(0.5 * term.fisher["lm_head.weight"][2, 3].item() * step**2)
+    hidden = torch.ones(1, H)
+    kl = kl_divergence(hidden, hidden, model.logits, base.logits, V).item()
+    assert loss == pytest.approx(kl, rel=0.15)  # 400 squared gradients are known to 7 %
+
+
+def test_micro_batches_of_a_window_add_up_to_the_loss_once() -> None:
+    term, _ = estimated(documents=2, length=9)
+    model = bigram_model()
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.1)
+    whole = document(9)
+    parts = [document(length)._replace(window_targets=8) for length in (4, 6)]  # 3 + 5 targets
+    shares = [term.loss(model, torch.zeros(1), part) for part in parts]
+    torch.testing.assert_close(shares[0] + shares[1], term.loss(model, torch.zeros(1), whole))
+    (gradient,) = torch.autograd.grad(shares[1], [model.lm_head.weight])
+    torch.testing.assert_close(gradient, 5 / 8 * term.fisher["lm_head.weight"] * 0.1)
+
+
+def test_drawn_tokens_follow_the_seed() -> None:
+    fishers = [estimated(documents=3, length=9, seed=seed)[0].fisher["lm_head.weight"] for seed in (0, 0, 1)]
+    assert torch.equal(fishers[0], fishers[1]) and not torch.equal(fishers[0], fishers[2])
+
+
+def test_no_document_is_refused() -> None:
+    with pytest.raises(ValueError, match="documents of ewc are 0"):
+        EWC(documents=0)
+
+
+# ---- through `fit`
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[dict[str, str]]]]:
+    """The metrics of three steps without, with a weak and with a strong pull, and on text by the base."""
+    folder, found = tmp_path_factory.mktemp("ewc"), {}
+    text = f"--data.pretrain_path={DATA}/pretrain.jsonl"
+    for name, weight, more in (("plain", None, text), ("weak", 1, text), ("strong", 1e5, text), ("own", 1e5, "")):
+        term = f"[{{class_path: minimind_sft.terms.EWC, init_args: {{weight: {weight}, documents: 30}}}}]"
+        arguments = [
+            f"--run_dir={folder / name}", "--device=cpu", "--log_every_steps=1", "--export=none", "--val_every_steps=3",
+            f"--model.weights={DATA}/base.pth", f"--data.train_path={DATA}/sft_train.jsonl", "--data.max_rows=48",
+            f"--data.heldout_path={DATA}/heldout.jsonl", "--data.max_overlap=1.0", f"--data.cache_dir={folder}/cache",
+            f"--data.tokenizer={DATA}/tokenizer", "--data.measure_documents=12", "--data.own_chats=0",
+            "--data.batch_size=16", "--data.max_length=48", "--trainer.max_steps=3", "--model.learning_rate=2e-3",
+            *([f"--model.terms={term}"] if weight else []), *([more] if more else []),
+        ]  # fmt: skip
+        assert main(["fit", *arguments]) == 0
+        with open(folder / name / "metrics.csv", encoding="utf-8") as file:
+            found[name] = list(csv.DictReader(file))
+    yield found
+
+
+def test_the_weight_changes_training_and_holds(runs: dict[str, list[dict[str, str]]]) -> None:
+    forgotten = {name: float(rows[-1]["val/forgetting"]) for name, rows in runs.items()}
+    assert forgotten["strong"] < 0.9 * forgotten["plain"] and forgotten["own"] < forgotten["plain"]
+    assert len({runs[name][-1]["train/loss"] for name in runs}) == 4
+    assert len({runs[name][1]["train/loss"] for name in runs}) == 1  # the base is not pulled, and no text is replayed
+    assert all(row["train/replay"] == "" for row in runs["strong"])
