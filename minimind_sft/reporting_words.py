@@ -169,6 +169,6 @@ WORDS: dict[str, dict[str, str]] = {
     },
 }
 SEEN = {
-    "en": {"seen": "seen by the base", "unseen": "unseen by the base"},
-    "zh": {"seen": "基座见过", "unseen": "基座未见过"},
+    "en": {"seen": "seen by the base", "unseen": "unseen by the base", "self-written": "written by the base"},
+    "zh": {"seen": "基座见过", "unseen": "基座未见过", "self-written": "基座自己写的"},
 }

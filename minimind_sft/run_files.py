@@ -74,8 +74,8 @@ def _read_run(folder: Path, name: str) -> Run:
         ended = int(summary["after"]["step"]) if summary else None
         best = _best(summary, looks, ended, settings.get("model.max_forgetting"))
         sources = [_source(row) for row in (summary or {}).get("by_source") or []]
-        seen = (summary or {}).get("seen")
-        seen = {True: "seen", False: "unseen", None: None}.get(seen, str(seen))
+        seen = (summary or {}).get("seen")  # all that older runs tell
+        seen = (summary or {}).get("text") or {True: "seen", False: "unseen", None: None}.get(seen, str(seen))
     probes = _object(folder / "probes.json")
     with _as_fit_writes(folder / "probes.json"):
         facts = _facts(probes) if probes else None
