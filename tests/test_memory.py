@@ -253,7 +253,7 @@ def test_the_demo_is_planned_as_it_then_runs(plan: Callable[..., str]) -> None:
     assert found["planned for"] == ["a CPU, precision 32, processes: 1"]
     documents = int(found["data"][0].split()[1].replace(",", ""))
     assert documents == pytest.approx(4_234, rel=0.01)  # a test of the demo counts them
-    assert found["steps"] == ["about 102"]
+    assert found["steps"] == ["about 399"]
     assert "at so many TFLOP/s (no claim about any device; give yours with --plan_tflops)" in found
 
 
@@ -272,9 +272,9 @@ def test_what_changes_the_run_changes_the_plan(plan: Callable[..., str]) -> None
     assert rows(plan("--precision=32"))["planned for"] == ["a GPU, precision 32, processes: 1"]
     assert "gradients to be shared (DDP)" not in before
     several = rows(plan("--trainer.devices=4"))
-    assert several["gradients to be shared (DDP)"] == several["weights, fp32"] and several["steps"] == ["about 27"]
+    assert several["gradients to be shared (DDP)"] == several["weights, fp32"] and several["steps"] == ["about 102"]
     assert rows(plan("--trainer.max_steps=7"))["steps"] == ["about 7"]
-    assert "and 5 milestones" in rows(plan("--keep_every_steps=20"))["disk"][0]
+    assert "and 19 milestones" in rows(plan("--keep_every_steps=20"))["disk"][0]
     assert "activation_checkpointing (as set)" in plan("--model.activation_checkpointing=true")
 
 
