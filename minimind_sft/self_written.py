@@ -36,7 +36,7 @@ from minimind_sft.sampling import Line
 TOGETHER = 64  # documents written at once
 STREAMS = {"replay": 0, "measured": 1 << 31, "user": 1 << 32, "answer": 1 << 33}  # added to the seed
 CHATS, TRIED = 64, 16  # own chats of a chat model; those by which it is told
-USER_TOKENS, ANSWER_TOKENS = 96, 256
+TEXT_TOKENS, USER_TOKENS, ANSWER_TOKENS = 512, 96, 256  # at most: a base that never ends must not write for hours
 SOURCE = "the base"  # where a file's name would stand
 
 Progress = Callable[[int], None]
@@ -51,7 +51,7 @@ class Author:
         model: the base.
         template: its tokenizer and chat template.
         base_sha256: of its file.
-        max_length: tokens of a document or chat at most.
+        max_length: tokens of a document or chat at most; bounded further by `TEXT_TOKENS` and its like.
         seed: of what is drawn.
         device: on which to write; the model is put back afterwards.
     """
@@ -95,12 +95,13 @@ class Author:
                 "data.replay_ratio to 0"
             )
         stops = {id for id in (last, *self.template.stop_ids) if id is not None}
+        most = min(TEXT_TOKENS, self.max_length)
 
         def write(progress: Progress) -> Iterator[list[Span]]:
             begun, total = 0, 0
             while begun < documents and (tokens is None or total < tokens):
                 count = min(TOGETHER, documents - begun)
-                for ids in self._continue([[opens]] * count, self.max_length - 1, purpose, stops, begun):
+                for ids in self._continue([[opens]] * count, most - 1, purpose, stops, begun):
                     total += 1 + len(ids)
                     yield [Span([opens], False), Span(ids, True)]
                 begun += count
@@ -226,6 +227,7 @@ class Author:
             "tokenizer": self.template.fingerprint,
             "max_length": self.max_length,
             "seed": self.seed,
+            "most": [TEXT_TOKENS, USER_TOKENS, ANSWER_TOKENS],
             "apart_from": apart_from and apart_from.folder.name,
             **key,
         }

@@ -20,6 +20,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 def fit(run_dir: Path, **settings: Any) -> tuple[list[dict[str, str]], dict[str, torch.Tensor]]:
     """Run `fit`; the rows of its metrics and its final weights."""
     arguments = [f"--{name.replace('__', '.')}={value}" for name, value in settings.items()]
+    arguments += ["--data.own_documents=0", "--data.own_chats=0"]
     assert main(["fit", f"--run_dir={run_dir}", "--device=cpu", "--log_every_steps=1", *arguments]) == 0
     with open(run_dir / "metrics.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -177,6 +177,8 @@ def test_the_peak_of_fit_is_within_a_tenth_of_the_plan(
         "data.tokenizer": PROJECT / "data" / "tokenizer",
         "data.cache_dir": tmp_path / "cache",
         "data.batch_size": 2 // accumulate,
+        "data.own_documents": 0,  # what is trained on is measured, not what is looked at
+        "data.own_chats": 0,
         "trainer.accumulate_grad_batches": accumulate,
         "trainer.max_epochs": 1,
         "run_dir": tmp_path / "run",

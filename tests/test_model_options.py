@@ -40,6 +40,8 @@ def fit(tmp_path: Path, run: str, weights: Path | str, *more: str, **model: Any)
         "data.tokenizer": TOKENIZER,
         "data.cache_dir": tmp_path / "cache",
         "data.batch_size": 4,
+        "data.own_documents": 0,
+        "data.own_chats": 0,
         "trainer.max_epochs": 1,
         "run_dir": tmp_path / run,
         "device": "cpu",

@@ -89,6 +89,11 @@ def test_writing_ends_at_the_tokens_asked_for(tmp_path: Path) -> None:
     assert 128 <= len(store) < 500 and 1500 <= len(store.ids) < 1500 + 64 * 16
 
 
+def test_a_base_that_never_ends_does_not_write_for_hours(tmp_path: Path) -> None:
+    store = author(tmp_path, max_length=100_000).texts("measured", documents=4, document_format="minimind3")
+    assert max(len(ids) for ids in contents(store)) == 512
+
+
 def test_a_chat_is_written_from_the_users_header_on_and_only_the_answer_counts(tmp_path: Path) -> None:
     store = author(tmp_path, max_length=40).chats(5)
     assert store is not None and len(store) == 5
