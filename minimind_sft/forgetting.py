@@ -147,7 +147,7 @@ class Meter(nn.Module):
             chat_loss=chat["loss"] if chat else None,
             pretrain_loss=text["loss"] if text else None,
             bits_per_byte=text["bits_per_byte"] if text and math.isfinite(text["bits_per_byte"]) else None,
-            by_source=dict(zip(self.sources, text["by_part"], strict=True)) if text and named else None,
+            by_source=_by_name(self.sources, text["by_part"]) if text and named else None,
             own_chat_loss=own["loss"] if own else None,
         )
 
@@ -191,6 +191,11 @@ def summary(
         "seen": {SEEN: True, UNSEEN: False}.get(text or ""),
         "by_source": _by_source(before, after, documents or {}) if from_base else None,
     }
+
+
+def _by_name(sources: Sequence[str], losses: float | list[float]) -> dict[str, float]:
+    """Losses by source; torchmetrics makes a number of a list of one."""
+    return dict(zip(sources, losses if isinstance(losses, list) else [losses], strict=True))
 
 
 def _told(reading: Reading) -> dict[str, Any]:

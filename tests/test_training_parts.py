@@ -117,7 +117,7 @@ def test_the_meter_knows_the_loss_of_every_source_of_the_text() -> None:
     assert reading.by_source == {"poems": 3.0, "sums": 0.25}
     assert reading.pretrain_loss == pytest.approx(10 / 7) and reading.chat_loss == 2.0
     base = Reading(0, pretrain_loss=1.0, by_source={"poems": 2.5, "sums": 0.25})
-    table = summary(base, reading, None, seen=False, documents={"poems": 3, "sums": 9})
+    table = summary(base, reading, None, text="unseen", documents={"poems": 3, "sums": 9})
     assert [(row["source"], row["documents"], row["forgetting"]) for row in table["by_source"]] == [
         ("poems", 3, 0.5),
         ("sums", 9, 0.0),

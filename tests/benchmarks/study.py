@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     plan = yaml.safe_load(options.plan.read_text(encoding="utf-8"))
-    settings = [*plan["fit"], *(word for name in options.config for word in ("--config", name))]
+    settings = [*plan["fit"].split(), *(word for name in options.config for word in ("--config", name))]
     data = SettingsParser("study", "").read(find_config(settings)).data
     parts = {
         part: {key: _part(options.out, part, key, getattr(data, key)) for key in ("val_path", "heldout_path")}
@@ -68,7 +68,7 @@ def main() -> int:
         for key, path in parts[SELECTION].items():
             settings_of_base.append(f"--data.{key}={path}")
         outcomes = [
-            _run(options.out / name, trial, of["group"], [*settings_of_base, *map(str, of["fit"])], seed)
+            _run(options.out / name, trial, of["group"], [*settings_of_base, *of["fit"].split()], seed)
             for trial, of in plan["trials"].items()
             for seed in options.seeds or plan["seeds"]
         ]
@@ -106,7 +106,7 @@ def _pretrained(folder: Path, base: dict[str, Any]) -> str:
     run = folder / "pretrain"
     if not is_whole(run):
         print(f"{run}", flush=True)
-        run_fit([*map(str, base["pretrain"]), f"--run_dir={run}", "--ckpt_path=auto"], _log(run), append=True)
+        run_fit([*base["pretrain"].split(), f"--run_dir={run}", "--ckpt_path=auto"], _log(run), append=True)
     return str(run / "checkpoints" / "last.ckpt")
 
 
