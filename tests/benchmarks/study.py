@@ -53,8 +53,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     plan = yaml.safe_load(options.plan.read_text(encoding="utf-8"))
-    settings = [*plan["fit"].split(), *(word for name in options.config for word in ("--config", name))]
-    data = SettingsParser("study", "").read(find_config(settings)).data
+    configs = [word for name in [*plan["configs"], *options.config] for word in ("--config", name)]
+    settings, data = [*configs, *plan["fit"].split()], SettingsParser("study", "").read(find_config(configs)).data
     parts = {
         part: {key: _part(options.out, part, key, getattr(data, key)) for key in ("val_path", "heldout_path")}
         for part in (SELECTION, CONFIRMATION)
@@ -120,8 +120,8 @@ def _run(folder: Path, trial: str, group: str, settings: list[str], seed: int) -
         print(f"{run}", flush=True)
         run.parent.mkdir(parents=True, exist_ok=True)
         write_whole(note, json.dumps(settings) + "\n")
-        seeds = [f"--data.seed={seed}", f"--model.seed={seed}"]
-        run_fit([*settings, *seeds, f"--run_dir={run}", "--ckpt_path=auto"], _log(run), append=True)
+        own = [f"--data.seed={seed}", f"--run_dir={run}", "--ckpt_path=auto"]
+        run_fit([*settings, *own], _log(run), append=True)
     figures = json.loads((run / "forgetting.json").read_text(encoding="utf-8"))
     times = [float(row["seconds"]) for row in read_metrics(run / "metrics.csv") if row.get("seconds")]
     steps = sorted(later - earlier for earlier, later in zip(times[:-1], times[1:], strict=True))
