@@ -187,9 +187,8 @@ def _plot(runs: Sequence[Run], between: Sequence[tuple[float, float]], path: Pat
             where: dict[str, Any] = {"textcoords": "offset points", "xytext": (8, 0), "va": "center", "color": color}
             axes.annotate(run.kind, (chat[-1], forgotten[-1]), fontweight="bold", **where)
         axes.plot(*zip(*between, strict=True), color="#009E73", linewidth=2, linestyle=":")
-        middle = between[len(between) // 2]
-        where = {"textcoords": "offset points", "xytext": (0, 12), "ha": "center", "color": "#009E73"}
-        axes.annotate("base to held, interpolated", middle, **where)
+        where = {"textcoords": "offset points", "xytext": (0, -22), "ha": "center", "color": "#009E73"}
+        axes.annotate("base to held, interpolated", between[len(between) // 2], **where)
         base = runs[0].path[0]
         axes.plot(*base, color="black", marker="o", markersize=9)
         axes.annotate("base", base, textcoords="offset points", xytext=(0, 10), ha="center")
