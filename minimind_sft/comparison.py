@@ -28,7 +28,7 @@ from minimind_sft.files import resolve, write_whole
 from minimind_sft.measures import Section
 from minimind_sft.pairs import Pair, find_tokenizer, open_pair
 from minimind_sft.probes import load_probes
-from minimind_sft.report import likely_not_pretrained
+from minimind_sft.report import likely_not_pretrained, printable
 from minimind_sft.retained import LossLog, load_log, retained
 from minimind_sft.sampling import Line, read_lines
 from minimind_sft.stores import SELF_WRITTEN, Stores
@@ -227,9 +227,8 @@ def _notes(result: Section, vocab_size: int) -> list[str]:
 
 def _say(text: str) -> None:
     """Print, whatever the output can hold: an exit status is waited for."""
-    encoding = sys.stdout.encoding or "utf-8"
     try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        print(printable(text), flush=True)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

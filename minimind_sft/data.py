@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -268,6 +269,10 @@ class SFTDataModule(LightningDataModule):
         assert self.spare_text is not None
         return ReplayStream(self.spare_text, ratio=self.replay_ratio, seed=self.seed)
 
+    @cached_property
+    def _token_bytes(self) -> np.ndarray:
+        return bytes_of_tokens(self.template)  # once, for every look needs it
+
     @property
     def pretrain_bytes(self) -> int | None:
         """Bytes of pretraining text, uncompressed; None where nothing tells."""
@@ -331,12 +336,11 @@ class SFTDataModule(LightningDataModule):
         """As `val_dataloader`, of a share of the documents, the same ones every time, or of the rest of them."""
         assert self.trainer is not None
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
-        token_bytes = bytes_of_tokens(self.template)
         return [
             _loader(
                 EvaluationBatches(
                     documents,
-                    token_bytes=token_bytes,
+                    token_bytes=self._token_bytes,
                     empty_think_ratio=self.empty_think_ratio,
                     seed=self.seed,
                     rank=rank,

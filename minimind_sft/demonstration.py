@@ -8,7 +8,6 @@ one picture: chat loss against forgetting. About 4 minutes on 2 cores.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 from minimind_sft.demonstration_words import NEXT, WORDS
 from minimind_sft.files import PROJECT, write_whole
 from minimind_sft.fit_process import run_fit
-from minimind_sft.options import OptionParser
+from minimind_sft.options import OptionParser, language
 
 NAME = "Minnow"  # what the model calls itself in the shipped chats
 KINDS = ("original", "held")
@@ -63,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     name = " ".join(options.name.split())
     if not name or len(name) > 40:
         raise ValueError(f"--name {options.name!r} must have 1 to 40 characters")
-    words = WORDS[options.lang or ("zh" if os.environ.get("LANG", "").startswith("zh") else "en")]
+    words = WORDS[language(options.lang)]
     folder = Path(options.run_dir)
     done = [kind for kind in KINDS if (folder / kind).exists()]
     if done and not options.overwrite:

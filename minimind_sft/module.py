@@ -125,7 +125,7 @@ class SFTModule(LightningModule):
         self.weight_decay, self.decay_all, self.seed = weight_decay, decay_all, seed
         self.reset_head, self.resize_vocab = reset_head, resize_vocab
         self.activation_checkpointing = activation_checkpointing
-        self.reset_head, self.frozen = reset_head, [freeze] if isinstance(freeze, str) else freeze or []
+        self.frozen = [freeze] if isinstance(freeze, str) else freeze or []
         self.replay_loss, self.replay_weight, self.l2_sp, self._more_terms = replay_loss, replay_weight, l2_sp, terms
         self.max_forgetting = max_forgetting
         self.terms: list[Term] = []  # those at work

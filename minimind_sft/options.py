@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from typing import NoReturn
+
+
+def language(asked: str | None) -> str:
+    """Of the words on the screen, `en` or `zh`: as asked, else as $LANG says."""
+    return asked or ("zh" if os.environ.get("LANG", "").startswith("zh") else "en")
 
 
 def nearest_option(parser: argparse.ArgumentParser, message: str) -> str | None:

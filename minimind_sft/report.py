@@ -5,6 +5,7 @@ caller's.
 from __future__ import annotations
 
 import math
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,12 @@ if TYPE_CHECKING:  # torchmetrics takes seconds to import, and only annotations 
     from minimind_sft.forgetting import Reading
     from minimind_sft.interpolation import Point
     from minimind_sft.power_law import PowerLaw
+
+
+def printable(text: str) -> str:
+    """A text as standard output can hold it: what its encoding has not is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def aligned(rows: Sequence[tuple[str, str]]) -> str:

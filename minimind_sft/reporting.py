@@ -7,14 +7,12 @@ Neither torch nor Lightning is imported: two runs take 2.5 s, nearly all of it d
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from minimind_sft.files import write_whole
-from minimind_sft.options import OptionParser
-from minimind_sft.report import table
+from minimind_sft.options import OptionParser, language
+from minimind_sft.report import printable, table
 from minimind_sft.reporting_page import page
 from minimind_sft.reporting_plots import draw
 from minimind_sft.reporting_table import cell_rows, notes
@@ -51,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         ValueError: for a mistake in the command; a folder that is no run; a file of a run that cannot be read.
     """
     options = parser().parse_args(list(argv))
-    lang = options.lang or ("zh" if os.environ.get("LANG", "").startswith("zh") else "en")
+    lang = language(options.lang)
     words = WORDS[lang]
     runs = read_runs(options.runs)
     one = len(runs) == 1
@@ -63,14 +61,9 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"{out}: cannot be written ({error.strerror}); choose another folder with --out") from error
     write_whole(out / "report.html", page(runs, pictures, words, lang))
     head, *rows = cell_rows(runs, words)
-    _say("\n".join([table(head, rows), *notes(runs, words)]))
+    said = ["\n".join([table(head, rows), *notes(runs, words)])]
     names = ["report.html", *(path.name for picture in pictures for path in (picture.light, picture.dark))]
-    _say("\n" + words["written"].format(folder=out, names=", ".join(names)))
-    _say(words["open"].format(page=out / "report.html"))
+    said += ["", words["written"].format(folder=out, names=", ".join(names))]
+    said.append(words["open"].format(page=out / "report.html"))
+    print(printable("\n".join(said)), flush=True)
     return 0
-
-
-def _say(text: str) -> None:
-    """Print, also where the output cannot hold every character."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +37,7 @@ Confirm = Callable[[Outcome], tuple[dict[str, Any], list[dict[str, Any]]]]
 
 
 def mean(outcomes: Sequence[Outcome], field: str) -> float:
-    return sum(getattr(outcome, field) for outcome in outcomes) / len(outcomes)
+    return fmean(getattr(outcome, field) for outcome in outcomes)
 
 
 def by_trial(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
@@ -106,13 +107,13 @@ def _confirmed(seeds: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]) -> 
     facts = [group for result in results for name, group in result.get("facts", {}).get("groups", {}).items()
              if name == "raw/not_in_sft"]  # fmt: skip
     return {
-        "chat_loss": _average([result["chats"]["after"] for result in results]),
-        "forgetting": _average([text["difference"] for text in texts]),
+        "chat_loss": fmean([result["chats"]["after"] for result in results]),
+        "forgetting": fmean([text["difference"] for text in texts]),
         "by_seed": [text["difference"] for text in texts],
         "interval": _draws(seeds[0][1]).ratio(_rise([rows for _, rows in seeds]), _tokens(seeds[0][1])),
-        "kl": _average([text["kl"] for text in texts]),
-        "in_template": _average([result["continuations"]["difference"] for result in results]),
-        "facts_lost": _average([group["lost"] / max(1, group["before"]) for group in facts]) if facts else None,
+        "kl": fmean([text["kl"] for text in texts]),
+        "in_template": fmean([result["continuations"]["difference"] for result in results]),
+        "facts_lost": fmean([group["lost"] / max(1, group["before"]) for group in facts]) if facts else None,
     }
 
 
@@ -140,10 +141,6 @@ def _rise(seeds: Sequence[Sequence[dict[str, Any]]]) -> np.ndarray:
 
 def _tokens(rows: Sequence[dict[str, Any]]) -> np.ndarray:
     return np.array([row["tokens"] for row in rows], np.float64)
-
-
-def _average(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def markdown(found: dict[str, dict[str, Any]]) -> str:
