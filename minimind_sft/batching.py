@@ -25,6 +25,7 @@ import numpy as np
 
 from minimind_sft.documents import NO_PROMPT, Documents
 from minimind_sft.replay import ReplayStream
+from minimind_sft.replay_chat import ReplayRow
 
 if TYPE_CHECKING:  # planning needs no torch; only a finished Batch does
     from torch import Tensor
@@ -46,12 +47,12 @@ class Batch(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """The replay text of a micro-batch: the documents from `first_document` on, which begin at token `start`."""
+    """The replay text of a micro-batch, behind its chats. The base reads it by itself, without a chat around it."""
 
-    targets: Tensor  # (R,) int64: where batch.labels counts from `start` on
+    targets: Tensor  # (R,) int64: where batch.labels counts for the replay text
     window_targets: int  # of the whole window, over all micro-batches and ranks
-    start: int
-    first_document: int
+    base: Batch
+    base_targets: Tensor  # (R,) int64: where base.labels counts; the same tokens in the same order
 
 
 class MicroBatch(NamedTuple):
@@ -74,7 +75,7 @@ def pack(
     *,
     window_targets: int = 0,
     window_tokens: int = 0,
-    replay: list[Row] | None = None,
+    replay: list[ReplayRow] | None = None,
     window_replay_targets: int = 0,
 ) -> MicroBatch:
     """Lay documents end to end.
@@ -86,10 +87,24 @@ def pack(
         replay: what is replayed; None where nothing ever is.
         window_replay_targets: see `Replayed`.
     """
+    nobody = [(np.zeros(1, np.int64), np.zeros(1, bool))]
+    chats = chats or nobody
+    batch, targets = _end_to_end(chats + [(row.ids, row.supervised) for row in replay or []])
+    start = sum(len(ids) for ids, _ in chats)
+    learned = int((targets < start).sum())
+    replayed = None
+    if replay is not None:
+        base = _end_to_end([(row.base_ids, row.base_supervised) for row in replay] or nobody)
+        replayed = Replayed(targets[learned:], window_replay_targets, *base)
+    return MicroBatch(
+        batch, targets[:learned], window_targets or learned, window_tokens or len(batch.labels), replay=replayed
+    )
+
+
+def _end_to_end(rows: list[Row]) -> tuple[Batch, Tensor]:
+    """Documents in one row, and where its labels count."""
     import torch
 
-    chats = chats or [(np.zeros(1, np.int64), np.zeros(1, bool))]
-    rows = chats + (replay or [])
     lengths = [len(ids) for ids, _ in rows]
     ends = np.cumsum([0, *lengths])
     input_ids = np.empty(ends[-1], np.int64)
@@ -100,9 +115,6 @@ def pack(
         input_ids[start:end] = ids
         labels[start : end - 1] = np.where(supervised[1:], ids[1:], IGNORE)
         positions[start:end] = np.arange(len(ids))
-    targets = torch.from_numpy(np.flatnonzero(labels != IGNORE))
-    start = int(ends[len(chats)])
-    learned = int((targets < start).sum())
     batch = Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
@@ -110,12 +122,7 @@ def pack(
         cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
         max_length=max(lengths),
     )
-    replayed = None
-    if replay is not None:
-        replayed = Replayed(targets[learned:], window_replay_targets, start, len(chats))
-    return MicroBatch(
-        batch, targets[:learned], window_targets or learned, window_tokens or len(labels), replay=replayed
-    )
+    return batch, torch.from_numpy(np.flatnonzero(labels != IGNORE))
 
 
 class Share(NamedTuple):
@@ -275,7 +282,7 @@ class Plan:
             rows,
             window_targets=int(epoch.window_targets[window]),
             window_tokens=int(epoch.window_tokens[window]),
-            replay=None if self.replay is None else [self.replay.documents.row(number, True) for number in replay],
+            replay=None if self.replay is None else [self.replay.row(number) for number in replay],
             window_replay_targets=int(epoch.window_replay_targets[window]),
         )
 

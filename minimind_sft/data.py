@@ -26,6 +26,7 @@ from minimind_sft.documents import Documents
 from minimind_sft.evaluation import EvaluationBatches, bytes_of_tokens, drawn, prompts
 from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
 from minimind_sft.replay import ReplayStream
+from minimind_sft.replay_chat import ChatFrame
 from minimind_sft.self_written import Author
 from minimind_sft.stores import SELF_WRITTEN, Opened, Stores
 
@@ -77,6 +78,8 @@ class SFTDataModule(LightningDataModule):
             measured on; 0 is off. What is asked of them: `model.replay_loss`.
         replay_source: `file`, to replay `pretrain_path`; `self`, to replay text that the base writes itself first;
             `auto`, to replay `pretrain_path` where it is set.
+        replay_in_chat: share of the replay documents that are replayed in the chat template, as the rest of a text that
+            a user asks for, where the model is held to what the base says of the same tokens without a chat.
         replay_documents: documents to replay from, at most; of `pretrain_path` chosen by content hash.
         format: of the lines: auto, or one of the formats in the README.
         document_format: how pretraining framed a raw text: minimind3, minimind2 (the markers are in the text) or bare.
@@ -120,6 +123,7 @@ class SFTDataModule(LightningDataModule):
         replay_ratio: float = 0.0,
         replay_source: Literal["auto", "file", "self"] = "auto",
         replay_documents: int = 20_000,
+        replay_in_chat: float = 0.0,
         format: str = "auto",
         document_format: str = "minimind3",
         probes_path: str | None = None,
@@ -136,6 +140,9 @@ class SFTDataModule(LightningDataModule):
         for name, number in (("own_documents", own_documents), ("own_chats", own_chats)):
             if number != "auto" and number < 0:
                 raise ValueError(f"data.{name} is {number}; it is a number that the base writes, 0 for none")
+        if not 0.0 <= replay_in_chat <= 1.0:
+            raise ValueError(f"data.replay_in_chat is {replay_in_chat}; it is a share between 0 and 1")
+        self.replay_in_chat = replay_in_chat
         self.own_documents, self.own_chats = own_documents, own_chats
         self.replay_ratio, self.replay_documents = replay_ratio, replay_documents
         self.replays_own = replay_source == "self" or replay_source == "auto" and pretrain_path is None
@@ -267,7 +274,11 @@ class SFTDataModule(LightningDataModule):
         if not self._replays:
             return None
         assert self.spare_text is not None
-        return ReplayStream(self.spare_text, ratio=self.replay_ratio, seed=self.seed)
+        frame, text = None, self.spare_text
+        if self.replay_in_chat:
+            frame = ChatFrame.of(self.template)
+            text = Documents(text.store, max_length=max(2, self.max_length - frame.extra))
+        return ReplayStream(text, ratio=self.replay_ratio, seed=self.seed, frame=frame, in_chat=self.replay_in_chat)
 
     @cached_property
     def _token_bytes(self) -> np.ndarray:
@@ -294,10 +305,17 @@ class SFTDataModule(LightningDataModule):
             "max_length": self.max_length,
             "too_long": self.too_long,
             "empty_think_ratio": self.empty_think_ratio,
-            "replay": self.plan.replay and f"{self.replay_ratio:g} of {self.plan.replay.documents.store.folder.name}",
+            "replay": self._replay_identity,
             "system_prompts": None if prompts is None else prompts.texts,
             "system_ratio": None if prompts is None else self.system_ratio,
         }
+
+    @property
+    def _replay_identity(self) -> str | None:
+        if self.plan.replay is None:
+            return None
+        in_chat = f", {self.replay_in_chat:g} of it in a chat" if self.replay_in_chat else ""
+        return f"{self.replay_ratio:g} of {self.plan.replay.documents.store.folder.name}{in_chat}"
 
     def check_identity(self, saved: dict[str, Any]) -> None:
         """Refuse to resume on another plan.

@@ -18,6 +18,9 @@ from functools import lru_cache
 import numpy as np
 
 from minimind_sft.documents import Documents
+from minimind_sft.replay_chat import ChatFrame, ReplayRow
+
+USER_SHARES = 0.25, 0.75  # of a document in a chat, how much the user gives: between these
 
 
 class ReplayStream:
@@ -26,13 +29,22 @@ class ReplayStream:
     Args:
         documents: the pool.
         ratio: tokens of replay per token of chat; above 0.
-        seed: of the order of every pass.
+        seed: of the order of every pass, and of which documents come in a chat.
+        frame: the chat that a document is put into; None for none ever is.
+        in_chat: share of the documents that are.
+
+    Attributes:
+        lengths: (D,) tokens that the model reads.
+        targets: (D,) tokens that something is asked of.
+        tokens: of one pass over the pool, as the base reads them.
 
     Raises:
         ValueError: an empty pool, or a ratio that is not above 0.
     """
 
-    def __init__(self, documents: Documents, *, ratio: float, seed: int) -> None:
+    def __init__(
+        self, documents: Documents, *, ratio: float, seed: int, frame: ChatFrame | None = None, in_chat: float = 0.0
+    ) -> None:
         if not ratio > 0.0:
             raise ValueError(f"data.replay_ratio is {ratio}; it is replay tokens per chat token, above 0 (0 is off)")
         if not len(documents):
@@ -40,15 +52,20 @@ class ReplayStream:
                 "there is no text to replay: every document of data.pretrain_path is measured on. Give more text, "
                 "lower data.measure_documents, or set data.replay_ratio to 0"
             )
-        self.documents, self.ratio, self.seed = documents, ratio, seed
-        self.lengths, self.targets = documents.sizes(np.ones(len(documents), bool))
-        self.tokens = int(self.lengths.sum())  # of one pass
+        self.documents, self.ratio, self.seed, self.frame = documents, ratio, seed, frame
+        self._raw_lengths, self.targets = documents.sizes(np.ones(len(documents), bool))
+        self.tokens, self.lengths = int(self._raw_lengths.sum()), self._raw_lengths
+        draws = np.random.default_rng([seed, 0, 6])
+        self._in_chat = draws.random(len(documents)) < in_chat
+        self._shares = draws.uniform(*USER_SHARES, len(documents))
+        if frame is not None:
+            self.lengths = self._raw_lengths + self._in_chat * frame.extra
         self._pass = lru_cache(maxsize=2)(self._order)
 
     def _order(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Documents (D,) of a pass in order, and where in the pass each one begins (D,)."""
         order = np.random.default_rng([self.seed, number, 5]).permutation(len(self.documents))
-        lengths = self.lengths[order]
+        lengths = self._raw_lengths[order]
         return order, lengths.cumsum() - lengths
 
     def between(self, start: int, stop: int) -> np.ndarray:
@@ -59,6 +76,13 @@ class ReplayStream:
             first, last = np.searchsorted(begins, [start - number * self.tokens, stop - number * self.tokens])
             found.append(order[first:last])
         return np.concatenate(found)
+
+    def row(self, number: int) -> ReplayRow:
+        """What the model and the base read of a document."""
+        ids, supervised = self.documents.row(number, True)
+        if self.frame is None or not self._in_chat[number]:
+            return ReplayRow(ids, supervised, ids, supervised)
+        return self.frame.around(ids, supervised, float(self._shares[number]))
 
     def windows(self, epoch: int, chat_tokens: np.ndarray, epoch_tokens: int) -> list[np.ndarray]:
         """What every window of an epoch replays.

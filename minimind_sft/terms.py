@@ -85,18 +85,16 @@ class ReplayKL(Term):
         self._base = base if half is None else copy.deepcopy(base).to(half)
 
     def loss(self, model: Transformer, hidden: Tensor, batch: MicroBatch) -> Tensor:
-        replay, flat = batch.replay, batch.batch
+        replay = batch.replay
         assert replay is not None
         if not len(replay.targets):
             return hidden.new_zeros((), dtype=torch.float32)
+        text = replay.base
         with torch.no_grad():
-            base_hidden = self._base.hidden(
-                flat.input_ids[replay.start :],
-                flat.positions[replay.start :],
-                flat.cu_seqlens[replay.first_document :] - replay.start,
-                flat.max_length,
-            )[replay.targets - replay.start]
-        nats = kl_divergence(hidden[replay.targets], base_hidden, model.lm_head.weight, self._base.lm_head.weight)
+            kept = self._base.hidden(text.input_ids, text.positions, text.cu_seqlens, text.max_length)
+        nats = kl_divergence(
+            hidden[replay.targets], kept[replay.base_targets], model.lm_head.weight, self._base.lm_head.weight
+        )
         return nats / replay.window_targets
 
 

@@ -15,12 +15,15 @@ from torch import Tensor
 from minimind_sft.__main__ import main
 from minimind_sft.batching import MicroBatch, Plan, pack
 from minimind_sft.callbacks import Measure
+from minimind_sft.chat import ChatTemplate
+from minimind_sft.comparison import compare
 from minimind_sft.documents import Documents
 from minimind_sft.forgetting import Reading
 from minimind_sft.losses import kl_divergence
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 from minimind_sft.replay import ReplayStream
+from minimind_sft.replay_chat import ChatFrame, ReplayRow
 from minimind_sft.stores import Stores
 from minimind_sft.terms import L2SP, ReplayKL, ReplayNextToken, Term
 
@@ -82,12 +85,49 @@ def test_replay_is_the_same_however_a_window_is_dealt(
 
 def test_replay_text_lies_behind_the_chats_with_targets_of_its_own() -> None:
     rows = [(np.array(ids), np.array(flags, bool)) for ids, flags in (([1, 2, 3], [0, 1, 0]), ([4, 5], [1, 1]))]
-    batch = pack(rows[:1], replay=rows[1:], window_replay_targets=9)
+    batch = pack(rows[:1], replay=[ReplayRow(*rows[1], *rows[1])], window_replay_targets=9)
     assert batch.batch.input_ids.tolist() == [1, 2, 3, 4, 5]
     assert batch.batch.labels.tolist() == [2, -100, -100, 5, -100]
     assert batch.targets.tolist() == [0] and batch.window_targets == 1
-    assert batch.replay is not None and batch.replay.targets.tolist() == [3]
-    assert batch.replay[1:] == (9, 3, 1)
+    replay = batch.replay
+    assert replay is not None and replay.targets.tolist() == [3] and replay.window_targets == 9
+    assert replay.base.input_ids.tolist() == [4, 5] and replay.base_targets.tolist() == [0]
+
+
+def test_a_document_in_a_chat_has_the_base_s_targets_in_the_base_s_order() -> None:
+    frame = ChatFrame(np.array([1, 30]), np.array([2, 1, 31]))
+    ids, supervised = np.array([1, 11, 12, 13, 14, 2]), np.array([0, 1, 1, 1, 1, 1], bool)
+    row = frame.around(ids, supervised, 0.4)
+    assert row.ids.tolist() == [1, 30, 11, 12, 2, 1, 31, 13, 14, 2]
+    assert len(row.ids) == len(ids) + frame.extra
+    batch = pack([], replay=[row], window_replay_targets=5)
+    replay, flat = batch.replay, batch.batch
+    assert replay is not None
+    told = flat.labels[replay.targets].tolist()
+    assert told == replay.base.labels[replay.base_targets].tolist() == [11, 12, 13, 14, 2]
+    read = [flat.input_ids[at].item() for at in replay.targets.tolist()]
+    assert read == [30, 11, 31, 13, 14]  # the first of each part is told by the template's last token
+    assert replay.base.input_ids.tolist() == ids.tolist()
+
+
+def test_the_chat_around_a_document_is_what_a_user_s_text_gets() -> None:
+    template = ChatTemplate.from_folder(PROJECT / "data" / "tokenizer")
+    frame = ChatFrame.of(template)
+    text = template.encode_text("a lake")
+    assert template.prompt([{"role": "user", "content": "a lake"}]) == [*frame.before, *text, *frame.between]
+
+
+def test_a_share_of_the_replay_comes_in_a_chat_and_the_stream_knows_its_lengths(pool: Documents) -> None:
+    frame = ChatFrame(np.array([1, 30]), np.array([2, 1, 31]))
+    plain = ReplayStream(pool, ratio=1.0, seed=0)
+    for share in (0.0, 0.5, 1.0):
+        stream = ReplayStream(pool, ratio=1.0, seed=0, frame=frame, in_chat=share)
+        rows = [stream.row(number) for number in range(len(pool))]
+        assert [len(row.ids) for row in rows] == stream.lengths.tolist()
+        assert [int(row.supervised.sum()) for row in rows] == stream.targets.tolist() == plain.targets.tolist()
+        in_chat = [len(row.ids) > len(row.base_ids) for row in rows]
+        assert in_chat.count(True) in {0.0: [0], 0.5: range(5, 16), 1.0: [20]}[share]
+        assert stream.between(0, 100).tolist() == plain.between(0, 100).tolist()
 
 
 # ---- the terms
@@ -125,7 +165,7 @@ def small_model(seed: int = 0) -> Transformer:
 
 def with_replay(chat_length: int) -> MicroBatch:
     rows = [(np.arange(1, length + 1), np.ones(length, bool)) for length in (chat_length, 6, 4)]
-    return pack(rows[:1], replay=rows[1:], window_replay_targets=10)
+    return pack(rows[:1], replay=[ReplayRow(*row, *row) for row in rows[1:]], window_replay_targets=10)
 
 
 def states(model: Transformer, batch: MicroBatch) -> Tensor:
@@ -249,6 +289,21 @@ def test_a_run_with_replay_resumes_bit_for_bit_and_on_no_other_replay(
     with pytest.raises(AssertionError):
         fit(tmp_path / "refused", cache, "--data.replay_ratio=0.25", *schedule, ckpt=str(middle))
     assert "replay was" in capsys.readouterr().err
+
+
+def test_replay_in_a_chat_holds_the_chat_mode(
+    held: tuple[Path, list[dict[str, str]]], cache: Path, tmp_path: Path
+) -> None:
+    in_chat = tmp_path / "in_chat"
+    fit(in_chat, cache, REPLAY, "--data.replay_in_chat=1")
+    measured = [
+        compare(
+            str(PROJECT / "data/base.pth"), str(run), heldout_path=str(PROJECT / "data/heldout.jsonl"), documents=40,
+            tokenizer=str(PROJECT / "data/tokenizer"), cache_dir=str(cache), device="cpu",
+        )[0]["continuations"]["difference"]
+        for run in (held[0], in_chat)
+    ]  # fmt: skip
+    assert measured[1] < measured[0] - 0.1
 
 
 def test_replay_needs_text_and_says_what_to_do(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

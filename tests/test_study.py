@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 from study import CONFIRMATION, SELECTION, part_of
-from study_rows import Outcome, chosen, findings, markdown, target_loss
+from study_rows import Confirmed, Outcome, chosen, findings, markdown, target_loss
 
 
 def outcome(trial: str, group: str, chat_loss: float, forgetting: float, *, seed: int = 1) -> Outcome:
@@ -27,18 +27,22 @@ TRIALS = [
 ]
 
 
-def confirm(outcome: Outcome) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def confirm(outcome: Outcome) -> Confirmed:
     """A confirmation in which every document forgets what the trial forgot on the selection part, give or take."""
     rows = [
         {"where": f"t:{n}", "parent": n, "source": n % 2, "tokens": 10, "difference": outcome.forgetting * factor}
         for n, factor in enumerate((0.9, 1.0, 1.1))
     ]
     forgetting = sum(row["difference"] for row in rows) / 3
-    text = {"difference": forgetting, "kl": 0.1}
+    text = {"unseen": {"difference": forgetting, "kl": 0.1}, "seen": {"difference": 2 * forgetting}}
     facts = {"groups": {"raw/not_in_sft": {"before": 10, "lost": 4}}}
-    result = {"judged": "unseen", "text": {"unseen": text}, "chats": {"after": outcome.chat_loss + 0.1},
+    result = {"judged": "unseen", "text": text, "chats": {"after": outcome.chat_loss + 0.1},
               "continuations": {"difference": 0.5}, "facts": facts}  # fmt: skip
-    return result, rows
+    return Confirmed(outcome.trial, outcome.seed, result, rows, 0.25 if outcome.seed == 1 else None)
+
+
+def found_of(outcomes: list[Outcome]) -> dict[str, Any]:
+    return findings(outcomes, {(one.trial, one.seed): confirm(one) for one in outcomes})
 
 
 def test_the_target_is_the_best_vanilla_loss_and_a_margin() -> None:
@@ -47,31 +51,40 @@ def test_the_target_is_the_best_vanilla_loss_and_a_margin() -> None:
 
 def test_of_each_group_the_trial_that_forgets_least_among_those_at_the_target_is_chosen() -> None:
     rows = chosen(TRIALS, 4.01)
-    assert {group: seeds[0].trial for group, seeds in rows.items()} == {"vanilla": "tuned", "held": "strong"}
+    assert {group: row.trial for group, row in rows.items()} == {
+        "vanilla": "tuned", "held": "strong", "original": "original",
+    }  # fmt: skip
 
 
-def test_several_seeds_are_one_trial_judged_by_its_mean() -> None:
-    lucky = [outcome("lucky", "held", 3.0, 0.0), outcome("lucky", "held", 5.5, 0.0, seed=2)]  # 4.25 in the mean
-    assert chosen([*TRIALS, *lucky], 4.01)["held"][0].trial == "strong"
-    assert len(chosen([*TRIALS, *lucky], 4.5)["held"]) == 2
+def test_the_first_seed_selects_and_the_rows_are_the_mean_of_all() -> None:
+    again = [outcome("strong", "held", 4.5, 0.04, seed=2), outcome("weak", "held", 3.0, 0.0, seed=2)]
+    held = found_of([*TRIALS, *again])["rows"]["held"]
+    assert held["trial"] == "strong" and held["seeds"] == 2
+    assert held["forgetting"] == pytest.approx(0.03) and held["by_seed"] == pytest.approx([0.02, 0.04])
+    assert held["chat_loss"] == pytest.approx((4.109 + 4.6) / 2)
+    assert held["ratio"]["vanilla"]["ratio"] == pytest.approx(0.2 / 0.03)
 
 
 def test_the_rows_are_confirmed_and_their_ratios_told() -> None:
-    found = findings(TRIALS, confirm)
-    assert list(found["rows"]) == ["vanilla", "held", "original"] and found["gate"]
+    found = found_of(TRIALS)
+    assert list(found["rows"]) == ["vanilla", "original", "held"] and found["gate"]
     held = found["rows"]["held"]
     assert held["forgetting"] == pytest.approx(0.02) and held["chat_loss"] == pytest.approx(4.109)
-    assert held["facts_lost"] == pytest.approx(0.4)
+    assert held["facts_lost"] == pytest.approx(0.4) and held["recovered"] == 0.25
+    assert held["seen"] == pytest.approx(0.04)
     assert held["ratio"]["vanilla"]["ratio"] == pytest.approx(10.0)
     assert held["ratio"]["original"]["ratio"] == pytest.approx(15.0)
     low, high = held["ratio"]["vanilla"]["interval"]  # every document has the same ratio
     assert low == pytest.approx(10.0) and high == pytest.approx(10.0)
-    assert "10.0 (10.0 to 10.0)" in markdown({"small": found})
+    table = markdown({"small": found})
+    assert "10.0 (10.0 to 10.0)" in table
+    columns = {line.count("|") for line in table.split("\n\n")[2].splitlines()}
+    assert columns == {14}
 
 
 @pytest.mark.parametrize("change", [{"forgetting": 0.04}, {"base_chat_loss": 4.2}])
 def test_a_shift_that_is_too_small_gets_no_ratio(change: dict[str, float]) -> None:
-    found = findings([trial._replace(**change) for trial in TRIALS], confirm)
+    found = found_of([trial._replace(**change) for trial in TRIALS])
     assert not found["gate"] and all(row["ratio"] is None for row in found["rows"].values())
     assert "too small for a ratio" in markdown({"small": found})
 

@@ -5,8 +5,7 @@ Nothing is trained or read here: outcomes in, tables out.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -33,99 +32,106 @@ class Outcome(NamedTuple):
     step_seconds: float
 
 
-Confirm = Callable[[Outcome], tuple[dict[str, Any], list[dict[str, Any]]]]
+class Confirmed(NamedTuple):
+    """A row with one seed, on the confirmation part.
 
+    Attributes:
+        result: what `compare` found.
+        documents: the rows of its text's documents.
+        recovered: what is still forgotten after the recovery, in nats per token; None where that was not tried.
+    """
 
-def mean(outcomes: Sequence[Outcome], field: str) -> float:
-    return fmean(getattr(outcome, field) for outcome in outcomes)
-
-
-def by_trial(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    trials: dict[str, list[Outcome]] = defaultdict(list)
-    for outcome in outcomes:
-        trials[outcome.trial].append(outcome)
-    return dict(trials)
+    trial: str
+    seed: int
+    result: dict[str, Any]
+    documents: list[dict[str, Any]]
+    recovered: float | None = None
 
 
 def target_loss(outcomes: Sequence[Outcome]) -> float:
-    """l*: the lowest chat loss of a vanilla trial, the mean over its seeds, and `MARGIN` more."""
-    vanilla = by_trial([outcome for outcome in outcomes if outcome.group == VANILLA])
-    return min(mean(seeds, "chat_loss") for seeds in vanilla.values()) + MARGIN
+    """l*: the lowest chat loss of a vanilla trial with the first seed, and `MARGIN` more."""
+    return min(one.chat_loss for one in _first(outcomes) if one.group == VANILLA) + MARGIN
 
 
-def chosen(outcomes: Sequence[Outcome], target: float) -> dict[str, list[Outcome]]:
-    """Of each group the trial with the least forgetting among those that reach the target, with all its seeds."""
-    rows: dict[str, list[Outcome]] = {}
-    for seeds in by_trial(outcomes).values():
-        best = rows.get(seeds[0].group)
-        if mean(seeds, "chat_loss") <= target and (
-            best is None or mean(seeds, "forgetting") < mean(best, "forgetting")
-        ):
-            rows[seeds[0].group] = seeds
+def chosen(outcomes: Sequence[Outcome], target: float) -> dict[str, Outcome]:
+    """Of each group the trial with the least forgetting among those that reach the target with the first seed; and the
+    original."""
+    rows: dict[str, Outcome] = {}
+    for one in _first(outcomes):
+        best = rows.get(one.group)
+        if one.chat_loss <= target and (best is None or one.forgetting < best.forgetting):
+            rows[one.group] = one
+        if one.trial == ORIGINAL:
+            rows[ORIGINAL] = one
     return rows
 
 
-def findings(outcomes: Sequence[Outcome], confirm: Confirm) -> dict[str, Any]:
+def _first(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    return [one for one in outcomes if one.seed == outcomes[0].seed]
+
+
+def findings(outcomes: Sequence[Outcome], confirmed: Mapping[tuple[str, int], Confirmed]) -> dict[str, Any]:
     """All trials as selected on, and the chosen rows as confirmed.
 
     Args:
-        outcomes: of one base.
-        confirm: what `compare` finds for a run on the confirmation part, and the rows of its documents.
+        outcomes: of one base; those with the first one's seed select.
+        confirmed: of the chosen rows, by trial and seed.
     """
     target = target_loss(outcomes)
-    rows = chosen(outcomes, target)
-    if original := by_trial(outcomes).get(ORIGINAL):
-        rows[ORIGINAL] = original
-    confirmed = {group: [confirm(outcome) for outcome in seeds] for group, seeds in rows.items()}
-    vanilla = rows[VANILLA]
-    gate = (
-        mean(vanilla, "forgetting") >= LEAST_FORGETTING
-        and mean(vanilla, "base_chat_loss") - target >= LEAST_DISTANCE
-    )
+    rows = {
+        group: [confirmed[one.trial, one.seed] for one in outcomes if one.trial == row.trial]
+        for group, row in chosen(outcomes, target).items()
+    }
+    picked = chosen(outcomes, target)
+    vanilla = picked[VANILLA]
+    gate = vanilla.forgetting >= LEAST_FORGETTING and vanilla.base_chat_loss - target >= LEAST_DISTANCE
     return {
         "target": target,
-        "base_chat_loss": mean(vanilla, "base_chat_loss"),
+        "base_chat_loss": vanilla.base_chat_loss,
         "gate": gate,
         "trials": [outcome._asdict() for outcome in outcomes],
         "rows": {
             group: {
-                "trial": rows[group][0].trial,
+                "trial": picked[group].trial,
                 "seeds": len(seeds),
-                "step_seconds": mean(rows[group], "step_seconds"),
-                "steps": rows[group][0].steps,
+                "step_seconds": picked[group].step_seconds,
+                "steps": picked[group].steps,
                 **_confirmed(seeds),
-                "ratio": _ratios(confirmed, group) if gate else None,
+                "ratio": _ratios(rows, group) if gate else None,
             }
-            for group, seeds in confirmed.items()
+            for group, seeds in rows.items()
         },
     }
 
 
-def _confirmed(seeds: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]) -> dict[str, Any]:
-    results = [result for result, _ in seeds]
+def _confirmed(seeds: Sequence[Confirmed]) -> dict[str, Any]:
+    results, documents = [one.result for one in seeds], seeds[0].documents
     texts = [result["text"][result["judged"]] for result in results]
-    facts = [group for result in results for name, group in result.get("facts", {}).get("groups", {}).items()
-             if name == "raw/not_in_sft"]  # fmt: skip
+    seen = [result["text"]["seen"]["difference"] for result in results if "seen" in result["text"]]
+    facts = [result.get("facts", {}).get("groups", {}).get("raw/not_in_sft") for result in results]
+    lost = [group["lost"] / max(1, group["before"]) for group in facts if group]
     return {
         "chat_loss": fmean([result["chats"]["after"] for result in results]),
         "forgetting": fmean([text["difference"] for text in texts]),
         "by_seed": [text["difference"] for text in texts],
-        "interval": _draws(seeds[0][1]).ratio(_rise([rows for _, rows in seeds]), _tokens(seeds[0][1])),
+        "interval": _draws(documents).ratio(_rise(seeds), _tokens(documents)),
         "kl": fmean([text["kl"] for text in texts]),
+        "seen": fmean(seen) if seen else None,
         "in_template": fmean([result["continuations"]["difference"] for result in results]),
-        "facts_lost": fmean([group["lost"] / max(1, group["before"]) for group in facts]) if facts else None,
+        "recovered": seeds[0].recovered,
+        "facts_lost": fmean(lost) if lost else None,
     }
 
 
-def _ratios(confirmed: dict[str, Any], group: str) -> dict[str, Any]:
+def _ratios(rows: Mapping[str, Sequence[Confirmed]], group: str) -> dict[str, Any]:
     """How many times as much vanilla and the original forget, paired over documents."""
-    own = [rows for _, rows in confirmed[group]]
+    own = rows[group]
     ratios = {}
     for other in (VANILLA, ORIGINAL):
-        if other in confirmed and other != group:
-            theirs = [rows for _, rows in confirmed[other]]
-            ratio = float(_rise(theirs).sum() / _rise(own).sum())
-            ratios[other] = {"ratio": ratio, "interval": _draws(own[0]).ratio(_rise(theirs), _rise(own))}
+        if other in rows and other != group:
+            ratio = float(_rise(rows[other]).sum() / _rise(own).sum())
+            interval = _draws(own[0].documents).ratio(_rise(rows[other]), _rise(own))
+            ratios[other] = {"ratio": ratio, "interval": interval}
     return ratios
 
 
@@ -133,10 +139,11 @@ def _draws(rows: Sequence[dict[str, Any]]) -> Resampling:
     return Resampling([row["parent"] for row in rows], [row["source"] for row in rows], seed=42)
 
 
-def _rise(seeds: Sequence[Sequence[dict[str, Any]]]) -> np.ndarray:
+def _rise(seeds: Sequence[Confirmed]) -> np.ndarray:
     """Nats that each document lost, the mean over the seeds, (D,)."""
-    assert all([row["where"] for row in rows] == [row["where"] for row in seeds[0]] for rows in seeds)
-    return np.mean([[row["difference"] * row["tokens"] for row in rows] for rows in seeds], axis=0)
+    places = [[row["where"] for row in one.documents] for one in seeds]
+    assert all(place == places[0] for place in places)
+    return np.mean([[row["difference"] * row["tokens"] for row in one.documents] for one in seeds], axis=0)
 
 
 def _tokens(rows: Sequence[dict[str, Any]]) -> np.ndarray:
@@ -150,8 +157,9 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
         parts.append(
             f"## {base}\n\nBase: chats {of['base_chat_loss']:.4f}; l* {of['target']:.4f} (selection part)."
             + ("" if of["gate"] else " The shift is too small for a ratio.")
-            + "\n\n| row | trial | chats | forgotten | 95 % | KL | in the template | facts lost | s a step "
-            "| vanilla / row | original / row |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
+            + "\n\n| row | trial | chats | forgotten | 95 % | seen text | KL | in the template | recovered "
+            "| facts lost | s a step | vanilla / row | original / row |\n"
+            f"{'|---' * 13}|\n"
         )
         for group, row in of["rows"].items():
             interval = "" if row["interval"] is None else "{:+.4f} to {:+.4f}".format(*row["interval"])
@@ -159,7 +167,8 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
             ratios = [_ratio((row["ratio"] or {}).get(other)) for other in (VANILLA, ORIGINAL)]
             parts.append(
                 f"| {group} | {row['trial']} x {row['seeds']} | {row['chat_loss']:.4f} | {row['forgetting']:+.4f} "
-                f"| {interval} | {row['kl']:.4f} | {row['in_template']:+.4f} | {facts} | {row['step_seconds']:.2f} "
+                f"| {interval} | {_signed(row['seen'])} | {row['kl']:.4f} | {row['in_template']:+.4f} "
+                f"| {_signed(row['recovered'])} | {facts} | {row['step_seconds']:.2f} "
                 f"| {ratios[0]} | {ratios[1]} |\n"
             )
         parts.append("\n| trial | group | seed | steps | chats | forgotten |\n|---|---|---|---|---|---|\n")
@@ -177,3 +186,7 @@ def _ratio(ratio: dict[str, Any] | None) -> str:
         return ""
     interval = "" if ratio["interval"] is None else " ({:.1f} to {:.1f})".format(*ratio["interval"])
     return f"{ratio['ratio']:.1f}{interval}"
+
+
+def _signed(nats: float | None) -> str:
+    return "" if nats is None else f"{nats:+.4f}"

@@ -1,0 +1,62 @@
+"""Replay text as the model reads it: as pretraining had it, or in a chat, where the assistant goes on with it.
+
+A base that is held on raw text alone may keep its knowledge there and lose it wherever a chat begins. So a share of the
+documents is replayed inside the chat template: the user gives a document's beginning, and the assistant its rest. The
+base reads the document as it is, and the model is held to what the base says of the same tokens:
+
+    base    <bos> t1 ... tk tk+1 ... tn <eos>
+    model   <header of the user> t1 ... tk <end, header of the assistant> tk+1 ... tn <eos>
+
+There is no instruction, which would have a language and would teach the wording that a measurement asks with. The
+tokens of the template are nobody's target.
+
+Shapes: L tokens of a document, K of its row in the chat, D documents.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from minimind_sft.chat import ChatTemplate
+
+
+class ReplayRow(NamedTuple):
+    """A document to replay. The model's n-th target is the same token as the base's n-th."""
+
+    ids: np.ndarray  # (K,) what the model reads
+    supervised: np.ndarray  # (K,) bool: which of them are targets
+    base_ids: np.ndarray  # (L,) what the base reads
+    base_supervised: np.ndarray  # (L,) bool
+
+
+class ChatFrame(NamedTuple):
+    """The tokens of a chat template around a user's text and in front of the answer."""
+
+    before: np.ndarray
+    between: np.ndarray
+
+    @classmethod
+    def of(cls, template: ChatTemplate) -> ChatFrame:
+        """What stays the same where a user says one letter or another."""
+        one, other = (np.array(template.prompt([{"role": "user", "content": text}]), np.int64) for text in "0Q")
+        place = int(np.flatnonzero(one != other)[0])
+        return cls(one[:place], one[place + 1 :])
+
+    @property
+    def extra(self) -> int:
+        """Tokens that a document grows by."""
+        return len(self.before) + len(self.between) - 1
+
+    def around(self, ids: np.ndarray, supervised: np.ndarray, share: float) -> ReplayRow:
+        """A document (L,), its first `share` said by the user. The first token, which pretraining put there, is left
+        out: nothing predicts it."""
+        cut = 1 + round(share * (len(ids) - 1))
+        nobody = [np.zeros(len(part), bool) for part in self]
+        return ReplayRow(
+            np.concatenate([self.before, ids[1:cut], self.between, ids[cut:]]),
+            np.concatenate([nobody[0], supervised[1:cut], nobody[1], supervised[cut:]]),
+            ids,
+            supervised,
+        )
