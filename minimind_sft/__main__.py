@@ -63,6 +63,7 @@ MODULES = {  # of the other verbs; each has a `main`
 }
 VERBS = (*TRAINING_VERBS, *MODULES)
 SHOW_TRACEBACK = "MINIMIND_SFT_TRACEBACK"
+CLOSED = 141  # as a shell tells of SIGPIPE: `| head` has seen enough
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 2 for a mistake in the command, the settings or the data; 3 where `compare` finds that too
-        much was forgotten.
+        much was forgotten; 141 where nobody reads the output to its end.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -90,7 +91,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"minimind_sft: error: {verb!r} is not a verb{hint}", file=sys.stderr)
         return 2
     try:
-        return _verb(verb)(rest)
+        status = _verb(verb)(rest)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        if verb in TRAINING_VERBS and "--plan" not in rest:
+            print(f"minimind_sft: error: the output was closed, and {verb} with it", file=sys.stderr)
+        return CLOSED
     except (ValueError, OSError) as error:
         if os.environ.get(SHOW_TRACEBACK):
             raise

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 import time
@@ -347,3 +348,12 @@ def test_every_shipped_config_parses(name: str, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit) as end:
         main(["fit", *(["--config", "sft.yaml"] if overlay else []), "--config", name, "--print_config"])
     assert end.value.code == 0 and "train_path" in capsys.readouterr().out
+
+
+def test_a_reader_who_has_seen_enough_hears_no_complaint() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "minimind_sft", "fit", "--config", "sft.yaml", "--plan"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=PROJECT, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
