@@ -8,27 +8,29 @@ control tokens in the embedding and the output layer stay at alpha 1: pretrainin
 chat does not work with half a turn marker.
 
 The smallest alpha whose chat loss is within `--tolerance` nats of the fine-tune's is written. Every alpha costs one
-look at the chats and the text with two models.
+look at the chats and the text; without text, the base writes some first.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from minimind_sft import export, measures, report, weights
+from minimind_sft import export, measures, report, self_written, weights
 from minimind_sft.chat import DOCUMENT_FRAMES, ChatTemplate
+from minimind_sft.corpus import Store
+from minimind_sft.documents import Documents
 from minimind_sft.files import write_whole
 from minimind_sft.model import Transformer
 from minimind_sft.options import OptionParser
 from minimind_sft.origins import Origin, find_origin
 from minimind_sft.pairs import Pair, find_tokenizer, open_pair
-from minimind_sft.sampling import read_lines
+from minimind_sft.sampling import Line, read_lines
+from minimind_sft.significance import Interval
 from minimind_sft.stores import Stores
 
 ALPHAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -41,7 +43,7 @@ class Point(NamedTuple):
     alpha: float
     chat_loss: float  # nats per supervised token
     forgetting: float  # nats per token of text above the base
-    interval: list[float] | None  # of forgetting, 95 %
+    interval: Interval | None  # of forgetting, 95 %
 
 
 def parser() -> OptionParser:
@@ -64,6 +66,8 @@ def parser() -> OptionParser:
     add("--alphas", type=float, nargs="+", default=list(ALPHAS), metavar="A", help="where to measure, from 0 to 1")
     add("--tolerance", type=float, default=TOLERANCE, metavar="NATS", help="chat loss that may be given up (0.02)")
     add("--documents", type=int, default=1000, metavar="N", help="documents of text to measure on (1000)")
+    add("--own_documents", type=int, default=200, metavar="N", help="documents that the base writes, where no text is "
+        "given (200)")  # fmt: skip
     add("--max_length", type=int, default=768, metavar="N", help="tokens; longer documents are cut (768)")
     add("--document_format", choices=list(DOCUMENT_FRAMES), default="minimind3", help="how pretraining framed a text")
     add("--num_attention_heads", type=int, metavar="N", help="of both, where tensors leave it open; MiniMind's is 8")
@@ -89,8 +93,11 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--alphas {options.alphas}: an alpha is from 0 (the base) to 1 (the fine-tune)")
     if not options.tolerance >= 0.0:
         raise ValueError(f"--tolerance is {options.tolerance}; it is in nats, 0 or above")
-    if not options.heldout_path and not options.pretrain_path:
-        raise ValueError("forgetting is measured on text: give --heldout_path, or --pretrain_path")
+    has_text = bool(options.heldout_path or options.pretrain_path)
+    if not has_text and options.own_documents < 1:
+        raise ValueError(
+            "forgetting is measured on text: give --heldout_path, --pretrain_path, or --own_documents of the base"
+        )
     out = Path(options.out)
     if out.exists() and not options.overwrite:
         raise ValueError(f"{out} exists; pass --overwrite to replace it, or another name")
@@ -119,7 +126,13 @@ def main(argv: Sequence[str]) -> int:
         document_format=options.document_format,
         cache_dir=options.cache_dir,
     )
-    points = curve(pair, stores, alphas)
+    own = None
+    if not has_text:
+        written = pair.author(stores.cache).texts(
+            "measured", documents=options.own_documents, document_format=options.document_format
+        )
+        own = written, self_written.lines(written, template, document_format=options.document_format)
+    points = curve(pair, stores, alphas, own=own)
     best = choose(points, options.tolerance)
     model = interpolate(pair.base, pair.tuned, best.alpha, template.control_ids)
     _write(model, pair, origin, out, tokenizer, best, overwrite=options.overwrite)
@@ -158,19 +171,43 @@ def interpolate(base: Transformer, tuned: Transformer, alpha: float, control_ids
     return model.eval()
 
 
-def curve(pair: Pair, stores: Stores, alphas: Sequence[float], *, tell: bool = True) -> list[Point]:
-    """Chat loss and forgetting at every alpha; told as they come, unless `tell` is false."""
+def curve(
+    pair: Pair,
+    stores: Stores,
+    alphas: Sequence[float],
+    *,
+    own: tuple[Store, Iterator[Line]] | None = None,
+    tell: bool = True,
+) -> list[Point]:
+    """Chat loss and forgetting at every alpha; told as they come, unless `tell` is false.
+
+    Args:
+        pair: the two ends of the line.
+        stores: of validation chats and text.
+        alphas: where to measure.
+        own: text by the base and its lines, in place of the stores'.
+        tell: whether to print every point.
+    """
     opened = stores.open(train=False)
-    assert opened.validation is not None and opened.measured is not None
+    assert opened.validation is not None
+    if own is None:
+        assert opened.measured is not None
+        own = opened.measured, read_lines([Path(file) for file in opened.measured.meta["files"]])
+    text, lines = own
+    chats, documents = (Documents(store, max_length=pair.max_length) for store in (opened.validation, text))
+    measures.require_some(chats, "validation chats")
+    measures.require_some(documents, "pretraining text")
+    draws = measures.resampling(measures.origins(text, documents.index, lines), pair.seed)
+    tokens, before = pair.losses(pair.base, documents, "the base's loss on text")
     points = []
     for alpha in alphas:
-        there = replace(pair, tuned=interpolate(pair.base, pair.tuned, alpha, pair.template.control_ids))
-        lines = read_lines([Path(file) for file in opened.measured.meta["files"]])
-        text, _, _ = measures.measure_text(there, opened.measured, lines)
-        chats = measures.measure_chats(there, opened.validation)
-        points.append(Point(alpha, chats["after"], text["difference"], text["interval"]))
+        model = interpolate(pair.base, pair.tuned, alpha, pair.template.control_ids)
+        targets, chat_nats = pair.losses(model, chats, f"chats, alpha {alpha:g}")
+        rise = pair.losses(model, documents, f"text, alpha {alpha:g}")[1] - before
+        chat_loss, forgetting = float(chat_nats.sum() / targets.sum()), float(rise.sum() / tokens.sum())
+        points.append(Point(alpha, chat_loss, forgetting, draws.ratio(rise, tokens)))
         if tell:
-            print(f"alpha {alpha:<5g} chats {chats['after']:.4f}  forgotten {text['difference']:+.4f}", flush=True)
+            print(f"alpha {alpha:<5g} chats {chat_loss:.4f}  forgotten {forgetting:+.4f}", flush=True)
     return points
 
 

@@ -66,7 +66,7 @@ def measure_text(pair: Pair, store: Store, lines: Iterator[Line]) -> tuple[Secti
         The section; a row per document; where the documents come from.
     """
     documents = Documents(store, max_length=pair.max_length)
-    _require_some(documents, "pretraining text")
+    require_some(documents, "pretraining text")
     found = origins(store, documents.index, lines)
     scores = pair.score_documents(documents, "pretraining text")
     sources = np.array([origin.source for origin in found])
@@ -84,7 +84,7 @@ def measure_text(pair: Pair, store: Store, lines: Iterator[Line]) -> tuple[Secti
 def measure_chats(pair: Pair, store: Store) -> Section:
     """Loss on what the assistant says in the validation chats; every chat is its own parent."""
     documents = Documents(store, max_length=pair.max_length)
-    _require_some(documents, "validation chats")
+    require_some(documents, "validation chats")
     scores = pair.score_documents(documents, "validation chats")
     found = [Origin(store.where(number), "", store.where(number), "") for number in documents.index.tolist()]
     return _figures(scores, found, pair.seed)
@@ -140,9 +140,14 @@ def measure_facts(pair: Pair, asked: Sequence[probes.Probe]) -> Section:
     return section
 
 
+def resampling(found: Sequence[Origin], seed: int) -> Resampling:
+    """Draws of whole parents within their sources."""
+    return Resampling([origin.parent for origin in found], [origin.source for origin in found], seed=seed)
+
+
 def _figures(scores: Scores, found: Sequence[Origin], seed: int) -> Section:
     """Losses in nats per token, their difference with its interval, bits per byte, KL and agreement."""
-    draws = Resampling([origin.parent for origin in found], [origin.source for origin in found], seed=seed)
+    draws = resampling(found, seed)
     tokens, size, rise = int(scores.tokens.sum()), int(scores.bytes.sum()), scores.after - scores.before
     before, after = (float(column.sum()) / tokens for column in (scores.before, scores.after))
     section: Section = {
@@ -188,6 +193,7 @@ def _document(origin: Origin, scores: Scores) -> Section:
     }
 
 
-def _require_some(documents: Documents, what: str) -> None:
+def require_some(documents: Documents, what: str) -> None:
+    """Raises ValueError where there is nothing to score."""
     if not len(documents):
         raise ValueError(f"no document of the {what} has a target within --max_length {documents.max_length}")

@@ -425,7 +425,7 @@ class SFTModule(LightningModule):
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
         if not needs_device_cu_seqlens(self.attention):
             moved = moved._replace(batch=moved.batch._replace(cu_seqlens=batch.batch.cu_seqlens))
-            if moved.replay is not None:
+            if batch.replay is not None:
                 base = moved.replay.base._replace(cu_seqlens=batch.replay.base.cu_seqlens)
                 moved = moved._replace(replay=moved.replay._replace(base=base))
         return moved

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from minimind_sft import weights
@@ -20,7 +21,7 @@ from minimind_sft.evaluation import EvaluationBatches, bytes_of_tokens
 from minimind_sft.files import resolve
 from minimind_sft.model import Transformer
 from minimind_sft.progress import track
-from minimind_sft.scoring import Row, Scores, score
+from minimind_sft.scoring import Row, Scores, losses, score
 from minimind_sft.self_written import Author
 
 EMPTY_THINK_RATIO = 0.2  # of chats that keep their empty think blocks; the default of fit
@@ -56,6 +57,15 @@ class Pair:
 
     def score_documents(self, documents: Documents, what: str) -> Scores:
         """Score the documents of a store as `fit` would; `what` is said beside the progress bar."""
+        rows = self._rows(documents)
+        return self.score_rows(rows, rows, what)
+
+    def losses(self, model: Transformer, documents: Documents, what: str) -> tuple[np.ndarray, np.ndarray]:
+        """Targets and nats of every document (D,) by one model on the pair's device, on the same tokens."""
+        with track(what, total=len(documents)) as progress:
+            return losses(model, self._rows(documents), progress=progress)
+
+    def _rows(self, documents: Documents) -> list[Row]:
         batches = EvaluationBatches(
             documents,
             token_bytes=bytes_of_tokens(self.template),
@@ -64,8 +74,7 @@ class Pair:
             rank=0,
             ranks=1,
         )
-        rows = [documents.row(number, bool(batches.keep[number])) for number in range(len(documents))]
-        return self.score_rows(rows, rows, what)
+        return [documents.row(number, bool(batches.keep[number])) for number in range(len(documents))]
 
     def score_rows(self, base_rows: Sequence[Row], tuned_rows: Sequence[Row], what: str) -> Scores:
         """Score rows, see `scoring.score`."""

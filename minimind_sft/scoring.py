@@ -84,6 +84,26 @@ def score(
     return scores
 
 
+@torch.inference_mode()
+def losses(
+    model: Transformer, rows: Sequence[Row], *, progress: Callable[[int], None] = lambda documents: None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Targets (D,) and nats (D,) of every document by one model."""
+    tokens = np.array([int(supervised[1:].sum()) for _, supervised in rows], np.int64)
+    nats, done = np.zeros(len(rows)), 0
+    for group in in_order(np.array([len(ids) for ids, _ in rows], np.int64), max_tokens=EVALUATION_TOKENS):
+        hidden, wanted = _targets(model, [rows[document] for document in group])
+        chunks = zip(*(part.split(_rows_at_once(model)) for part in (hidden, wanted)), strict=True)
+        each = [-model.logits(states).float().log_softmax(-1).gather(-1, at[:, None])[:, 0] for states, at in chunks]
+        np.add.at(nats, np.repeat(group, tokens[group]), torch.cat(each).cpu().numpy())
+        progress(done := done + len(group))
+    return tokens, nats
+
+
+def _rows_at_once(model: Transformer) -> int:
+    return max(1, CHUNK // model.config.vocab_size)
+
+
 def _targets(model: Transformer, rows: list[Row]) -> tuple[Tensor, Tensor]:
     """Hidden states in front of the targets (M, C), and the targets (M,)."""
     packed = _on(model, pack(rows))
@@ -104,7 +124,7 @@ def _on(model: Transformer, packed: MicroBatch) -> MicroBatch:
 
 def _sums(base: Transformer, tuned: Transformer, before: Tensor, after: Tensor, wanted: Tensor) -> list[np.ndarray]:
     """Per target, (M,) each: nats of the base, nats of the tuned model, KL, agreement."""
-    rows = max(1, CHUNK // base.config.vocab_size)
+    rows = _rows_at_once(base)
     columns: list[tuple[Tensor, ...]] = []
     for old, new, labels in zip(before.split(rows), after.split(rows), wanted.split(rows), strict=True):
         log_p = base.logits(old).float().log_softmax(-1)  # (rows, V)

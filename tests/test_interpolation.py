@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from minimind_sft.__main__ import main
+from minimind_sft.comparison import compare
 from minimind_sft.interpolation import Point, choose, interpolate
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
@@ -79,11 +80,32 @@ def test_the_verb_writes_the_chosen_model_its_curve_and_a_picture(
     assert "chosen" in capsys.readouterr().out
 
 
+def test_the_points_are_what_compare_says_of_their_models(command: list[str], tmp_path: Path) -> None:
+    assert main([*command, "--alphas", "0.5"]) == 0
+    points = json.loads((tmp_path / "held.pth.json").read_text(encoding="utf-8"))["points"]
+    base, data = command[1], PROJECT / "data"
+    found, _ = compare(
+        base, command[2], tokenizer=f"{data}/tokenizer", heldout_path=f"{data}/heldout.jsonl",
+        val_path=f"{data}/sft_val.jsonl", documents=20, prompts=0, cache_dir=f"{tmp_path}/cache", device="cpu",
+    )  # fmt: skip
+    text = found["text"]["unseen"]
+    assert points[1]["forgetting"] == pytest.approx(text["difference"], abs=1e-6)
+    assert points[1]["interval"] == pytest.approx(text["interval"], abs=1e-6)
+    assert points[1]["chat_loss"] == pytest.approx(found["chats"]["after"], abs=1e-6)
+
+
+def test_without_text_the_base_writes_some(command: list[str], tmp_path: Path) -> None:
+    command = [word for word in command if not word.startswith("--heldout_path")]
+    assert main([*command, "--own_documents=4", "--alphas", "0", "--max_length=64"]) == 0
+    points = json.loads((tmp_path / "held.pth.json").read_text(encoding="utf-8"))["points"]
+    assert points[0]["forgetting"] == pytest.approx(0.0, abs=0.2) and points[1]["forgetting"] > 0.3
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         (["--alphas", "1.5"], "an alpha is from 0"),
-        (["--heldout_path="], "give --heldout_path"),
+        (["--heldout_path=", "--own_documents=0"], "give --heldout_path"),
         (["--tolerance=-1"], "0 or above"),
         (["--alpha", "1"], "did you mean --alphas"),
     ],
