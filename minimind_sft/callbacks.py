@@ -279,6 +279,7 @@ class StepLog(Callback):
             "lr": result.learning_rate,
             "grad_norm": result.grad_norm,
             **{f"train/{name}": value for name, value in result.terms.items()},
+            **{f"{name}_weight": value for name, value in result.weights.items()},
             "tokens_per_second": round(speed, 1),
             "seconds": round(time.time(), 1),
         }

@@ -25,6 +25,7 @@ class StepResult(NamedTuple):
     grad_norm: float  # before clipping
     learning_rate: float
     terms: dict[str, float] = {}  # what holds on, by name: nats before the weight
+    weights: dict[str, float] = {}  # and the weight
 
 
 class Guard:

@@ -62,6 +62,8 @@ class SFTModule(LightningModule):
         replay_loss: what is asked of the replay text (`data.replay_ratio`): kl, to give it the base's distribution, or
             ntp, to predict its next token.
         replay_weight: factor of that loss; 0 is off.
+        replay_target: nats per token of KL that the model may be away from the base on replay text: the weight then
+            only begins as `replay_weight`, and follows; null for a weight that stays.
         l2_sp: decay towards the base, decoupled as AdamW's; 0 is off.
         freeze: patterns of parameters that are not trained, as in a shell: "*.mlp.*", or a list of them.
         max_forgetting: nats per token of forgetting above which no reading is the best; null for no bound.
@@ -97,6 +99,7 @@ class SFTModule(LightningModule):
         activation_checkpointing: bool = False,
         replay_loss: Literal["kl", "ntp"] = "kl",
         replay_weight: float = 1.0,
+        replay_target: float | None = None,
         l2_sp: float = 0.0,
         freeze: str | list[str] | None = None,
         max_forgetting: float | None = None,
@@ -121,6 +124,15 @@ class SFTModule(LightningModule):
             raise ValueError(f"model.min_lr_ratio is {min_lr_ratio}; it is a share of model.learning_rate, from 0 to 1")
         if not learning_rate > 0.0:
             raise ValueError(f"model.learning_rate is {learning_rate}; it must be above 0")
+        if replay_target is not None and not replay_target > 0.0:
+            raise ValueError(
+                f"model.replay_target is {replay_target}; it is nats per token, above 0, or null for a fixed weight"
+            )
+        if replay_target is not None and replay_loss != "kl":
+            raise ValueError(
+                f"model.replay_target is a KL, which model.replay_loss {replay_loss} does not take; set it to null"
+            )
+        self.replay_target = replay_target
         self.learning_rate, self.warmup_ratio, self.min_lr_ratio = learning_rate, warmup_ratio, min_lr_ratio
         self.weight_decay, self.decay_all, self.seed = weight_decay, decay_all, seed
         self.reset_head, self.resize_vocab = reset_head, resize_vocab
@@ -222,6 +234,7 @@ class SFTModule(LightningModule):
             replay=self.data.plan.replay is not None,
             replay_loss=self.replay_loss,
             replay_weight=self.replay_weight,
+            replay_target=self.replay_target,
             l2_sp=self.l2_sp,
             more=self._more_terms,
         )
@@ -331,6 +344,9 @@ class SFTModule(LightningModule):
             with torch.no_grad():
                 for term in self.terms:
                     term.after_step(self.model, optimizer.param_groups[0]["lr"])
+            assert self.last_step is not None
+            for term in self._losses:
+                term.observe(self.last_step.terms[term.name])
 
     def learning_rate_now(self) -> float:
         """Learning rate of the step that comes next."""
@@ -362,6 +378,7 @@ class SFTModule(LightningModule):
             grad_norm=grad_norm,
             learning_rate=optimizer.param_groups[0]["lr"],
             terms={term.name: share for term, share in zip(self._losses, shares, strict=True)},
+            weights={term.name: term.weight for term in self._losses},
         )
         if not self.guard.takes(self.last_step, self._window_documents, scaled=self._scaler is not None):
             optimizer.zero_grad(set_to_none=True)  # nothing to step with: weights and moments stay

@@ -22,6 +22,7 @@ COLUMNS = (
     "lr",
     "grad_norm",
     "train/replay",
+    "replay_weight",
     "val/chat/loss",
     "val/chat/perplexity",
     "val/pretrain/loss",

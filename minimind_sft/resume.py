@@ -31,6 +31,7 @@ def note(module: SFTModule, checkpoint: dict[str, Any]) -> None:
         "plan": module.data.identity,
         "settings": settings(module),
         "guard": module.guard.state_dict(),
+        "weights": {term.name: term.weight for term in module.terms if term.adapts},
     }
 
 
@@ -56,6 +57,9 @@ def take_over(module: SFTModule, checkpoint: dict[str, Any]) -> None:
         plan = module.data.plan
         _tell_differences(module, ours["settings"])
         module.guard.load_state_dict(ours["guard"])
+        for term in module.terms:
+            if term.adapts:
+                term.weight = ours["weights"].get(term.name, term.weight)
         module.data.start_step = set_progress(checkpoint, windows=plan.windows, accumulate=plan.accumulate)
 
 
@@ -70,6 +74,7 @@ def settings(module: SFTModule) -> dict[str, Any]:
         "model.decay_all": module.decay_all,
         "model.replay_loss": module.replay_loss,
         "model.replay_weight": module.replay_weight,
+        "model.replay_target": module.replay_target,
         "model.l2_sp": module.l2_sp,
         "model.freeze": module.frozen,
         "model.max_forgetting": module.max_forgetting,

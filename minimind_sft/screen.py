@@ -188,6 +188,7 @@ def _holding(data: SFTDataModule, pl_module: SFTModule) -> str:
             f"replay of {tokens:,.0f} tokens of {text} a step ({data.replay_ratio:g} of the chats'; "
             f"{len(replay.documents):,} documents, none of them measured), {pl_module.replay_loss} loss of weight "
             f"{pl_module.replay_weight:g}"
+            + (f", which follows a target of {pl_module.replay_target:g} nats" if pl_module.replay_target else "")
         )
     said += [f"{term.name}, weight {term.weight:g}" for term in pl_module.terms if term.name != "replay"]
     said += [f"frozen: {', '.join(pl_module.frozen)}"] if pl_module.frozen else []

@@ -23,6 +23,7 @@ from torch import Tensor
 from minimind_sft.batching import MicroBatch
 from minimind_sft.losses import cross_entropy, kl_divergence
 from minimind_sft.model import Transformer
+from minimind_sft.weight_control import adapted
 
 
 class Term:
@@ -34,10 +35,12 @@ class Term:
     Attributes:
         name: under which it is logged, as `train/<name>`, in nats before the weight.
         documents: how many documents of the base's text, none of them measured on, are handed to `read`.
+        adapts: whether the weight changes on the way, so that a run which resumes takes it from the checkpoint.
     """
 
     name = "term"
     documents = 0
+    adapts = False
 
     def __init__(self, weight: float = 1.0) -> None:
         if not weight >= 0.0:
@@ -69,6 +72,9 @@ class Term:
     def after_step(self, model: Transformer, learning_rate: float) -> None:
         """Called without gradients after an optimizer step that was taken with this learning rate."""
 
+    def observe(self, nats: float) -> None:
+        """Called after a step with the whole window's loss of this term, before the weight, the same on every rank."""
+
 
 class ReplayKL(Term):
     """KL(base || model) on the replay text, the mean over its tokens.
@@ -77,9 +83,22 @@ class ReplayKL(Term):
     from the replay text. The base runs in half precision where the device is good at it.
 
     Source: arXiv 1606.09282 (Learning without Forgetting), with text of pretraining instead of the new task's.
+
+    Args:
+        weight: factor of the loss; with a target, of the first step's.
+        target: the KL that the weight is to bring about, in nats per token, see `weight_control.py`; None for a weight
+            that stays.
     """
 
     name = "replay"
+
+    def __init__(self, weight: float = 1.0, target: float | None = None) -> None:
+        super().__init__(weight)
+        self.target, self.adapts = target, target is not None
+
+    def observe(self, nats: float) -> None:
+        if self.target is not None:
+            self.weight = adapted(self.weight, nats, self.target)
 
     def start(self, base: Transformer, control_ids: list[int], *, half: torch.dtype | None) -> None:
         self._base = base if half is None else copy.deepcopy(base).to(half)
@@ -192,11 +211,19 @@ class EWC(Term):
 
 
 def chosen(
-    *, replay: bool, replay_loss: str, replay_weight: float, l2_sp: float, more: list[Term] | None
+    *,
+    replay: bool,
+    replay_loss: str,
+    replay_weight: float,
+    replay_target: float | None,
+    l2_sp: float,
+    more: list[Term] | None,
 ) -> list[Term]:
     """The terms that the settings name, in the order in which they are logged."""
-    kinds: dict[str, type[Term]] = {"kl": ReplayKL, "ntp": ReplayNextToken}
-    terms = [kinds[replay_loss](replay_weight)] if replay and replay_weight else []
+    terms: list[Term] = []
+    if replay and replay_weight:
+        kl = replay_loss == "kl"
+        terms.append(ReplayKL(replay_weight, replay_target) if kl else ReplayNextToken(replay_weight))
     return [*terms, *([L2SP(l2_sp)] if l2_sp else []), *(more or [])]
 
 

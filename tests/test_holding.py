@@ -26,6 +26,7 @@ from minimind_sft.replay import ReplayStream
 from minimind_sft.replay_chat import ChatFrame, ReplayRow
 from minimind_sft.stores import Stores
 from minimind_sft.terms import L2SP, ReplayKL, ReplayNextToken, Term
+from minimind_sft.weight_control import adapted
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -182,6 +183,22 @@ def test_the_kl_of_the_base_is_zero_and_that_of_another_model_does_not_depend_on
     assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0] > 1e-4
 
 
+def test_the_weight_rises_above_the_target_and_falls_below_it_by_three_percent_a_step_at_most() -> None:
+    assert adapted(5.0, 0.02, 0.02) == pytest.approx(5.0)
+    assert adapted(5.0, 0.03, 0.02) == pytest.approx(5.0 * math.exp(0.015))
+    assert adapted(5.0, 1.0, 0.02) == pytest.approx(5.0 * math.exp(0.03))
+    assert adapted(5.0, 0.0, 0.02) == pytest.approx(5.0 * math.exp(-0.03))
+    assert adapted(0.1, 0.0, 0.02) == 0.1 and adapted(100.0, 1.0, 0.02) == 100.0
+
+
+def test_without_a_target_the_weight_stays() -> None:
+    fixed, following = ReplayKL(2.0), ReplayKL(2.0, target=0.02)
+    for term in (fixed, following):
+        term.observe(1.0)
+    assert fixed.weight == 2.0 and following.weight > 2.0
+    assert following.adapts and not fixed.adapts
+
+
 def test_next_token_replay_is_the_cross_entropy_of_the_replay_text_alone() -> None:
     model, batch = small_model(), with_replay(3)
     logits = model.logits(states(model, batch))[batch.replay.targets]  # type: ignore[union-attr]
@@ -273,10 +290,11 @@ def test_how_a_window_is_dealt_does_not_change_a_run_with_replay(
             assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("target", [[], ["--model.replay_target=0.001"]])
 def test_a_run_with_replay_resumes_bit_for_bit_and_on_no_other_replay(
-    held: tuple[Path, list[dict[str, str]]], cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: list[str]
 ) -> None:
-    schedule = ["--trainer.max_epochs=1", "--trainer.max_steps=-1", "--data.max_mb=0.012"]
+    schedule = ["--trainer.max_epochs=1", "--trainer.max_steps=-1", "--data.max_mb=0.012", *target]
     whole = fit(tmp_path / "whole", cache, REPLAY, *schedule, "--keep_every_steps=2")
     (middle,) = (tmp_path / "whole" / "checkpoints").glob("*2.ckpt")
     rest = fit(tmp_path / "rest", cache, REPLAY, *schedule, ckpt=str(middle))
@@ -319,6 +337,7 @@ def test_every_other_way_to_hold_on_changes_the_run(
     for name, options in {
         "ntp": [REPLAY, "--model.replay_loss=ntp"],
         "weight": [REPLAY, "--model.replay_weight=3"],
+        "target": [REPLAY, "--model.replay_target=0.0001"],
         "l2_sp": ["--model.l2_sp=10"],
         "freeze": ['--model.freeze=["*.mlp.*", "*embed_tokens*"]'],
         "term": ["--model.terms=[{class_path: test_holding.PullNorms, init_args: {weight: 0.1}}]"],
@@ -331,6 +350,34 @@ def test_every_other_way_to_hold_on_changes_the_run(
     for name, tensor in frozen.items():
         unchanged = torch.equal(tensor, base[name.removeprefix("model.")].float())
         assert unchanged == (".mlp." in name or "embed_tokens" in name or "lm_head" in name), name
+
+
+def test_a_target_brings_the_divergence_to_it(cache: Path, tmp_path: Path) -> None:
+    steps = [REPLAY, "--trainer.max_steps=60", "--data.max_mb=1", "--val_every_steps=60", "--model.learning_rate=1e-3"]
+    ends = {}
+    for target in (0.1, 0.02):
+        rows = fit(tmp_path / f"{target}", cache, *steps, f"--model.replay_target={target}")[1:]
+        weights = [float(row["replay_weight"]) for row in rows]
+        assert weights[0] == 1.0 and max(weights) > 1.02
+        ends[target] = float(np.mean([float(row["train/replay"]) for row in rows[-15:]]))
+        assert 0.5 * target < ends[target] < 2.0 * target
+    assert ends[0.02] < 0.5 * ends[0.1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model.replay_target=0"], "above 0"),
+        (["--model.replay_target=0.02", "--model.replay_loss=ntp"], "set it to null"),
+        (["--data.replay_in_chat=2"], "a share between 0 and 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    with pytest.raises(AssertionError):
+        fit(tmp_path / "run", cache, REPLAY, *options)
+    assert said in capsys.readouterr().err
 
 
 def test_a_pattern_that_freezes_nothing_is_an_error(
