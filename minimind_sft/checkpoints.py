@@ -23,7 +23,7 @@ from minimind_sft.origins import BEST, LAST
 from minimind_sft.signals import StopRequest
 
 if TYPE_CHECKING:
-    from minimind_sft.callbacks import Measure
+    from minimind_sft.measuring import Measure
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -23,17 +23,18 @@ from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 
-from minimind_sft.callbacks import Measure, StepLog
 from minimind_sft.checkpoints import AtomicCheckpointIO, Checkpoints
 from minimind_sft.data import SFTDataModule
 from minimind_sft.devices import pin_device, resolve_precision
 from minimind_sft.export import FORMATS
 from minimind_sft.guard import Guard
+from minimind_sft.measuring import Measure
 from minimind_sft.module import SFTModule
 from minimind_sft.records import MetricsFile
 from minimind_sft.rundir import find_checkpoint, prepare_run_dir, refuse_own_weights, wandb_logger
 from minimind_sft.screen import FirstScreen, LastScreen, Record
 from minimind_sft.settings import find_config
+from minimind_sft.step_log import StepLog
 
 NOT_OFFERED = {
     "precision": "precision",

@@ -181,7 +181,7 @@ def _source(row: dict[str, Any]) -> Source:
 
 def _best(summary: dict[str, Any] | None, looks: Sequence[Look], ended: int | None, bound: str | None) -> Look | None:
     """The run's own choice where its end is recorded; else the lowest loss so far within `model.max_forgetting`, or
-    where none is within it, the one that forgot least: as `callbacks.Measure` chooses."""
+    where none is within it, the one that forgot least: as `measuring.Measure` chooses."""
     if summary and looks and ended == looks[-1].step:
         chosen = summary.get("best")
         return next((look for look in looks if chosen and look.step == chosen["step"]), None)

@@ -20,14 +20,15 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from minimind_sft import account, report
-from minimind_sft.callbacks import Measure, duration, evaluating
 from minimind_sft.caps import RULE_OF_THUMB
 from minimind_sft.evaluation import evaluation_tokens, sources_of
 from minimind_sft.export import export_run
 from minimind_sft.files import write_whole
 from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN, summary
 from minimind_sft.generate import generate
+from minimind_sft.measuring import Measure, evaluating
 from minimind_sft.probes import Probe, Reply, answer_text, ask, compare, load_probes
+from minimind_sft.step_log import duration
 from minimind_sft.stores import UNSEEN
 
 if TYPE_CHECKING:

@@ -4,18 +4,18 @@ How strongly a KL must be weighed for a model to forget 0.02 nats differs from b
 and the learning rate. So after every step the weight is raised where the step's KL was above the target, and lowered
 where it was below:
 
-    log w <- log w + 0.03 clip(KL / target - 1, -1, 1)
+    log w <- log w + 0.06 clip(KL / target - 1, -1, 1)
 
 Integral control in the logarithm, as the adaptive KL penalty of arXiv 1909.08593 (section 2.2), where the target is a
-distance from the base that may be used up. A step moves the weight by 3 % at most, so that it follows the mean of some
-thirty steps and not the noise of one.
+distance from the base that may be used up. A step moves the weight by 6 % at most, so that it follows the mean of some
+fifteen steps and not the noise of one.
 """
 
 from __future__ import annotations
 
 import math
 
-GAIN = 0.03
+GAIN = 0.06
 LOWEST, HIGHEST = 0.1, 100.0
 
 

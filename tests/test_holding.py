@@ -14,12 +14,12 @@ from torch import Tensor
 
 from minimind_sft.__main__ import main
 from minimind_sft.batching import MicroBatch, Plan, pack
-from minimind_sft.callbacks import Measure
 from minimind_sft.chat import ChatTemplate
 from minimind_sft.comparison import compare
 from minimind_sft.documents import Documents
 from minimind_sft.forgetting import Reading
 from minimind_sft.losses import kl_divergence
+from minimind_sft.measuring import Measure
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 from minimind_sft.replay import ReplayStream
@@ -183,11 +183,11 @@ def test_the_kl_of_the_base_is_zero_and_that_of_another_model_does_not_depend_on
     assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0] > 1e-4
 
 
-def test_the_weight_rises_above_the_target_and_falls_below_it_by_three_percent_a_step_at_most() -> None:
+def test_the_weight_rises_above_the_target_and_falls_below_it_by_six_percent_a_step_at_most() -> None:
     assert adapted(5.0, 0.02, 0.02) == pytest.approx(5.0)
-    assert adapted(5.0, 0.03, 0.02) == pytest.approx(5.0 * math.exp(0.015))
-    assert adapted(5.0, 1.0, 0.02) == pytest.approx(5.0 * math.exp(0.03))
-    assert adapted(5.0, 0.0, 0.02) == pytest.approx(5.0 * math.exp(-0.03))
+    assert adapted(5.0, 0.03, 0.02) == pytest.approx(5.0 * math.exp(0.03))
+    assert adapted(5.0, 1.0, 0.02) == pytest.approx(5.0 * math.exp(0.06))
+    assert adapted(5.0, 0.0, 0.02) == pytest.approx(5.0 * math.exp(-0.06))
     assert adapted(0.1, 0.0, 0.02) == 0.1 and adapted(100.0, 1.0, 0.02) == 100.0
 
 
@@ -358,7 +358,7 @@ def test_a_target_brings_the_divergence_to_it(cache: Path, tmp_path: Path) -> No
     for target in (0.1, 0.02):
         rows = fit(tmp_path / f"{target}", cache, *steps, f"--model.replay_target={target}")[1:]
         weights = [float(row["replay_weight"]) for row in rows]
-        assert weights[0] == 1.0 and max(weights) > 1.02
+        assert weights[0] == 1.0 and max(weights) > 1.05
         ends[target] = float(np.mean([float(row["train/replay"]) for row in rows[-15:]]))
         assert 0.5 * target < ends[target] < 2.0 * target
     assert ends[0.02] < 0.5 * ends[0.1]

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from minimind_sft.__main__ import main
-from minimind_sft.callbacks import Measure
 from minimind_sft.evaluation import drawn
 from minimind_sft.forgetting import Reading
 from minimind_sft.intervals import live_share
+from minimind_sft.measuring import Measure
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
