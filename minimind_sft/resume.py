@@ -59,7 +59,7 @@ def take_over(module: SFTModule, checkpoint: dict[str, Any]) -> None:
         module.guard.load_state_dict(ours["guard"])
         for term in module.terms:
             if term.adapts:
-                term.weight = ours["weights"].get(term.name, term.weight)
+                term.weight = ours.get("weights", {}).get(term.name, term.weight)
         module.data.start_step = set_progress(checkpoint, windows=plan.windows, accumulate=plan.accumulate)
 
 
