@@ -1,5 +1,6 @@
 """Protocol v1 of the study: l*, who is chosen, the gate, and the ratio, on outcomes that can be checked by hand."""
 
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
-from study import CONFIRMATION, SELECTION, part_of
+from study import CONFIRMATION, SELECTION, _publish, part_of
 from study_rows import Confirmed, Outcome, chosen, findings, markdown, target_loss
 
 
@@ -93,3 +94,16 @@ def test_pieces_of_one_parent_lie_in_one_part_and_a_third_is_selected_on() -> No
     assert part_of('{"text": "a", "parent": "book"}') == part_of('{"text": "b", "parent": "book"}')
     parts = [part_of(f'{{"text": "{number}"}}') for number in range(300)]
     assert 80 <= parts.count(SELECTION) <= 120 and parts.count(SELECTION) + parts.count(CONFIRMATION) == 300
+
+
+def test_every_document_s_losses_are_published_by_its_hash(tmp_path: Path) -> None:
+    text, table = tmp_path / "text.jsonl", tmp_path / "losses.csv"
+    text.write_text('{"text": "a"}\n{"text": "b"}\n', encoding="utf-8")
+    rows = [
+        {"where": f"{text}:{line}", "source": "s", "tokens": 7, "before": 4.0, "after": 4.0 + line} for line in (2, 1)
+    ]
+    _publish(table, str(text), [Confirmed("held", seed, {}, rows) for seed in (1, 2)])
+    head, first, _ = table.read_text(encoding="utf-8").splitlines()
+    assert head == 'document,source,tokens,base,"held, seed 1","held, seed 2"'
+    digest = hashlib.sha256(text.read_bytes().splitlines()[1]).hexdigest()[:16]
+    assert first == f"{digest},s,7,4.0000,6.0000,6.0000"

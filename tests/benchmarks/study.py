@@ -18,13 +18,14 @@ seen them, and no run replays them.
     recovery what is still forgotten after 20 steps on pretraining text (the plan's `recovery`), against the base after
              the same 20 steps; of the first seed
 
-What is whole is skipped, what was interrupted goes on. OUT/<base>.json and study.md hold the tables, OUT/documents the
-losses of every document, OUT/<base>/<trial>-<seed> the runs.
+What is whole is skipped, what was interrupted goes on. OUT/<base>.json and study.md hold the tables, OUT/<base>.csv
+the losses of every document (by the SHA-256 of its line), OUT/<base>/<trial>-<seed> the runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import json
 import re
@@ -116,7 +117,22 @@ def _of_base(study: Study, name: str, weights: str) -> dict[str, Any]:
                 [outcome for outcome in outcomes if outcome.trial in rows],
             )
         )
+    _publish(study.out / f"{name}.csv", study.files[CONFIRMATION]["heldout_path"], confirmed)
     return findings(outcomes, {(one.trial, one.seed): one for one in confirmed})
+
+
+def _publish(path: Path, text: str, confirmed: list[Confirmed]) -> None:
+    """A row per document: what it is, the base's loss, and that of every confirmed run, in nats per token."""
+    hashes = [hashlib.sha256(line.encode()).hexdigest()[:16] for line in Path(text).read_text("utf-8").splitlines()]
+    names = [f"{one.trial}, seed {one.seed}" for one in confirmed]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["document", "source", "tokens", "base", *names])
+        for rows in zip(*(one.documents for one in confirmed), strict=True):
+            about = rows[0]
+            line = int(about["where"].rpartition(":")[2])
+            losses = [f"{row['after']:.4f}" for row in rows]
+            writer.writerow([hashes[line - 1], about["source"], about["tokens"], f"{about['before']:.4f}", *losses])
 
 
 def part_of(line: str) -> str:
