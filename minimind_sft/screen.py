@@ -107,7 +107,8 @@ class FirstScreen(Callback):
             (
                 "steps",
                 f"{windows:,} per epoch, {total:,} in all; a step learns from {data.plan.window_size:,} documents, "
-                f"{data.plan.epoch(0).window_tokens.mean():,.0f} tokens in the mean",
+                f"{data.plan.epoch(0).window_tokens.mean():,.0f} tokens in the mean; learning rate up to "
+                f"{pl_module.peak_learning_rate:.2g}",
             ),
             (
                 "log, look, save",

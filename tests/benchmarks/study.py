@@ -10,8 +10,8 @@ seen them, and no run replays them.
 
     l*       the lowest chat loss of a vanilla trial on the selection part, and 0.01 nats more
     rows     of each group the trial that forgets least among those that reach l*, every one at the end of its own
-             learning-rate schedule; and the trial called `original`. Trials run with the plan's first seed, rows with
-             all of them
+             learning-rate schedule; and the trial called `original`. Trials run with the plan's first seed, vanilla's,
+             held's and the original's rows with all of them
     gate     no ratio where the vanilla row forgets less than 0.05 nats, or the base's chats are within 0.3 nats of l*
     figures  on the confirmation part, read once by the rows alone: `compare`, with intervals over parents within
              sources. Of several seeds the mean; the ratio's interval is over parents as well, paired.
@@ -49,6 +49,7 @@ from minimind_sft.settings import SettingsParser, find_config
 SELECTION_SHARE = 3  # one parent in three
 SELECTION, CONFIRMATION, SEEN, SPARE = "selection", "confirmation", "seen", "spare"
 SEEN_DOCUMENTS = 300
+REPEATED = ("vanilla", "held", "original")  # groups whose rows run with every seed
 
 
 class Study(NamedTuple):
@@ -107,7 +108,9 @@ def _of_base(study: Study, name: str, weights: str) -> dict[str, Any]:
     with ThreadPoolExecutor(study.jobs) as pool:
         outcomes = list(pool.map(lambda trial: _run(study, folder, weights, trial, first), study.plan["trials"]))
         target = target_loss(outcomes)
-        repeated = [(row.trial, seed) for row in chosen(outcomes, target).values() for seed in more]
+        repeated = [
+            (row.trial, seed) for group, row in chosen(outcomes, target).items() if group in REPEATED for seed in more
+        ]
         for again in pool.map(lambda repeat: _run(study, folder, weights, *repeat), repeated):
             outcomes.append(again)
         rows = {row.trial for row in chosen(outcomes, target).values()}
