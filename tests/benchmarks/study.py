@@ -114,9 +114,10 @@ def _of_base(study: Study, name: str, weights: str) -> dict[str, Any]:
         for again in pool.map(lambda repeat: _run(study, folder, weights, *repeat), repeated):
             outcomes.append(again)
         rows = {row.trial for row in chosen(outcomes, target).values()}
+        base_recovered = _recovery(study, folder / "base.recovery", weights)
         confirmed = list(
             pool.map(
-                lambda outcome: _confirm(study, folder, weights, outcome),
+                lambda outcome: _confirm(study, folder, weights, outcome, base_recovered),
                 [outcome for outcome in outcomes if outcome.trial in rows],
             )
         )
@@ -223,7 +224,7 @@ def _log(run: Path) -> Path:
     return run.with_name(f"{run.name}.log")
 
 
-def _confirm(study: Study, folder: Path, weights: str, outcome: Outcome) -> Confirmed:
+def _confirm(study: Study, folder: Path, weights: str, outcome: Outcome, base_recovered: float) -> Confirmed:
     """What `compare` finds on the confirmation part and the documents set apart."""
     run, data = Path(outcome.run), study.data
     result = run.with_name(f"{run.name}.compare.json")
@@ -245,9 +246,7 @@ def _confirm(study: Study, folder: Path, weights: str, outcome: Outcome) -> Conf
     rows = [json.loads(line) for line in documents.read_text(encoding="utf-8").splitlines()]
     recovered = None
     if outcome.seed == study.seeds[0]:
-        recovered = _recovery(study, run.with_name(f"{run.name}.recovery"), str(run)) - _recovery(
-            study, folder / "base.recovery", weights
-        )
+        recovered = _recovery(study, run.with_name(f"{run.name}.recovery"), str(run)) - base_recovered
     return Confirmed(outcome.trial, outcome.seed, json.loads(result.read_text(encoding="utf-8")), rows, recovered)
 
 
