@@ -33,7 +33,7 @@ from minimind_sft.losses import cross_entropy
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import from_sizes
 from minimind_sft.probes import answer_text
-from minimind_sft.schedule import learning_rate_at, peak_learning_rate
+from minimind_sft.schedule import learning_rate_at
 from minimind_sft.terms import Term, chosen, freeze, frozen_copy
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class SFTModule(LightningModule):
     Args:
         weights: the base: a `.pth`, `.safetensors` or `.ckpt` file, a folder that holds one, or `scratch` for a seeded
             random initialisation (pretraining; nothing to forget yet).
-        learning_rate: peak of the schedule; `auto` for one by the width, see `schedule.peak_learning_rate`.
+        learning_rate: peak of the schedule.
         warmup_ratio: share of the steps over which the learning rate rises to its peak.
         min_lr_ratio: share of the peak that the cosine ends at.
         weight_decay: AdamW's decoupled decay, on matrices.
@@ -89,7 +89,7 @@ class SFTModule(LightningModule):
     def __init__(
         self,
         weights: str,
-        learning_rate: float | Literal["auto"] = 5e-4,
+        learning_rate: float = 5e-4,
         warmup_ratio: float = 0.0,
         min_lr_ratio: float = 0.1,
         weight_decay: float = 0.01,
@@ -122,8 +122,8 @@ class SFTModule(LightningModule):
             raise ValueError(f"model.warmup_ratio is {warmup_ratio}; it is a share of the steps, from 0 to below 1")
         if not 0.0 <= min_lr_ratio <= 1.0:
             raise ValueError(f"model.min_lr_ratio is {min_lr_ratio}; it is a share of model.learning_rate, from 0 to 1")
-        if learning_rate != "auto" and not learning_rate > 0.0:
-            raise ValueError(f"model.learning_rate is {learning_rate}; it must be above 0, or auto")
+        if not learning_rate > 0.0:
+            raise ValueError(f"model.learning_rate is {learning_rate}; it must be above 0")
         if replay_target is not None and not replay_target > 0.0:
             raise ValueError(
                 f"model.replay_target is {replay_target}; it is nats per token, above 0, or null for a fixed weight"
@@ -298,7 +298,7 @@ class SFTModule(LightningModule):
         fused = self.device.type == "cuda" and self._scaler is None
         return AdamW(
             [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True)],
-            lr=self.peak_learning_rate,
+            lr=self.learning_rate,
             fused=fused,
         )
 
@@ -348,16 +348,12 @@ class SFTModule(LightningModule):
             for term in self._losses:
                 term.observe(self.last_step.terms[term.name])
 
-    @property
-    def peak_learning_rate(self) -> float:
-        return peak_learning_rate(self.learning_rate, self.model.config.hidden_size)
-
     def learning_rate_now(self) -> float:
         """Learning rate of the step that comes next."""
         return learning_rate_at(
             self.trainer.global_step + 1,
             self.total_steps,
-            peak=self.peak_learning_rate,
+            peak=self.learning_rate,
             warmup_ratio=self.warmup_ratio,
             min_lr_ratio=self.min_lr_ratio,
         )

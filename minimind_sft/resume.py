@@ -67,7 +67,7 @@ def settings(module: SFTModule) -> dict[str, Any]:
     """What may differ in a run that resumes."""
     trainer = module.trainer
     return {
-        "model.learning_rate": module.peak_learning_rate,
+        "model.learning_rate": module.learning_rate,
         "model.warmup_ratio": module.warmup_ratio,
         "model.min_lr_ratio": module.min_lr_ratio,
         "model.weight_decay": module.weight_decay,

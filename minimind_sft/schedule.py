@@ -6,19 +6,6 @@ Not a scheduler object: its state would come back from a checkpoint and win over
 from __future__ import annotations
 
 import math
-from typing import Literal
-
-AT_256, HIGHEST = 5e-4, 1e-3
-
-
-def peak_learning_rate(setting: float | Literal["auto"], hidden_size: int) -> float:
-    """The peak of the schedule; `auto` is 5e-4 at 256 channels and falls with the width, 1e-3 at most.
-
-    AdamW moves every weight by about the learning rate, so a matrix moves its output in proportion to its width (muP,
-    arXiv 2203.03466). Measured for fine-tuning that holds on to the base (docs/forgetting.md): 1e-3 is better than 5e-4
-    at 48 channels, and at 256 moves the model far from its base before anything is learned.
-    """
-    return min(HIGHEST, AT_256 * 256 / hidden_size) if setting == "auto" else setting
 
 
 def learning_rate_at(step: int, total: int, *, peak: float, warmup_ratio: float, min_lr_ratio: float) -> float:

@@ -107,8 +107,7 @@ class FirstScreen(Callback):
             (
                 "steps",
                 f"{windows:,} per epoch, {total:,} in all; a step learns from {data.plan.window_size:,} documents, "
-                f"{data.plan.epoch(0).window_tokens.mean():,.0f} tokens in the mean; learning rate up to "
-                f"{pl_module.peak_learning_rate:.2g}",
+                f"{data.plan.epoch(0).window_tokens.mean():,.0f} tokens in the mean",
             ),
             (
                 "log, look, save",

@@ -3,7 +3,6 @@
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,20 +21,13 @@ from minimind_sft.probes import Probe, Reply, begins_with, compare, contains, lo
 from minimind_sft.readings import read_metrics
 from minimind_sft.records import MetricsFile
 from minimind_sft.report import forgetting_table, ratio
-from minimind_sft.schedule import learning_rate_at, peak_learning_rate
+from minimind_sft.schedule import learning_rate_at
 from minimind_sft.weights import export_minimind
 
 
 def test_the_schedule_is_the_originals() -> None:
     rates = [learning_rate_at(k, 12, peak=5e-4, warmup_ratio=0.0, min_lr_ratio=0.1) for k in (1, 6, 12)]
     assert rates == pytest.approx([0.0004923333109150403, 0.000275, 5e-05])
-
-
-@pytest.mark.parametrize(
-    ("setting", "width", "peak"), [("auto", 256, 5e-4), ("auto", 768, 5e-4 / 3), ("auto", 48, 1e-3), (3e-5, 48, 3e-5)]
-)
-def test_the_learning_rate_falls_with_the_width_or_is_what_was_set(setting: Any, width: int, peak: float) -> None:
-    assert peak_learning_rate(setting, width) == pytest.approx(peak)
 
 
 def test_warm_up_rises_in_even_steps_to_the_peak_and_the_cosine_ends_at_the_minimum() -> None:
