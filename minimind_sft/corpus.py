@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -239,8 +240,8 @@ def build_from_spans(
 def open_or_build(cache: Path, key: dict[str, Any], make: Callable[[Path], None]) -> Store:
     """The store that `key` describes: from the cache, or made now.
 
-    Two processes that make the same store do not disturb each other: each builds under a name of its own, and the
-    second one to finish discards its copy.
+    Two processes or threads that make the same store do not disturb each other: each builds under a name of its own,
+    and the second one to finish discards its copy.
 
     Args:
         cache: folder of all stores.
@@ -253,7 +254,7 @@ def open_or_build(cache: Path, key: dict[str, Any], make: Callable[[Path], None]
     name = hashlib.sha256(json.dumps([FORMAT_VERSION, key], sort_keys=True).encode()).hexdigest()[:24]
     folder = cache / name
     if not (folder / "meta.json").is_file():
-        temporary = cache / f"{name}.{os.getpid()}.tmp"
+        temporary = cache / f"{name}.{os.getpid()}.{threading.get_ident()}.tmp"
         try:
             temporary.mkdir(parents=True)
         except OSError as error:

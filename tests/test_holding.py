@@ -352,16 +352,16 @@ def test_every_other_way_to_hold_on_changes_the_run(
         assert unchanged == (".mlp." in name or "embed_tokens" in name or "lm_head" in name), name
 
 
-def test_a_target_brings_the_divergence_to_it(cache: Path, tmp_path: Path) -> None:
+def test_the_weight_follows_the_target_and_the_divergence_the_weight(cache: Path, tmp_path: Path) -> None:
     steps = [REPLAY, "--trainer.max_steps=60", "--data.max_mb=1", "--val_every_steps=60", "--model.learning_rate=1e-3"]
-    ends = {}
-    for target in (0.1, 0.02):
+    weights, ends = {}, {}
+    for target in (1.0, 0.02):
         rows = fit(tmp_path / f"{target}", cache, *steps, f"--model.replay_target={target}")[1:]
-        weights = [float(row["replay_weight"]) for row in rows]
-        assert weights[0] == 1.0 and max(weights) > 1.05
+        assert rows[0]["replay_weight"] == "1.0"
+        weights[target] = float(rows[-1]["replay_weight"])
         ends[target] = float(np.mean([float(row["train/replay"]) for row in rows[-15:]]))
-        assert 0.5 * target < ends[target] < 2.0 * target
-    assert ends[0.02] < 0.5 * ends[0.1]
+    assert weights[1.0] < 0.2 and weights[0.02] > 4.0
+    assert ends[1.0] > 1.5 * ends[0.02]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -148,3 +150,18 @@ def test_number_of_workers_is_a_setting(tmp_path, monkeypatch):
     assert asked == [3, None]
     with pytest.raises(ValueError, match="data.workers is 0"):
         Stores(**settings, workers=0, cache_dir=str(tmp_path / "cache"))
+
+
+def test_two_threads_that_make_the_same_store_do_not_disturb_each_other(
+    tmp_path: Path, template: ChatTemplate
+) -> None:
+    both = threading.Barrier(2, timeout=30)
+
+    def make(folder: Path) -> None:
+        both.wait()  # both are building now
+        corpus.build(folder, [Line("t.jsonl", 1, '{"text": "a lake"}')], template=template)
+
+    with ThreadPoolExecutor(2) as pool:
+        stores = list(pool.map(lambda _: corpus.open_or_build(tmp_path / "cache", {"key": 1}, make), range(2)))
+    assert [len(store) for store in stores] == [1, 1]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
