@@ -95,7 +95,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        from minimind_sft.report import no_more_output
+
+        no_more_output()
         if verb in TRAINING_VERBS and "--plan" not in rest:
             print(f"minimind_sft: error: the output was closed, and {verb} with it", file=sys.stderr)
         return CLOSED

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from minimind_sft import comparison_plots, measures, self_written
+from minimind_sft import comparison_plots, measures
 from minimind_sft.comparison_options import EXCEEDED, MAX_FORGETTING, errors_name_options, parser
 from minimind_sft.comparison_screen import screen
 from minimind_sft.corpus import Store
@@ -28,7 +26,7 @@ from minimind_sft.files import resolve, write_whole
 from minimind_sft.measures import Section
 from minimind_sft.pairs import Pair, find_tokenizer, open_pair
 from minimind_sft.probes import load_probes
-from minimind_sft.report import likely_not_pretrained, printable
+from minimind_sft.report import likely_not_pretrained, no_more_output, printable
 from minimind_sft.retained import LossLog, load_log, retained
 from minimind_sft.sampling import Line, read_lines
 from minimind_sft.stores import SELF_WRITTEN, Stores
@@ -130,14 +128,12 @@ def compare(
     texts: dict[str, tuple[Store | None, Iterator[Line] | None]] = {
         str(of.text): (of.open(train=False).measured, None) for of in given
     }
-    author = pair.author(stores.cache)
     if not texts and own_documents:
-        own = author.texts("measured", documents=own_documents, document_format=document_format)
-        texts[SELF_WRITTEN] = own, self_written.lines(own, stores.template, document_format=document_format)
+        texts[SELF_WRITTEN] = pair.own_text(stores.cache, own_documents)
     rows = _measure_texts(result, pair, texts)
     if val_path:
         _measure_chats(result, pair, stores, prompts=prompts, answer_tokens=answer_tokens)
-    if chats := author.chats(own_chats):
+    if chats := pair.author(stores.cache).chats(own_chats):
         result["own_chats"] = measures.measure_chats(pair, chats)
     if asked:
         result["facts"] = measures.measure_facts(pair, asked)
@@ -229,8 +225,8 @@ def _say(text: str) -> None:
     """Print, whatever the output can hold: an exit status is waited for."""
     try:
         print(printable(text), flush=True)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        no_more_output()
 
 
 def _finite(value: Any) -> Any:

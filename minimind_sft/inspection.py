@@ -21,6 +21,7 @@ from minimind_sft.findings import inspect_store
 from minimind_sft.inspection_rows import View, rejected_rows
 from minimind_sft.inspection_screen import ASCII, screen, visible
 from minimind_sft.oddities import TokenTexts
+from minimind_sft.report import no_more_output
 from minimind_sft.settings import SettingsParser
 from minimind_sft.stores import Stores
 
@@ -75,8 +76,8 @@ def main(argv: Sequence[str]) -> int:
         if settings.html:
             _say(f"\npage in {settings.html}")
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        no_more_output()
     return 0
 
 

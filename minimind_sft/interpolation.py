@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from minimind_sft import export, measures, report, self_written, weights
+from minimind_sft import export, measures, report, weights
 from minimind_sft.chat import DOCUMENT_FRAMES, ChatTemplate
 from minimind_sft.corpus import Store
 from minimind_sft.documents import Documents
@@ -126,12 +126,7 @@ def main(argv: Sequence[str]) -> int:
         document_format=options.document_format,
         cache_dir=options.cache_dir,
     )
-    own = None
-    if not has_text:
-        written = pair.author(stores.cache).texts(
-            "measured", documents=options.own_documents, document_format=options.document_format
-        )
-        own = written, self_written.lines(written, template, document_format=options.document_format)
+    own = None if has_text else pair.own_text(stores.cache, options.own_documents)
     points = curve(pair, stores, alphas, own=own)
     best = choose(points, options.tolerance)
     model = interpolate(pair.base, pair.tuned, best.alpha, template.control_ids)

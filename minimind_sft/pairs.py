@@ -6,21 +6,23 @@ here: vocabularies of two sizes, two tokenizers, a tokenizer with ids that the m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from minimind_sft import weights
+from minimind_sft import self_written, weights
 from minimind_sft.chat import ChatTemplate
+from minimind_sft.corpus import Store
 from minimind_sft.devices import one_device
 from minimind_sft.documents import Documents
 from minimind_sft.evaluation import EvaluationBatches, bytes_of_tokens
 from minimind_sft.files import resolve
 from minimind_sft.model import Transformer
 from minimind_sft.progress import track
+from minimind_sft.sampling import Line
 from minimind_sft.scoring import Row, Scores, losses, score
 from minimind_sft.self_written import Author
 
@@ -54,6 +56,11 @@ class Pair:
             seed=self.seed,
             device=self.base.lm_head.weight.device,
         )
+
+    def own_text(self, cache: Path, documents: int) -> tuple[Store, Iterator[Line]]:
+        """Text by the base to measure on, and its lines."""
+        store = self.author(cache).texts("measured", documents=documents, document_format=self.document_format)
+        return store, self_written.lines(store, self.template, document_format=self.document_format)
 
     def score_documents(self, documents: Documents, what: str) -> Scores:
         """Score the documents of a store as `fit` would; `what` is said beside the progress bar."""

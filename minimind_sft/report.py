@@ -5,6 +5,7 @@ caller's.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,11 @@ if TYPE_CHECKING:  # torchmetrics takes seconds to import, and only annotations 
     from minimind_sft.forgetting import Reading
     from minimind_sft.interpolation import Point
     from minimind_sft.power_law import PowerLaw
+
+
+def no_more_output() -> None:
+    """Nobody reads standard output any more: `| head` has seen enough. Without this, Python complains at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def printable(text: str) -> str:

@@ -8,7 +8,6 @@ Lightning is not imported: an answer of the demo's model takes 2.7 s of processo
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from minimind_sft.options import OptionParser
 from minimind_sft.origins import find_origin
+from minimind_sft.report import no_more_output
 
 if TYPE_CHECKING:
     from minimind_sft.dialogue import Dialogue
@@ -73,8 +73,8 @@ def main(argv: Sequence[str]) -> int:
         else:
             _serve(dialogue, answer)
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        no_more_output()
     return 0
 
 

@@ -107,13 +107,10 @@ def _of_base(study: Study, name: str, weights: str) -> dict[str, Any]:
     folder = study.out / name
     with ThreadPoolExecutor(study.jobs) as pool:
         outcomes = list(pool.map(lambda trial: _run(study, folder, weights, trial, first), study.plan["trials"]))
-        target = target_loss(outcomes)
-        repeated = [
-            (row.trial, seed) for group, row in chosen(outcomes, target).items() if group in REPEATED for seed in more
-        ]
-        for again in pool.map(lambda repeat: _run(study, folder, weights, *repeat), repeated):
-            outcomes.append(again)
-        rows = {row.trial for row in chosen(outcomes, target).values()}
+        picked = chosen(outcomes, target_loss(outcomes))
+        repeated = [(row.trial, seed) for group, row in picked.items() if group in REPEATED for seed in more]
+        outcomes += pool.map(lambda repeat: _run(study, folder, weights, *repeat), repeated)
+        rows = {row.trial for row in picked.values()}
         base_recovered = _recovery(study, folder / "base.recovery", weights)
         confirmed = list(
             pool.map(

@@ -78,11 +78,11 @@ def findings(outcomes: Sequence[Outcome], confirmed: Mapping[tuple[str, int], Co
         confirmed: of the chosen rows, by trial and seed.
     """
     target = target_loss(outcomes)
+    picked = chosen(outcomes, target)
     rows = {
         group: [confirmed[one.trial, one.seed] for one in outcomes if one.trial == row.trial]
-        for group, row in chosen(outcomes, target).items()
+        for group, row in picked.items()
     }
-    picked = chosen(outcomes, target)
     vanilla = picked[VANILLA]
     gate = vanilla.forgetting >= LEAST_FORGETTING and vanilla.base_chat_loss - target >= LEAST_DISTANCE
     return {
