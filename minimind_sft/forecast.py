@@ -53,19 +53,11 @@ def forecast(
     cuda = device != "cpu"
     precision = ("bf16-mixed" if cuda else "32") if precision == "auto" else precision
     replay = data["replay_ratio"] if model["replay_weight"] and model["weights"] != "scratch" else 0.0
+    bases = bool(model["fisher_documents"]) and model["weights"] != "scratch"
     tokens, bound = _micro_batch(data, replay)
     known, count = look_at(data, template), memory.parameters(config).total
     window = data["batch_size"] * accumulate * ranks
     steps = _steps(known, window, trainer)
-    rows = [
-        ("model", source),
-        ("parameters", f"{count:,} ({_shape(config)})"),
-        ("planned for", f"a {'GPU' if cuda else 'CPU'}, precision {precision}, processes: {ranks}"),
-        ("micro-batch", f"at most {tokens:,} tokens ({bound}), all of them supervised at worst; {accumulate} a step"),
-        ("data", known.told if known else f"not found: {data['train_path']}"),
-        ("steps", f"about {steps:,}" if steps else "unknown without the data; set trainer.max_steps"),
-        ("disk", _disk(count, known, steps, keep_every, config.vocab_size)),
-    ]
     plain, checkpointing = (
         memory.footprint(
             config,
@@ -76,9 +68,19 @@ def forecast(
             activation_checkpointing=on,
             accumulate=accumulate,
             processes=ranks,
+            bases=bases,
         )
         for on in (False, True)
     )
+    rows = [
+        ("model", source),
+        ("parameters", f"{count:,} ({_shape(config)})"),
+        ("planned for", f"a {'GPU' if cuda else 'CPU'}, precision {precision}, processes: {ranks}"),
+        ("micro-batch", f"at most {tokens:,} tokens ({bound}), all of them supervised at worst; {accumulate} a step"),
+        ("data", known.told if known else f"not found: {data['train_path']}"),
+        ("steps", f"about {steps:,}" if steps else "unknown without the data; set trainer.max_steps"),
+        ("disk", _disk(12 * count + plain.bases, known, steps, keep_every, config.vocab_size)),
+    ]
     on = bool(model["activation_checkpointing"])
     parts = [
         report.aligned(rows),
@@ -87,7 +89,8 @@ def forecast(
     ]
     if known and steps:
         epochs = steps / math.ceil(known.documents / window)
-        parts.append(_time(config, known, epochs, on, tflops, replay))
+        turning = steps * memory.basis_flops(config) if bases else 0
+        parts.append(_time(config, known, epochs, on, tflops, replay, turning))
     return "\n\n".join(parts)
 
 
@@ -125,9 +128,9 @@ def _shape(config: ModelConfig) -> str:
     )
 
 
-def _disk(count: int, known: Data | None, steps: int | None, keep_every: int | None, vocab_size: int) -> str:
-    """Checkpoints hold weights and moments; a new one is written before the old one goes."""
-    each, milestones = 12 * count, (steps or 0) // keep_every if keep_every else 0
+def _disk(each: int, known: Data | None, steps: int | None, keep_every: int | None, vocab_size: int) -> str:
+    """Checkpoints hold weights, moments and their bases; a new one is written before the old one goes."""
+    milestones = (steps or 0) // keep_every if keep_every else 0
     total = (3 + milestones) * each
     tokens = known.documents * known.tokens * (2 if vocab_size <= 1 << 16 else 4) if known else 0
     kept = f" and {milestones} milestones" if milestones else ""
@@ -142,6 +145,7 @@ def _memory_table(plain: memory.Footprint, checkpointing: memory.Footprint, on: 
         ("weights, fp32", "weights"),
         ("gradients, fp32", "gradients"),
         ("AdamW's two moments, fp32", "optimizer"),
+        ("the bases they are kept in, fp32", "bases"),
         ("gradients to be shared (DDP)", "buckets"),
         ("half-precision copies of the matrices", "copies"),
         ("activations kept for the backward pass", "activations"),
@@ -179,17 +183,25 @@ def _cards(plain: memory.Footprint, checkpointing: memory.Footprint, count: int,
 
 
 def _time(
-    config: ModelConfig, known: Data, epochs: float, checkpointing: bool, tflops: float | None, replay: float
+    config: ModelConfig,
+    known: Data,
+    epochs: float,
+    checkpointing: bool,
+    tflops: float | None,
+    replay: float,
+    turning: int,
 ) -> str:
     """Minutes at a throughput that is given, or at each of several; text to replay is as long as the chats, and goes
-    forward through the base as well, a third of what training on it takes."""
+    forward through the base as well, a third of what training on it takes. Turning gradients into bases comes on top.
+    """
     tokens = epochs * known.documents * known.tokens
-    needed = memory.training_flops(
+    trained = memory.training_flops(
         config,
         tokens=tokens,
         squared_lengths=epochs * known.documents * known.squares,
         activation_checkpointing=checkpointing,
-    ) * (1 + 4 / 3 * replay)
+    )
+    needed = trained * (1 + 4 / 3 * replay) + turning
     told = (
         f"{needed:.2e} operations for {tokens:,.0f} tokens{f' and {replay:g} of it replayed' if replay else ''}: "
         f"6 N a token and 6 L H E t^2 for the attention of a document"

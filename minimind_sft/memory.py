@@ -3,8 +3,9 @@
 Memory is counted, not fitted: the terms below are the tensors that autograd keeps for each operation of `model.py` and
 `losses.py` (read off with `torch.autograd.graph.saved_tensors_hooks`; tests hold the formula to that count exactly, and
 to measured peaks of `fit`). Weights, gradients and AdamW's two moments are fp32: 16 bytes a parameter (Rajbhandari et
-al. 2020, arXiv 1910.02054, section 3.1, less its fp16 copies, which autocast makes anew in every forward pass). Per
-token and layer, with s bytes (4, or 2 under autocast) and everything residual in fp32:
+al. 2020, arXiv 1910.02054, section 3.1, less its fp16 copies, which autocast makes anew in every forward pass). Bases
+for the moments (`fisher.py`) come on top, and in a step the weights as they were before it. Per token and layer, with s
+bytes (4, or 2 under autocast) and everything residual in fp32:
 
     two norms       4 C each, and 4 C more where the norm is not one kernel (CPU); their outputs s C for each projection
                     under autocast (3 and 2 casts), else once
@@ -55,6 +56,7 @@ class Footprint(NamedTuple):
     weights: int
     gradients: int
     optimizer: int  # two moments
+    bases: int  # that the moments are kept in (`fisher.py`)
     buckets: int  # of gradients, where several processes share them
     copies: int  # half-precision copies of the matrices, under autocast
     activations: int  # kept between forward and backward pass
@@ -81,6 +83,35 @@ def parameters(config: ModelConfig) -> Parameters:
         vectors=layers * vectors + c,
         active=layers * (attention + router + passed * feed_forward) + table,
         largest=max(table, c * i, c * q),
+    )
+
+
+def matrices(config: ModelConfig) -> list[tuple[int, int, int]]:
+    """Rows, columns and number of the matrices that multiply, the output layer included."""
+    c, e, i, layers = config.hidden_size, config.head_dim, config.intermediate_size, config.num_hidden_layers
+    q, kv = config.num_attention_heads * e, config.num_key_value_heads * e
+    experts = layers * (config.num_experts + config.num_shared_experts or 1)
+    found = [(q, c, layers), (kv, c, 2 * layers), (c, q, layers), (i, c, 2 * experts), (c, i, experts)]
+    return [*found, (config.num_experts, c, layers * (config.num_experts > 0)), (config.vocab_size, c, 1)]
+
+
+def basis_bytes(config: ModelConfig) -> int:
+    """Of one square matrix for each side of a matrix that is no wider than the model; see `fisher.py`."""
+    return sum(
+        FP32 * number * side * side
+        for rows, columns, number in matrices(config)
+        for side in (rows, columns)
+        if side <= config.hidden_size
+    )
+
+
+def basis_flops(config: ModelConfig) -> int:
+    """Operations of one step to turn all gradients into their bases, and what comes of them back."""
+    return sum(
+        4 * number * rows * columns * side
+        for rows, columns, number in matrices(config)
+        for side in (rows, columns)
+        if side <= config.hidden_size
     )
 
 
@@ -123,6 +154,7 @@ def footprint(
     activation_checkpointing: bool,
     accumulate: int = 1,
     processes: int = 1,
+    bases: bool = False,
 ) -> Footprint:
     """What one process holds when it holds most.
 
@@ -137,6 +169,7 @@ def footprint(
         activation_checkpointing: see `model.Transformer`.
         accumulate: micro-batches per window.
         processes: that share gradients.
+        bases: whether AdamW's moments are kept in a basis for each matrix.
     """
     count, half = parameters(config), precision != "32"
     s = 2 if half else FP32
@@ -161,10 +194,10 @@ def footprint(
         "the backward pass of the output layer": activations + held[0] + unmade - absent,
         "the backward pass of a layer": max(first, last),
         "the backward pass of the embedding": table + (2 if accumulate > 1 else 1) * waiting + into_layer,
-        "the optimizer's step": _step_bytes(count, precision, cuda),
+        "the optimizer's step": _step_bytes(count, precision, cuda) + bases * FP32 * (count.total - count.vectors),
     }
     phase = max(phases, key=lambda name: phases[name])
-    fixed = gradients, gradients, 2 * gradients, gradients * (processes > 1)
+    fixed = gradients, gradients, 2 * gradients, bases * basis_bytes(config), gradients * (processes > 1)
     return Footprint(
         *fixed,
         copies=copies,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from minimind_sft import resume
 from minimind_sft import weights as weight_files
@@ -26,6 +26,7 @@ from minimind_sft.attention import attention_backend, needs_device_cu_seqlens
 from minimind_sft.batching import MicroBatch, pack
 from minimind_sft.evaluation import sources_of
 from minimind_sft.files import resolve
+from minimind_sft.fisher import Basis, RotatedAdamW, bases_of
 from minimind_sft.forgetting import PRETRAIN, Meter, Reading
 from minimind_sft.generate import generate
 from minimind_sft.guard import Guard, StepResult
@@ -64,6 +65,8 @@ class SFTModule(LightningModule):
         replay_weight: factor of that loss; 0 is off.
         replay_target: nats per token of KL that the model may be away from the base on replay text: the weight then
             only begins as `replay_weight`, and follows; null for a weight that stays.
+        fisher_documents: documents of pretraining text (or by the base) from which the basis is taken that AdamW's
+            moments are kept in, see `fisher.py`; 0 for AdamW as it is.
         l2_sp: decay towards the base, decoupled as AdamW's; 0 is off.
         freeze: patterns of parameters that are not trained, as in a shell: "*.mlp.*", or a list of them.
         max_forgetting: nats per token of forgetting above which no reading is the best; null for no bound.
@@ -100,6 +103,7 @@ class SFTModule(LightningModule):
         replay_loss: Literal["kl", "ntp"] = "kl",
         replay_weight: float = 1.0,
         replay_target: float | None = None,
+        fisher_documents: int = 0,
         l2_sp: float = 0.0,
         freeze: str | list[str] | None = None,
         max_forgetting: float | None = None,
@@ -132,7 +136,9 @@ class SFTModule(LightningModule):
             raise ValueError(
                 f"model.replay_target is a KL, which model.replay_loss {replay_loss} does not take; set it to null"
             )
-        self.replay_target = replay_target
+        if fisher_documents < 0:
+            raise ValueError(f"model.fisher_documents is {fisher_documents}; it must be at least 0 (0 is off)")
+        self.replay_target, self.fisher_documents = replay_target, fisher_documents
         self.learning_rate, self.warmup_ratio, self.min_lr_ratio = learning_rate, warmup_ratio, min_lr_ratio
         self.weight_decay, self.decay_all, self.seed = weight_decay, decay_all, seed
         self.reset_head, self.resize_vocab = reset_head, resize_vocab
@@ -253,10 +259,28 @@ class SFTModule(LightningModule):
                 if term.documents:
                     term.read(base, self._text_to_read(term.documents))
 
+    def on_train_start(self) -> None:
+        """Find the basis that AdamW's moments are kept in; one that resumes has it from the checkpoint."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, RotatedAdamW)
+        if self.fisher_documents and not self.from_scratch and not self.trainer.global_step:
+            optimizer.turn(self._bases())
+
+    def _bases(self) -> dict[Tensor, Basis]:
+        """By the model's parameters, and the same on every rank."""
+        base = self._base[0] if self._base else frozen_copy(self.base, None).to(self.device)
+        found = bases_of(base, self._text_to_read(self.fisher_documents), self.seed)
+        here = {name: basis.to("cpu") for name, basis in found.items()} if self.trainer.world_size > 1 else found
+        shared = self.trainer.strategy.broadcast(here)
+        weights = dict(self.model.named_parameters())
+        return {weights[name]: basis.to(self.device) for name, basis in shared.items() if name in weights}
+
     @property
     def documents_to_read(self) -> int:
-        """How much text the terms want to read before the first step."""
-        return 0 if self.from_scratch else max((term.documents for term in self._more_terms or []), default=0)
+        """How much text is read before the first step, by terms and for the optimizer's basis."""
+        if self.from_scratch:
+            return 0
+        return max(self.fisher_documents, *(term.documents for term in self._more_terms or []), 0)
 
     def _text_to_read(self, count: int) -> Iterator[MicroBatch]:
         documents = self.data.spare_text
@@ -296,7 +320,7 @@ class SFTModule(LightningModule):
         decays = self._weight_decays()
         # with a gradient scaler, a fused optimizer unscales by itself and Lightning then refuses to clip
         fused = self.device.type == "cuda" and self._scaler is None
-        return AdamW(
+        return RotatedAdamW(
             [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True)],
             lr=self.learning_rate,
             fused=fused,

@@ -75,6 +75,7 @@ def settings(module: SFTModule) -> dict[str, Any]:
         "model.replay_loss": module.replay_loss,
         "model.replay_weight": module.replay_weight,
         "model.replay_target": module.replay_target,
+        "model.fisher_documents": module.fisher_documents,
         "model.l2_sp": module.l2_sp,
         "model.freeze": module.frozen,
         "model.max_forgetting": module.max_forgetting,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from minimind_sft.batching import MicroBatch
+from minimind_sft.fisher import scores
 from minimind_sft.losses import cross_entropy, kl_divergence
 from minimind_sft.model import Transformer
 from minimind_sft.weight_control import adapted
@@ -160,11 +161,9 @@ class EWC(Term):
 
         1/2 * sum over weights of F * (w - w_base)^2
 
-    F is the diagonal of the base's Fisher information, per token, on text to replay. It is the true one, not the
-    empirical: what is scored are tokens drawn from the base, not those that stand in the text. The scores of different
-    positions are then independent with mean 0, so the squared gradient of a whole document is, in the mean, the sum of
-    its tokens'. Near the base, the loss is KL(base || model) per token, but for the terms off the diagonal; `weight` is
-    thus on the scale of `model.replay_weight`. A backward pass per document, once; no text in training.
+    F is the diagonal of the base's Fisher information, per token, on text to replay (`fisher.scores`). Near the base,
+    the loss is KL(base || model) per token, but for the terms off the diagonal; `weight` is thus on the scale of
+    `model.replay_weight`. A backward pass per document, once; no text in training.
     Source: arXiv 1612.00796.
 
     Args:
@@ -185,19 +184,15 @@ class EWC(Term):
         self._base = dict(base.named_parameters())
 
     def read(self, base: Transformer, text: Iterable[MicroBatch]) -> None:
-        weights, draws = list(self._base.values()), torch.Generator().manual_seed(self.seed)
+        weights = list(self._base.values())
         sums, tokens = [torch.zeros_like(weight) for weight in weights], 0
         base.requires_grad_(True)
-        for document in text:
-            flat = document.batch
-            hidden = base.hidden(flat.input_ids, flat.positions, flat.cu_seqlens, flat.max_length)
-            log_p = base.logits(hidden[document.targets]).float().log_softmax(-1)  # (M, V)
-            drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=draws).to(log_p.device)
-            gradients = torch.autograd.grad(log_p.gather(-1, drawn).sum(), weights, allow_unused=True)
+        for score, drawn in scores(base, text, self.seed):
+            gradients = torch.autograd.grad(score, weights, allow_unused=True)
             for total, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:  # an expert that was not asked
                     total += gradient.square()
-            tokens += len(drawn)
+            tokens += drawn
         base.requires_grad_(False)
         self.fisher = {name: total / max(1, tokens) for name, total in zip(self._base, sums, strict=True)}
 

@@ -2,6 +2,9 @@
 
 import csv
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -233,18 +236,25 @@ class PullNorms(Term):
         return model.model.norm.weight.square().sum() * len(batch.targets) / batch.window_targets
 
 
-def fit(run_dir: Path, cache: Path, *more: str, ckpt: str | None = None) -> list[dict[str, str]]:
-    """The metrics of a few steps on the demo's data."""
-    arguments = [
+def arguments(run_dir: Path, cache: Path) -> list[str]:
+    """Of a few steps on the demo's data."""
+    return [
         f"--run_dir={run_dir}", "--device=cpu", "--log_every_steps=1", "--val_every_steps=4", "--save_every_steps=2",
         f"--model.weights={PROJECT}/data/base.pth", f"--data.train_path={PROJECT}/data/sft_train.jsonl",
         f"--data.pretrain_path={PROJECT}/data/pretrain.jsonl", f"--data.heldout_path={PROJECT}/data/heldout.jsonl",
         f"--data.tokenizer={PROJECT}/data/tokenizer", f"--data.cache_dir={cache}", "--data.measure_documents=40",
         "--data.replay_documents=200", "--data.max_overlap=1.0", "--data.batch_size=16", "--trainer.max_steps=8",
         "--model.learning_rate=2e-3",
-        *more, *([f"--ckpt_path={ckpt}"] if ckpt else []),
     ]  # fmt: skip
-    assert main(["fit", *arguments]) == 0
+
+
+def fit(run_dir: Path, cache: Path, *more: str, ckpt: str | None = None) -> list[dict[str, str]]:
+    """The metrics of a run."""
+    assert main(["fit", *arguments(run_dir, cache), *more, *([f"--ckpt_path={ckpt}"] if ckpt else [])]) == 0
+    return metrics(run_dir)
+
+
+def metrics(run_dir: Path) -> list[dict[str, str]]:
     with open(run_dir / "metrics.csv", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
@@ -258,7 +268,7 @@ def state(run_dir: Path) -> dict[str, Any]:
     return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-REPLAY = "--data.replay_ratio=0.5"
+REPLAY, BASIS = "--data.replay_ratio=0.5", "--model.fisher_documents=20"
 
 
 @pytest.fixture(scope="module")
@@ -290,11 +300,35 @@ def test_how_a_window_is_dealt_does_not_change_a_run_with_replay(
             assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("target", [[], ["--model.replay_target=0.001"]])
+def test_two_processes_with_replay_in_a_basis_train_as_one(cache: Path, tmp_path: Path) -> None:
+    options = [REPLAY, BASIS, "--trainer.max_steps=6", "--data.batch_size=8"]
+    one = fit(tmp_path / "one", cache, *options, "--trainer.accumulate_grad_batches=2")
+    done = subprocess.run(
+        [sys.executable, "-m", "minimind_sft", "fit", *arguments(tmp_path / "two", cache), *options,
+         "--trainer.strategy=ddp", "--trainer.devices=2"],
+        env={**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    two = metrics(tmp_path / "two")
+    for row, expected in zip(two[1:], one[1:], strict=True):
+        for name in ("train/loss", "train/replay"):
+            assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-4, abs=1e-5)
+
+
+def test_without_any_text_the_basis_is_of_text_by_the_base(cache: Path, tmp_path: Path) -> None:
+    ends = [
+        fit(tmp_path / name, cache, "--data.pretrain_path=null", "--data.own_chats=0", *more)[-1]["train/loss"]
+        for name, more in (("plain", []), ("basis", [BASIS]))
+    ]
+    assert ends[0] != ends[1]
+
+
+@pytest.mark.parametrize("more", [[], ["--model.replay_target=0.001"], [BASIS]])
 def test_a_run_with_replay_resumes_bit_for_bit_and_on_no_other_replay(
-    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: list[str]
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
 ) -> None:
-    schedule = ["--trainer.max_epochs=1", "--trainer.max_steps=-1", "--data.max_mb=0.012", *target]
+    schedule = ["--trainer.max_epochs=1", "--trainer.max_steps=-1", "--data.max_mb=0.012", *more]
     whole = fit(tmp_path / "whole", cache, REPLAY, *schedule, "--keep_every_steps=2")
     (middle,) = (tmp_path / "whole" / "checkpoints").glob("*2.ckpt")
     rest = fit(tmp_path / "rest", cache, REPLAY, *schedule, ckpt=str(middle))
@@ -338,6 +372,7 @@ def test_every_other_way_to_hold_on_changes_the_run(
         "ntp": [REPLAY, "--model.replay_loss=ntp"],
         "weight": [REPLAY, "--model.replay_weight=3"],
         "target": [REPLAY, "--model.replay_target=0.0001"],
+        "basis": [REPLAY, BASIS],
         "l2_sp": ["--model.l2_sp=10"],
         "freeze": ['--model.freeze=["*.mlp.*", "*embed_tokens*"]'],
         "term": ["--model.terms=[{class_path: test_holding.PullNorms, init_args: {weight: 0.1}}]"],
@@ -370,6 +405,7 @@ def test_the_weight_follows_the_target_and_the_divergence_the_weight(cache: Path
         (["--model.replay_target=0"], "above 0"),
         (["--model.replay_target=0.02", "--model.replay_loss=ntp"], "set it to null"),
         (["--data.replay_in_chat=2"], "a share between 0 and 1"),
+        (["--model.fisher_documents=-1"], "at least 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from minimind_sft import losses, module
 from minimind_sft.__main__ import main
-from minimind_sft.memory import footprint, layer_bytes, parameters, training_flops
+from minimind_sft.batching import pack
+from minimind_sft.fisher import bases_of
+from minimind_sft.memory import basis_bytes, basis_flops, footprint, layer_bytes, parameters, training_flops
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 from minimind_sft.sizing import model_config
@@ -62,6 +65,20 @@ def test_parameters_are_those_of_the_model(config: ModelConfig) -> None:
     if not config.num_experts:
         matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
         assert parameters(config).active == matrices
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_bases_take_what_they_are_planned_to(config: ModelConfig) -> None:
+    model = Transformer(config)
+    model.initialise(seed=1)
+    found = bases_of(model.requires_grad_(False), [pack([(np.arange(9), np.ones(9, bool))])], seed=0)
+    assert basis_bytes(config) == sum(side.nbytes for basis in found.values() for side in basis if side is not None)
+
+
+def test_turning_into_a_basis_and_back_is_two_products_a_side() -> None:
+    config = ModelConfig.minimind3(hidden_size=64, num_hidden_layers=2, vocab_size=100)  # 8 heads of 8, 4 kv
+    sides = 64 * 64 * (64 + 64) * 2 + 32 * 64 * (32 + 64) * 2 + config.intermediate_size * 64 * 64 * 3  # qo, kv, mlp
+    assert basis_flops(config) == 4 * (2 * sides + 100 * 64 * 64)
 
 
 def test_the_original_recipe_takes_16_bytes_a_parameter_before_anything_else() -> None:

@@ -1,0 +1,172 @@
+"""The basis in which the base's text is sensitive to a matrix, and AdamW in it.
+
+Adam divides every entry of a gradient by its own size, so what it can tell apart depends on the axes. A direction that
+the base's text depends on is, as a rule, no single weight but spread over a whole matrix: there, Adam moves all
+directions at much the same rate, and replay has to pull those back that mattered. In the eigenbasis of the Fisher
+information on that text, entries are such directions: those in which the text's gradient is large get a large second
+moment and move little, the others are free for the chats.
+
+The Fisher information of a matrix W (R, C) is taken as a Kronecker product, K-FAC's (Martens and Grosse 2015, arXiv
+1503.05671): A = E[x x^T] of its inputs (C, C), and G = E[g g^T] of the gradients at its outputs (R, R), for tokens that
+are drawn from the base itself. With their eigenvectors V and U, the gradient is turned to U^T grad V, AdamW's moments
+are kept there (George et al. 2018, arXiv 1806.03884, do so for SGD; Vyas et al. 2024, arXiv 2409.11321, for Adam, in
+the basis of the training gradients, renewed on the way), and the step is turned back. The basis is the base's, read
+once before the first step: what is to be kept does not change in training.
+
+A side wider than the model (feed-forward, vocabulary) is not turned: there a basis would outgrow the matrix.
+
+Shapes: (R, C) of a matrix, N tokens, M of them targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from minimind_sft.batching import MicroBatch
+from minimind_sft.model import Transformer
+
+
+class Basis(NamedTuple):
+    """Orthonormal columns; None leaves a side as it is."""
+
+    left: Tensor | None  # (R, R)
+    right: Tensor | None  # (C, C)
+
+    def to(self, device: torch.device | str) -> Basis:
+        """On this device."""
+        return Basis(*(side if side is None else side.to(device) for side in self))
+
+    def turned(self, matrix: Tensor) -> Tensor:
+        """(R, C), in this basis."""
+        matrix = matrix if self.left is None else self.left.t() @ matrix
+        return matrix if self.right is None else matrix @ self.right
+
+    def back(self, matrix: Tensor) -> Tensor:
+        """(R, C), from this basis."""
+        matrix = matrix if self.left is None else self.left @ matrix
+        return matrix if self.right is None else matrix @ self.right.t()
+
+
+def scores(base: Transformer, text: Iterable[MicroBatch], seed: int) -> Iterator[tuple[Tensor, int]]:
+    """Of every document the log-probability () of tokens that are drawn from the base at its targets, and their number.
+
+    It is the Fisher information's expectation over the model's own answers, not over those that stand in the text. The
+    scores of different positions are independent with mean 0, so a whole document's squared gradient is, in the mean,
+    the sum of its tokens'.
+    """
+    draws = torch.Generator().manual_seed(seed)
+    for document in text:
+        flat = document.batch
+        hidden = base.hidden(flat.input_ids, flat.positions, flat.cu_seqlens, flat.max_length)
+        log_p = base.logits(hidden[document.targets]).float().log_softmax(-1)  # (M, V)
+        drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=draws).to(log_p.device)
+        yield log_p.gather(-1, drawn).sum(), len(drawn)
+
+
+def bases_of(base: Transformer, text: Iterable[MicroBatch], seed: int) -> dict[str, Basis]:
+    """The basis of every matrix that multiplies, by the name of its parameter.
+
+    Args:
+        base: frozen; it is left as it was.
+        text: one document each, in the base's own framing.
+        seed: of the drawn tokens.
+    """
+    names: dict[Tensor, str] = {parameter: name for name, parameter in base.named_parameters()}
+    layers = {names[layer.weight]: layer for layer in base.modules() if isinstance(layer, nn.Linear)}
+    rights = {name: _zeros(layer.weight, layer.in_features, base) for name, layer in layers.items()}
+    lefts = {name: _zeros(layer.weight, layer.out_features, base) for name, layer in layers.items()}
+    hooks = [layer.register_forward_hook(_adding(rights[name], lefts[name])) for name, layer in layers.items()]
+    embedding = base.model.embed_tokens.weight.requires_grad_(True)  # every output is on the way back to it
+    try:
+        for score, _ in scores(base, text, seed):
+            torch.autograd.grad(score, embedding)
+    finally:
+        embedding.requires_grad_(False)
+        for hook in hooks:
+            hook.remove()
+    return {name: Basis(_eigenvectors(lefts[name]), _eigenvectors(rights[name])) for name in layers}
+
+
+def _zeros(weight: Tensor, side: int, base: Transformer) -> Tensor | None:
+    return weight.new_zeros(side, side) if side <= base.config.hidden_size else None
+
+
+def _adding(right: Tensor | None, left: Tensor | None) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    """A hook that adds a layer's inputs (N, C) to the sum of x x^T, and its outputs' gradients to that of g g^T."""
+
+    def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if right is not None:
+            rows = inputs[0].detach()
+            right.addmm_(rows.t(), rows)
+        if left is not None:
+            output.register_hook(backward)
+
+    def backward(gradient: Tensor) -> None:
+        assert left is not None
+        left.addmm_(gradient.t(), gradient)
+
+    return forward
+
+
+def _eigenvectors(moment: Tensor | None) -> Tensor | None:
+    return None if moment is None else torch.linalg.eigh(moment).eigenvectors
+
+
+class RotatedAdamW(AdamW):
+    """AdamW whose moments are kept in the basis of each matrix; without a basis it is AdamW.
+
+    The bases are part of the optimizer's state, so that a run which resumes goes on in the same ones.
+    """
+
+    _bases: dict[Tensor, Basis]
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._bases = {}
+
+    @property
+    def has_bases(self) -> bool:
+        return bool(self._bases)
+
+    def turn(self, bases: Mapping[Tensor, Basis]) -> None:
+        """Take these bases, by parameter; before the first step, as moments do not turn with them."""
+        self._bases = dict(bases)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """A step of AdamW from zero, in the bases; turned back, it is added to the weights as they were."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        kept: list[tuple[Tensor, Tensor, float]] = []
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None and weight in self._bases:
+                    weight.grad.copy_(self._bases[weight].turned(weight.grad))
+                    kept.append((weight, weight.clone(), 1.0 - group["lr"] * group["weight_decay"]))
+                    weight.zero_()
+        super().step()
+        for weight, before, decay in kept:
+            weight.copy_(self._bases[weight].back(weight).add_(before, alpha=decay))
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """AdamW's, and the bases by the parameters' places."""
+        places = [self._bases.get(weight) for group in self.param_groups for weight in group["params"]]
+        return super().state_dict() | {"bases": [None if basis is None else tuple(basis) for basis in places]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """AdamW's, and the bases; of a run without any there are none."""
+        super().load_state_dict(state_dict)
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        self._bases = {
+            weight: Basis(*sides).to(weight.device)
+            for weight, sides in zip(weights, state_dict.get("bases", ()), strict=False)
+            if sides is not None
+        }
