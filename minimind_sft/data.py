@@ -241,7 +241,7 @@ class SFTDataModule(LightningDataModule):
     def _replays(self) -> bool:
         """Whether there is text to replay, and a base whose text it is."""
         module = self._module
-        return self.replay_ratio > 0.0 and module.replay_weight > 0.0 and not module.from_scratch
+        return self.replay_ratio > 0.0 and module.holding.replay_weight > 0.0 and not module.from_scratch
 
     def setup(self, stage: str) -> None:
         """Open the stores and deal their documents; `fit` also plans the windows."""

@@ -26,16 +26,17 @@ from minimind_sft.attention import attention_backend, needs_device_cu_seqlens
 from minimind_sft.batching import MicroBatch, pack
 from minimind_sft.evaluation import sources_of
 from minimind_sft.files import resolve
-from minimind_sft.fisher import Basis, RotatedAdamW, bases_of
+from minimind_sft.fisher import RotatedAdamW
 from minimind_sft.forgetting import PRETRAIN, Meter, Reading
 from minimind_sft.generate import generate
 from minimind_sft.guard import Guard, StepResult
+from minimind_sft.holding import Holding
 from minimind_sft.losses import cross_entropy
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import from_sizes
 from minimind_sft.probes import answer_text
 from minimind_sft.schedule import learning_rate_at
-from minimind_sft.terms import Term, chosen, freeze, frozen_copy
+from minimind_sft.terms import Term, freeze, frozen_copy
 
 if TYPE_CHECKING:
     from minimind_sft.data import SFTDataModule
@@ -128,28 +129,21 @@ class SFTModule(LightningModule):
             raise ValueError(f"model.min_lr_ratio is {min_lr_ratio}; it is a share of model.learning_rate, from 0 to 1")
         if not learning_rate > 0.0:
             raise ValueError(f"model.learning_rate is {learning_rate}; it must be above 0")
-        if replay_target is not None and not replay_target > 0.0:
-            raise ValueError(
-                f"model.replay_target is {replay_target}; it is nats per token, above 0, or null for a fixed weight"
-            )
-        if replay_target is not None and replay_loss != "kl":
-            raise ValueError(
-                f"model.replay_target is a KL, which model.replay_loss {replay_loss} does not take; set it to null"
-            )
-        if fisher_documents < 0:
-            raise ValueError(f"model.fisher_documents is {fisher_documents}; it must be at least 0 (0 is off)")
-        self.replay_target, self.fisher_documents = replay_target, fisher_documents
+        self.holding = Holding(
+            replay_loss=replay_loss,
+            replay_weight=replay_weight,
+            replay_target=replay_target,
+            l2_sp=l2_sp,
+            fisher_documents=fisher_documents,
+            more=terms,
+        )
         self.learning_rate, self.warmup_ratio, self.min_lr_ratio = learning_rate, warmup_ratio, min_lr_ratio
         self.weight_decay, self.decay_all, self.seed = weight_decay, decay_all, seed
         self.reset_head, self.resize_vocab = reset_head, resize_vocab
         self.activation_checkpointing = activation_checkpointing
         self.frozen = [freeze] if isinstance(freeze, str) else freeze or []
-        self.replay_loss, self.replay_weight, self.l2_sp, self._more_terms = replay_loss, replay_weight, l2_sp, terms
         self.max_forgetting = max_forgetting
-        self.terms: list[Term] = []  # those at work
-        # what belongs to the base is in tuples, of one or none, or it would be trained and saved
-        self._base: tuple[Transformer, ...] = ()
-        self._base_head: tuple[Tensor, ...] = ()
+        self._base_head: tuple[Tensor, ...] = ()  # in a tuple, of one or none, or it would be trained and saved
         self._shape = {
             "hidden_size": hidden_size,
             "num_hidden_layers": num_hidden_layers,
@@ -214,8 +208,10 @@ class SFTModule(LightningModule):
         self._fit_vocab(data.template.vocab_size)
         self.model.activation_checkpointing = self.activation_checkpointing
         freeze(self.model, self.frozen)
-        if self.trainer.state.fn == "fit" and not self.terms:
-            self._choose_terms()
+        if self.trainer.state.fn == "fit" and not self.from_scratch and not self.holding.terms:
+            # now, because a checkpoint is restored next
+            head = self._base_head[0] if self.reset_head else None
+            self.holding.choose(self.model, head, replay=data.plan.replay is not None)
         if not hasattr(self, "meter"):
             text = data.evaluation.get(PRETRAIN)
             self.meter = Meter(list(data.evaluation), sources_of(text).names if text else [""])
@@ -232,55 +228,24 @@ class SFTModule(LightningModule):
             )
         weight_files.check_vocab(wanted, self.model.config)
 
-    def _choose_terms(self) -> None:
-        """What holds on to the base, and a copy of it; now, because a checkpoint is restored next."""
-        if self.from_scratch:
-            return
-        self.terms = chosen(
-            replay=self.data.plan.replay is not None,
-            replay_loss=self.replay_loss,
-            replay_weight=self.replay_weight,
-            replay_target=self.replay_target,
-            l2_sp=self.l2_sp,
-            more=self._more_terms,
-        )
-        if self.terms:
-            self._base = (frozen_copy(self.model, self._base_head[0] if self.reset_head else None),)
-
-    @property
-    def _losses(self) -> list[Term]:
-        return [term for term in self.terms if type(term).loss is not Term.loss]
-
     def on_fit_start(self) -> None:
-        for base in self._base:
-            base.to(self.device)
-            for term in self.terms:
-                term.start(base, self.data.template.control_ids, half=self._half)
-                if term.documents:
-                    term.read(base, self._text_to_read(term.documents))
+        self.holding.start(self.device, self.data.template.control_ids, half=self._half, read=self._text_to_read)
 
     def on_train_start(self) -> None:
-        """Find the basis that AdamW's moments are kept in; one that resumes has it from the checkpoint."""
+        """Find the basis that AdamW's moments are kept in, the same on every rank; a run that resumes has its own."""
+        if self.trainer.global_step:
+            return
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, RotatedAdamW)
-        if self.fisher_documents and not self.from_scratch and not self.trainer.global_step:
-            optimizer.turn(self._bases())
-
-    def _bases(self) -> dict[Tensor, Basis]:
-        """By the model's parameters, and the same on every rank."""
-        base = self._base[0] if self._base else frozen_copy(self.base, None).to(self.device)
-        found = bases_of(base, self._text_to_read(self.fisher_documents), self.seed)
-        here = {name: basis.to("cpu") for name, basis in found.items()} if self.trainer.world_size > 1 else found
-        shared = self.trainer.strategy.broadcast(here)
-        weights = dict(self.model.named_parameters())
-        return {weights[name]: basis.to(self.device) for name, basis in shared.items() if name in weights}
+        found = self.holding.bases(seed=self.seed, read=self._text_to_read)
+        if self.trainer.world_size > 1:
+            found = self.trainer.strategy.broadcast({name: basis.to("cpu") for name, basis in found.items()})
+        optimizer.turn({self.model.get_parameter(name): basis.to(self.device) for name, basis in found.items()})
 
     @property
     def documents_to_read(self) -> int:
         """How much text is read before the first step, by terms and for the optimizer's basis."""
-        if self.from_scratch:
-            return 0
-        return max(self.fisher_documents, *(term.documents for term in self._more_terms or []), 0)
+        return 0 if self.from_scratch else self.holding.documents_to_read
 
     def _text_to_read(self, count: int) -> Iterator[MicroBatch]:
         documents = self.data.spare_text
@@ -342,7 +307,7 @@ class SFTModule(LightningModule):
             hidden = self.model.hidden(*rows)
         nats = cross_entropy(hidden, flat.labels, batch.targets, self.model.lm_head.weight)
         loss, shares = nats / batch.window_targets, [nats.detach()]
-        for term in self._losses:
+        for term in self.holding.losses:
             share = term.loss(self.model, hidden, batch)
             shares.append(share.detach())
             loss = loss + term.weight * share
@@ -366,10 +331,10 @@ class SFTModule(LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if not self.guard.skipped:
             with torch.no_grad():
-                for term in self.terms:
+                for term in self.holding.terms:
                     term.after_step(self.model, optimizer.param_groups[0]["lr"])
             assert self.last_step is not None
-            for term in self._losses:
+            for term in self.holding.losses:
                 term.observe(self.last_step.terms[term.name])
 
     def learning_rate_now(self) -> float:
@@ -401,8 +366,8 @@ class SFTModule(LightningModule):
             loss=nats / self._window_targets,
             grad_norm=grad_norm,
             learning_rate=optimizer.param_groups[0]["lr"],
-            terms={term.name: share for term, share in zip(self._losses, shares, strict=True)},
-            weights={term.name: term.weight for term in self._losses},
+            terms={term.name: share for term, share in zip(self.holding.losses, shares, strict=True)},
+            weights={term.name: term.weight for term in self.holding.losses},
         )
         if not self.guard.takes(self.last_step, self._window_documents, scaled=self._scaler is not None):
             optimizer.zero_grad(set_to_none=True)  # nothing to step with: weights and moments stay

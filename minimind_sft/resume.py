@@ -31,7 +31,8 @@ def note(module: SFTModule, checkpoint: dict[str, Any]) -> None:
         "plan": module.data.identity,
         "settings": settings(module),
         "guard": module.guard.state_dict(),
-        "weights": {term.name: term.weight for term in module.terms if term.adapts},
+        "fisher_documents": module.holding.fisher_documents,
+        "weights": {term.name: term.weight for term in module.holding.terms if term.adapts},
     }
 
 
@@ -54,10 +55,11 @@ def take_over(module: SFTModule, checkpoint: dict[str, Any]) -> None:
     module.baseline = Reading(**ours["baseline"]) if ours["baseline"] else None
     if module.trainer.state.fn == "fit":
         module.data.check_identity(ours["plan"])
+        _check_basis(module, ours.get("fisher_documents", 0))
         plan = module.data.plan
         _tell_differences(module, ours["settings"])
         module.guard.load_state_dict(ours["guard"])
-        for term in module.terms:
+        for term in module.holding.terms:
             if term.adapts:
                 term.weight = ours.get("weights", {}).get(term.name, term.weight)
         module.data.start_step = set_progress(checkpoint, windows=plan.windows, accumulate=plan.accumulate)
@@ -72,14 +74,13 @@ def settings(module: SFTModule) -> dict[str, Any]:
         "model.min_lr_ratio": module.min_lr_ratio,
         "model.weight_decay": module.weight_decay,
         "model.decay_all": module.decay_all,
-        "model.replay_loss": module.replay_loss,
-        "model.replay_weight": module.replay_weight,
-        "model.replay_target": module.replay_target,
-        "model.fisher_documents": module.fisher_documents,
-        "model.l2_sp": module.l2_sp,
+        "model.replay_loss": module.holding.replay_loss,
+        "model.replay_weight": module.holding.replay_weight,
+        "model.replay_target": module.holding.replay_target,
+        "model.l2_sp": module.holding.l2_sp,
         "model.freeze": module.frozen,
         "model.max_forgetting": module.max_forgetting,
-        "model.terms": [type(term).__name__ for term in module.terms],
+        "model.terms": [type(term).__name__ for term in module.holding.terms],
         "trainer.max_epochs": trainer.max_epochs,
         "trainer.max_steps": trainer.max_steps,
         "trainer.gradient_clip_val": trainer.gradient_clip_val,
@@ -100,6 +101,16 @@ def _check_config(module: SFTModule, saved: dict[str, Any]) -> None:
     if changed:
         raise ValueError(
             f"the checkpoint is of another model ({'; '.join(changed)}); set the keys under model as they were"
+        )
+
+
+def _check_basis(module: SFTModule, before: int) -> None:
+    """Moments do not turn with the basis that they are kept in."""
+    now = module.holding.fisher_documents
+    if now != before:
+        raise ValueError(
+            f"the checkpoint's optimizer has a basis from {before} documents, and model.fisher_documents is {now}; set "
+            f"it to {before}, or start a new run from the checkpoint with model.weights"
         )
 
 

@@ -181,17 +181,21 @@ def _data_rows(data: SFTDataModule, *, from_base: bool) -> list[tuple[str, str]]
 
 def _holding(data: SFTDataModule, pl_module: SFTModule) -> str:
     """What keeps the model near its base."""
-    said, replay = [], data.plan.replay
+    said, replay, holding = [], data.plan.replay, pl_module.holding
     if replay is not None:
         text = "text by the base" if data.replays_own else "pretraining text"
         tokens = np.mean([replay.lengths[window].sum() for window in data.plan.epoch(0).replay])
         said.append(
             f"replay of {tokens:,.0f} tokens of {text} a step ({data.replay_ratio:g} of the chats'; "
-            f"{len(replay.documents):,} documents, none of them measured), {pl_module.replay_loss} loss of weight "
-            f"{pl_module.replay_weight:g}"
-            + (f", which follows a target of {pl_module.replay_target:g} nats" if pl_module.replay_target else "")
+            f"{len(replay.documents):,} documents, none of them measured), {holding.replay_loss} loss of weight "
+            f"{holding.replay_weight:g}"
+            + (f", which follows a target of {holding.replay_target:g} nats" if holding.replay_target else "")
         )
-    said += [f"{term.name}, weight {term.weight:g}" for term in pl_module.terms if term.name != "replay"]
+    said += [f"{term.name}, weight {term.weight:g}" for term in holding.terms if term.name != "replay"]
+    if holding.fisher_documents and not pl_module.from_scratch:
+        assert data.spare_text is not None
+        documents = min(holding.fisher_documents, len(data.spare_text))
+        said.append(f"AdamW's moments in a basis read from {documents:,} documents of such text")
     said += [f"frozen: {', '.join(pl_module.frozen)}"] if pl_module.frozen else []
     return "; ".join(said) or "by nothing but the little data"
 

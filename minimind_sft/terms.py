@@ -205,23 +205,6 @@ class EWC(Term):
         return 0.5 * torch.stack(pulls).sum() * len(batch.targets) / batch.window_targets
 
 
-def chosen(
-    *,
-    replay: bool,
-    replay_loss: str,
-    replay_weight: float,
-    replay_target: float | None,
-    l2_sp: float,
-    more: list[Term] | None,
-) -> list[Term]:
-    """The terms that the settings name, in the order in which they are logged."""
-    terms: list[Term] = []
-    if replay and replay_weight:
-        kl = replay_loss == "kl"
-        terms.append(ReplayKL(replay_weight, replay_target) if kl else ReplayNextToken(replay_weight))
-    return [*terms, *([L2SP(l2_sp)] if l2_sp else []), *(more or [])]
-
-
 def freeze(model: Transformer, patterns: Sequence[str]) -> None:
     """Train no parameter whose name matches one of the patterns, as in a shell.
 

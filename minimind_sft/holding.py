@@ -1,0 +1,106 @@
+"""What holds on to the base in one run: terms, a frozen copy of the base that they share, and the optimizer's basis.
+
+It lives outside the module's children, so that nothing here is trained or saved as a weight. Whatever reads text before
+the first step gets documents of pretraining, or by the base, that nobody measures on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from minimind_sft.batching import MicroBatch
+from minimind_sft.fisher import Basis, bases_of
+from minimind_sft.model import Transformer
+from minimind_sft.terms import L2SP, ReplayKL, ReplayNextToken, Term, frozen_copy
+
+Read = Callable[[int], Iterable[MicroBatch]]  # so many documents, on the device
+
+
+class Holding:
+    """The settings, checked, and what comes of them.
+
+    Args:
+        replay_loss: ``kl`` or ``ntp``.
+        replay_weight: factor of that loss; 0 is off.
+        replay_target: the KL that the weight is to follow; None for a weight that stays.
+        l2_sp: decay towards the base; 0 is off.
+        fisher_documents: to read the optimizer's basis from; 0 is off.
+        more: terms of the user's.
+
+    Attributes:
+        terms: those at work, in the order in which they are logged.
+
+    Raises:
+        ValueError: settings that make no sense.
+    """
+
+    def __init__(
+        self,
+        *,
+        replay_loss: str,
+        replay_weight: float,
+        replay_target: float | None,
+        l2_sp: float,
+        fisher_documents: int,
+        more: list[Term] | None,
+    ) -> None:
+        if replay_target is not None and not replay_target > 0.0:
+            raise ValueError(
+                f"model.replay_target is {replay_target}; it is nats per token, above 0, or null for a fixed weight"
+            )
+        if replay_target is not None and replay_loss != "kl":
+            raise ValueError(
+                f"model.replay_target is a KL, which model.replay_loss {replay_loss} does not take; set it to null"
+            )
+        if fisher_documents < 0:
+            raise ValueError(f"model.fisher_documents is {fisher_documents}; it must be at least 0 (0 is off)")
+        self.replay_loss, self.replay_weight, self.replay_target = replay_loss, replay_weight, replay_target
+        self.l2_sp, self.fisher_documents, self._more = l2_sp, fisher_documents, more or []
+        self.terms: list[Term] = []
+        self._base: Transformer | None = None
+
+    @property
+    def documents_to_read(self) -> int:
+        """How much text is read before the first step."""
+        return max(self.fisher_documents, *(term.documents for term in self._more), 0)
+
+    @property
+    def losses(self) -> list[Term]:
+        """The terms that add to the loss."""
+        return [term for term in self.terms if type(term).loss is not Term.loss]
+
+    def choose(self, model: Transformer, head: Tensor | None, *, replay: bool) -> None:
+        """Take what the settings name, and a copy of the base where anything looks at it.
+
+        Args:
+            model: before the first step and before a checkpoint is restored.
+            head: the base's output layer (V, C), where the model has another.
+            replay: whether there is text to replay.
+        """
+        if replay and self.replay_weight:
+            kl = self.replay_loss == "kl"
+            self.terms.append(
+                ReplayKL(self.replay_weight, self.replay_target) if kl else ReplayNextToken(self.replay_weight)
+            )
+        self.terms += [*([L2SP(self.l2_sp)] if self.l2_sp else []), *self._more]
+        if self.terms or self.fisher_documents:
+            self._base = frozen_copy(model, head)
+
+    def start(self, device: torch.device, control_ids: list[int], *, half: torch.dtype | None, read: Read) -> None:
+        """Show the base to the terms, and text to those that ask for it; arguments as in `Term.start`."""
+        if self._base is None:
+            return
+        self._base.to(device)
+        for term in self.terms:
+            term.start(self._base, control_ids, half=half)
+            if term.documents:
+                term.read(self._base, read(term.documents))
+
+    def bases(self, *, seed: int, read: Read) -> dict[str, Basis]:
+        """What the optimizer's moments are to be kept in, by parameter; empty where that is off."""
+        if self._base is None or not self.fisher_documents:
+            return {}
+        return bases_of(self._base, read(self.fisher_documents), seed)
