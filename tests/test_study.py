@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
-from study import CONFIRMATION, SELECTION, _publish, part_of
+from study import CONFIRMATION, SELECTION, _publish, named, part_of
 from study_rows import Confirmed, Outcome, chosen, findings, markdown, target_loss
 
 
@@ -88,6 +88,14 @@ def test_a_shift_that_is_too_small_gets_no_ratio(change: dict[str, float]) -> No
     found = found_of([trial._replace(**change) for trial in TRIALS])
     assert not found["gate"] and all(row["ratio"] is None for row in found["rows"].values())
     assert "too small for a ratio" in markdown({"small": found})
+
+
+def test_trials_are_run_in_the_order_they_are_named_in() -> None:
+    trials = {"original": 1, "held, weight 1": 2, "held, weight 2": 3}
+    assert named(trials, None) == trials
+    assert list(named(trials, ["held, weight 2", "original"])) == ["held, weight 2", "original"]
+    with pytest.raises(ValueError, match="no trial called held; its trials are original; held, weight 1;"):
+        named(trials, ["held"])
 
 
 def test_pieces_of_one_parent_lie_in_one_part_and_a_third_is_selected_on() -> None:

@@ -79,11 +79,16 @@ def main() -> int:
     parser.add_argument("plan", type=Path)
     parser.add_argument("--config", action="append", default=[], help="an overlay for every fit: the data")
     parser.add_argument("--base", action="append", default=[], metavar="NAME=FILE", help="instead of the plan's")
+    parser.add_argument("--trials", nargs="+", metavar="NAME", help="only these of the plan's")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the plan's")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; give each one OMP_NUM_THREADS of its own")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     plan = yaml.safe_load(options.plan.read_text(encoding="utf-8"))
+    try:
+        plan["trials"] = named(plan["trials"], options.trials)
+    except ValueError as error:
+        parser.error(f"{options.plan} has {error}")
     configs = [word for name in [*plan["configs"], *options.config] for word in ("--config", name)]
     settings, data = [*configs, *plan["fit"].split()], SettingsParser("study", "").read(find_config(configs)).data
     study = Study(
@@ -99,6 +104,17 @@ def main() -> int:
     write_whole(options.out / "study.md", markdown(found))
     print(f"\n{markdown(found)}\nwritten {options.out / 'study.md'}")
     return 0
+
+
+def named(trials: dict[str, Any], names: list[str] | None) -> dict[str, Any]:
+    """The trials of these names, in this order; all of them where none is named.
+
+    Raises:
+        ValueError: a name that is none of theirs.
+    """
+    if unknown := set(names or ()) - trials.keys():
+        raise ValueError(f"no trial called {', '.join(sorted(unknown))}; its trials are {'; '.join(trials)}")
+    return {name: trials[name] for name in names or trials}
 
 
 def _of_base(study: Study, name: str, weights: str) -> dict[str, Any]:
