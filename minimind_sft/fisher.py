@@ -101,14 +101,15 @@ def _adding(right: Tensor | None, left: Tensor | None) -> Callable[[nn.Module, t
 
     def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if right is not None:
-            rows = inputs[0].detach()
+            rows = inputs[0].detach().float()
             right.addmm_(rows.t(), rows)
         if left is not None:
             output.register_hook(backward)
 
     def backward(gradient: Tensor) -> None:
         assert left is not None
-        left.addmm_(gradient.t(), gradient)
+        rows = gradient.float()
+        left.addmm_(rows.t(), rows)
 
     return forward
 

@@ -237,7 +237,8 @@ class SFTModule(LightningModule):
             return
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, RotatedAdamW)
-        found = self.holding.bases(seed=self.seed, read=self._text_to_read)
+        with self.trainer.precision_plugin.forward_context():
+            found = self.holding.bases(seed=self.seed, read=self._text_to_read)
         if self.trainer.world_size > 1:
             found = self.trainer.strategy.broadcast({name: basis.to("cpu") for name, basis in found.items()})
         optimizer.turn({self.model.get_parameter(name): basis.to(self.device) for name, basis in found.items()})

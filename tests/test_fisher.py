@@ -96,6 +96,14 @@ def test_every_matrix_has_a_basis_but_no_side_wider_than_the_model() -> None:
                 torch.testing.assert_close(side.t() @ side, torch.eye(size), atol=1e-5, rtol=0)
 
 
+def test_in_half_precision_the_basis_is_whole_all_the_same() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        basis = bases_of(random_model(), documents(3), seed=0)["model.layers.0.self_attn.q_proj.weight"]
+    for side in basis:
+        assert side is not None and side.dtype == torch.float32
+        torch.testing.assert_close(side.t() @ side, torch.eye(len(side)), atol=1e-5, rtol=0)
+
+
 def test_an_expert_that_no_token_is_sent_to_keeps_its_axes() -> None:
     bases = bases_of(random_model(num_experts=8), documents(1, length=3), seed=0)  # 3 tokens, one expert each
     rights = [basis.right for name, basis in bases.items() if "layers.0.mlp.experts" in name and "gate_proj" in name]
