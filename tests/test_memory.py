@@ -295,6 +295,8 @@ def test_what_changes_the_run_changes_the_plan(plan: Callable[..., str]) -> None
     assert rows(plan("--trainer.max_steps=7"))["steps"] == ["about 7"]
     assert "and 19 milestones" in rows(plan("--keep_every_steps=20"))["disk"][0]
     assert "activation_checkpointing (as set)" in plan("--model.activation_checkpointing=true")
+    assert float(before["the bases they are kept in, fp32"][0]) > 0
+    assert "the bases they are kept in, fp32" not in rows(plan("--model.fisher_documents=0"))
 
 
 def test_a_file_is_planned_with_the_sizes_that_it_then_loads_with(tmp_path: Path) -> None:
