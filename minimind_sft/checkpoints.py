@@ -123,8 +123,7 @@ class Checkpoints(Checkpoint):
             for half in self.folder.glob(".*.tmp"):
                 half.unlink(missing_ok=True)
         kept = pl_module.total_steps // self.keep_every if self.keep_every else 0
-        # weights and two moments in fp32; last and best, and one being written
-        need = 12 * pl_module.model.num_parameters() * (3 + kept)
+        need = pl_module.checkpoint_bytes * (3 + kept)  # last and best, and one being written
         there = next(path for path in (self.folder, *self.folder.resolve().parents) if path.exists())
         free = shutil.disk_usage(there).free
         if free < need:

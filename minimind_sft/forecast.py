@@ -79,7 +79,7 @@ def forecast(
         ("micro-batch", f"at most {tokens:,} tokens ({bound}), all of them supervised at worst; {accumulate} a step"),
         ("data", known.told if known else f"not found: {data['train_path']}"),
         ("steps", f"about {steps:,}" if steps else "unknown without the data; set trainer.max_steps"),
-        ("disk", _disk(12 * count + plain.bases, known, steps, keep_every, config.vocab_size)),
+        ("disk", _disk(memory.checkpoint_bytes(config, bases=bases), known, steps, keep_every, config.vocab_size)),
     ]
     on = bool(model["activation_checkpointing"])
     parts = [

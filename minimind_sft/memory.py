@@ -105,6 +105,11 @@ def basis_bytes(config: ModelConfig) -> int:
     )
 
 
+def checkpoint_bytes(config: ModelConfig, *, bases: bool) -> int:
+    """Weights and two moments in fp32, and the bases that these are kept in."""
+    return 3 * FP32 * parameters(config).total + bases * basis_bytes(config)
+
+
 def basis_flops(config: ModelConfig) -> int:
     """Operations of one step to turn all gradients into their bases, and what comes of them back."""
     return sum(

@@ -32,6 +32,7 @@ from minimind_sft.generate import generate
 from minimind_sft.guard import Guard, StepResult
 from minimind_sft.holding import Holding
 from minimind_sft.losses import cross_entropy
+from minimind_sft.memory import checkpoint_bytes
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import from_sizes
 from minimind_sft.probes import answer_text
@@ -412,6 +413,12 @@ class SFTModule(LightningModule):
         ]
 
     # ---- device and checkpoints
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About what one checkpoint of `fit` takes on disk."""
+        bases = self.holding.fisher_documents > 0 and not self.from_scratch
+        return checkpoint_bytes(self.model.config, bases=bases)
 
     @property
     def _half(self) -> torch.dtype | None:

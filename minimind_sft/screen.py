@@ -93,7 +93,7 @@ class FirstScreen(Callback):
         parameters = pl_module.model.num_parameters()
         learning = sum(p.numel() for p in pl_module.model.parameters() if p.requires_grad)
         trained = "all trained" if learning == parameters else f"{learning:,} trained"
-        weights_and_adam = 12 * parameters
+        checkpoint = report.megabytes(pl_module.checkpoint_bytes)
         ranks = f" on {trainer.world_size} processes" if trainer.world_size > 1 else ""
         return [
             ("base", pl_module.description),
@@ -115,7 +115,7 @@ class FirstScreen(Callback):
                 f"after the last; "
                 f"a look reads {evaluation_tokens(data.evaluation):,} tokens{_live(intervals.live_share)}",
             ),
-            ("disk", f"two checkpoints of {report.megabytes(weights_and_adam)} in {trainer.default_root_dir}"),
+            ("disk", f"two checkpoints of {checkpoint} in {trainer.default_root_dir}"),
         ]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:

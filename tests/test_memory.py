@@ -1,6 +1,7 @@
 """The plan's numbers, held to counts of real tensors; and `fit --plan`, which builds nothing."""
 
 import json
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -73,6 +74,30 @@ def test_bases_take_what_they_are_planned_to(config: ModelConfig) -> None:
     model.initialise(seed=1)
     found = bases_of(model.requires_grad_(False), [pack([(np.arange(9), np.ones(9, bool))])], seed=0)
     assert basis_bytes(config) == sum(side.nbytes for basis in found.values() for side in basis if side is not None)
+
+
+def test_a_checkpoint_takes_what_is_said_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = PROJECT / "data"
+    settings = {
+        "model.weights": data / "base.pth",
+        "model.fisher_documents": 3,
+        "data.train_path": data / "sft_train.jsonl",
+        "data.pretrain_path": data / "pretrain.jsonl",
+        "data.tokenizer": data / "tokenizer",
+        "data.cache_dir": tmp_path / "cache",
+        "data.max_rows": 20,
+        "data.max_overlap": 1.0,
+        "data.measure_documents": 5,
+        "data.own_chats": 0,
+        "trainer.max_steps": 1,
+        "run_dir": tmp_path / "run",
+        "device": "cpu",
+        "export": "none",
+    }
+    assert main(["fit", *(f"--{name}={value}" for name, value in settings.items())]) == 0
+    said = float(re.search(r"two checkpoints of ([0-9.]+) MB", capsys.readouterr().out)[1])  # type: ignore[index]
+    size = (tmp_path / "run" / "checkpoints" / "last.ckpt").stat().st_size / (1 << 20)
+    assert size == pytest.approx(said, rel=0.01)
 
 
 def test_turning_into_a_basis_and_back_is_two_products_a_side() -> None:
