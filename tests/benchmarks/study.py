@@ -15,8 +15,8 @@ seen them, and no run replays them.
     gate     no ratio where the vanilla row forgets less than 0.05 nats, or the base's chats are within 0.3 nats of l*
     figures  on the confirmation part, read once by the rows alone: `compare`, with intervals over parents within
              sources. Of several seeds the mean; the ratio's interval is over parents as well, paired.
-    recovery what is still forgotten after 20 steps on pretraining text (the plan's `recovery`), against the base after
-             the same 20 steps; of the first seed
+    recovery what is still forgotten after 20 steps on pretraining text (the plan's `recovery`, which may be left out),
+             against the base after the same 20 steps; of the first seed
 
 What is whole is skipped, what was interrupted goes on. OUT/<base>.json and study.md hold the tables, OUT/<base>.csv
 the losses of every document (by the SHA-256 of its line), OUT/<base>/<trial>-<seed> the runs.
@@ -127,7 +127,7 @@ def _of_base(study: Study, name: str, weights: str) -> dict[str, Any]:
         repeated = [(row.trial, seed) for group, row in picked.items() if group in REPEATED for seed in more]
         outcomes += pool.map(lambda repeat: _run(study, folder, weights, *repeat), repeated)
         rows = {row.trial for row in picked.values()}
-        base_recovered = _recovery(study, folder / "base.recovery", weights)
+        base_recovered = _recovery(study, folder / "base.recovery", weights) if study.plan.get("recovery") else None
         confirmed = list(
             pool.map(
                 lambda outcome: _confirm(study, folder, weights, outcome, base_recovered),
@@ -237,7 +237,7 @@ def _log(run: Path) -> Path:
     return run.with_name(f"{run.name}.log")
 
 
-def _confirm(study: Study, folder: Path, weights: str, outcome: Outcome, base_recovered: float) -> Confirmed:
+def _confirm(study: Study, folder: Path, weights: str, outcome: Outcome, base_recovered: float | None) -> Confirmed:
     """What `compare` finds on the confirmation part and the documents set apart."""
     run, data = Path(outcome.run), study.data
     result = run.with_name(f"{run.name}.compare.json")
@@ -258,7 +258,7 @@ def _confirm(study: Study, folder: Path, weights: str, outcome: Outcome, base_re
         write_whole(documents, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     rows = [json.loads(line) for line in documents.read_text(encoding="utf-8").splitlines()]
     recovered = None
-    if outcome.seed == study.seeds[0]:
+    if base_recovered is not None and outcome.seed == study.seeds[0]:
         recovered = _recovery(study, run.with_name(f"{run.name}.recovery"), str(run)) - base_recovered
     return Confirmed(outcome.trial, outcome.seed, json.loads(result.read_text(encoding="utf-8")), rows, recovered)
 
