@@ -343,6 +343,15 @@ def test_a_run_with_replay_resumes_bit_for_bit_and_on_no_other_replay(
     assert "replay was" in capsys.readouterr().err
 
 
+def test_a_run_in_a_basis_does_not_resume_in_another(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(tmp_path / "run", cache, BASIS, "--trainer.max_steps=2")
+    with pytest.raises(AssertionError):
+        fit(tmp_path / "run", cache, "--trainer.max_steps=4", ckpt="last")
+    assert "has a basis from 20 documents, and model.fisher_documents is 0; set it to 20" in capsys.readouterr().err
+
+
 def test_replay_in_a_chat_holds_the_chat_mode(
     held: tuple[Path, list[dict[str, str]]], cache: Path, tmp_path: Path
 ) -> None:
