@@ -13,7 +13,9 @@ are kept there (George et al. 2018, arXiv 1806.03884, do so for SGD; Vyas et al.
 the basis of the training gradients, renewed on the way), and the step is turned back. The basis is the base's, read
 once before the first step: what is to be kept does not change in training.
 
-A side wider than the model (feed-forward, vocabulary) is not turned: there a basis would outgrow the matrix.
+A side wider than the model (feed-forward, vocabulary) is not turned: there a basis would outgrow the matrix, for a
+thousandth of a nat. At 256 channels, the same recipe in the basis forgot half as much at a lower chat loss, for 3 % of
+a step (docs/forgetting.md).
 
 Shapes: (R, C) of a matrix, N tokens, M of them targets.
 """
@@ -129,10 +131,6 @@ class RotatedAdamW(AdamW):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self._bases = {}
-
-    @property
-    def has_bases(self) -> bool:
-        return bool(self._bases)
 
     def turn(self, bases: Mapping[Tensor, Basis]) -> None:
         """Take these bases, by parameter; before the first step, as moments do not turn with them."""
