@@ -155,17 +155,21 @@ class RotatedAdamW(AdamW):
             weight.copy_(self._bases[weight].back(weight).add_(before, alpha=decay))
         return loss
 
+    @property
+    def _weights(self) -> list[Tensor]:
+        """In the order of their places in the state."""
+        return [weight for group in self.param_groups for weight in group["params"]]
+
     def state_dict(self) -> dict[str, Any]:
         """AdamW's, and the bases by the parameters' places."""
-        places = [self._bases.get(weight) for group in self.param_groups for weight in group["params"]]
+        places = [self._bases.get(weight) for weight in self._weights]
         return super().state_dict() | {"bases": [None if basis is None else tuple(basis) for basis in places]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """AdamW's, and the bases; of a run without any there are none."""
         super().load_state_dict(state_dict)
-        weights = [weight for group in self.param_groups for weight in group["params"]]
         self._bases = {
             weight: Basis(*sides).to(weight.device)
-            for weight, sides in zip(weights, state_dict.get("bases", ()), strict=False)
+            for weight, sides in zip(self._weights, state_dict.get("bases", ()), strict=False)
             if sides is not None
         }

@@ -52,8 +52,9 @@ def forecast(
     config, source = model_config(model, template.vocab_size if template else None)
     cuda = device != "cpu"
     precision = ("bf16-mixed" if cuda else "32") if precision == "auto" else precision
-    replay = data["replay_ratio"] if model["replay_weight"] and model["weights"] != "scratch" else 0.0
-    bases = bool(model["fisher_documents"]) and model["weights"] != "scratch"
+    from_base = model["weights"] != "scratch"
+    replay = data["replay_ratio"] if model["replay_weight"] and from_base else 0.0
+    bases = from_base and bool(model["fisher_documents"])
     tokens, bound = _micro_batch(data, replay)
     known, count = look_at(data, template), memory.parameters(config).total
     window = data["batch_size"] * accumulate * ranks

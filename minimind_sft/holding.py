@@ -73,13 +73,15 @@ class Holding:
         return [term for term in self.terms if type(term).loss is not Term.loss]
 
     def choose(self, model: Transformer, head: Tensor | None, *, replay: bool) -> None:
-        """Take what the settings name, and a copy of the base where anything looks at it.
+        """Take what the settings name, and a copy of the base where anything looks at it; once.
 
         Args:
             model: before the first step and before a checkpoint is restored.
             head: the base's output layer (V, C), where the model has another.
             replay: whether there is text to replay.
         """
+        if self._base is not None:
+            return
         if replay and self.replay_weight:
             kl = self.replay_loss == "kl"
             self.terms.append(

@@ -95,14 +95,19 @@ def matrices(config: ModelConfig) -> list[tuple[int, int, int]]:
     return [*found, (config.num_experts, c, layers * (config.num_experts > 0)), (config.vocab_size, c, 1)]
 
 
-def basis_bytes(config: ModelConfig) -> int:
-    """Of one square matrix for each side of a matrix that is no wider than the model; see `fisher.py`."""
-    return sum(
-        FP32 * number * side * side
+def _turned_sides(config: ModelConfig) -> list[tuple[int, int, int, int]]:
+    """`matrices`, once for each side that is no wider than the model, with its size: `fisher.py` turns no other."""
+    return [
+        (rows, columns, number, side)
         for rows, columns, number in matrices(config)
         for side in (rows, columns)
         if side <= config.hidden_size
-    )
+    ]
+
+
+def basis_bytes(config: ModelConfig) -> int:
+    """Of one square matrix for each side that is turned."""
+    return sum(FP32 * number * side * side for _, _, number, side in _turned_sides(config))
 
 
 def checkpoint_bytes(config: ModelConfig, *, bases: bool) -> int:
@@ -112,12 +117,7 @@ def checkpoint_bytes(config: ModelConfig, *, bases: bool) -> int:
 
 def basis_flops(config: ModelConfig) -> int:
     """Operations of one step to turn all gradients into their bases, and what comes of them back."""
-    return sum(
-        4 * number * rows * columns * side
-        for rows, columns, number in matrices(config)
-        for side in (rows, columns)
-        if side <= config.hidden_size
-    )
+    return sum(4 * number * rows * columns * side for rows, columns, number, side in _turned_sides(config))
 
 
 def layer_bytes(config: ModelConfig, *, half: bool, cuda: bool) -> int:

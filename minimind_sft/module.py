@@ -209,7 +209,7 @@ class SFTModule(LightningModule):
         self._fit_vocab(data.template.vocab_size)
         self.model.activation_checkpointing = self.activation_checkpointing
         freeze(self.model, self.frozen)
-        if self.trainer.state.fn == "fit" and not self.from_scratch and not self.holding.terms:
+        if self.trainer.state.fn == "fit" and not self.from_scratch:
             # now, because a checkpoint is restored next
             head = self._base_head[0] if self.reset_head else None
             self.holding.choose(self.model, head, replay=data.plan.replay is not None)
