@@ -2,8 +2,9 @@
 
 WORDS: dict[str, dict[str, str]] = {
     "en": {
-        "run_original": "1 of 2: fine-tuning as the original does (original.yaml)",
-        "run_held": "2 of 2: the same, holding on to the base (sft.yaml)",
+        "together": "two runs side by side, each on half of the cores:",
+        "run_original": "original: fine-tuning as the original does (original.yaml)",
+        "run_held": "held: the same, holding on to the base (sft.yaml)",
         "base": "base",
         "original": "original",
         "held": "held",
@@ -22,8 +23,9 @@ WORDS: dict[str, dict[str, str]] = {
         "next": "with your own files:",
     },
     "zh": {
-        "run_original": "1/2:按原版方法微调(original.yaml)",
-        "run_held": "2/2:同样的数据,同时守住基座的知识(sft.yaml)",
+        "together": "两次训练同时进行,各用一半的核心:",
+        "run_original": "原版:按原版方法微调(original.yaml)",
+        "run_held": "守住:同样的数据,同时守住基座的知识(sft.yaml)",
         "base": "基座",
         "original": "原版",
         "held": "守住",

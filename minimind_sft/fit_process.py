@@ -16,8 +16,17 @@ from pathlib import Path
 from minimind_sft.files import PROJECT
 
 
-def run_fit(options: Sequence[str], log: Path, *, append: bool = False) -> float:
-    """Run `fit` with these options; `log` keeps its output, after what is there where `append` is set.
+def run_fit(
+    options: Sequence[str], log: Path, *, append: bool = False, tag: str = "", threads: int | None = None
+) -> float:
+    """Run `fit` with these options.
+
+    Args:
+        options: the command line after `fit`.
+        log: keeps the output.
+        append: keep what is in the log already.
+        tag: what every step line that is shown begins with.
+        threads: that it computes with, on a CPU, where `OMP_NUM_THREADS` does not say; null for one per core.
 
     Returns:
         The seconds it took.
@@ -28,6 +37,8 @@ def run_fit(options: Sequence[str], log: Path, *, append: bool = False) -> float
     command = [sys.executable, "-m", "minimind_sft", "fit", *options]
     started = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])}
+    if threads is not None:
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
     with (
         open(log, "a" if append else "w", encoding="utf-8") as file,
         subprocess.Popen(
@@ -38,7 +49,7 @@ def run_fit(options: Sequence[str], log: Path, *, append: bool = False) -> float
         for line in process.stdout:
             file.write(line)
             if line.startswith("epoch "):
-                print(f"  {line.rstrip()}", flush=True)
+                print(f"  {tag}{line.rstrip()}", flush=True)
     if process.returncode:
         tail = " ".join(log.read_text(encoding="utf-8").strip().splitlines()[-1:])
         raise ValueError(

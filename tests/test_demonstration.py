@@ -1,5 +1,7 @@
 """The verb `demo`: two real runs, cut short, and what it says of them."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from minimind_sft.__main__ import main
 from minimind_sft.demonstration import forgotten_at
 from minimind_sft.demonstration_words import WORDS
+from minimind_sft.workers import available_cores
 
 
 def test_what_was_forgotten_at_a_chat_loss_is_read_between_two_readings() -> None:
@@ -31,12 +34,16 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.slow
 def test_the_demo_shows_both_runs_and_the_name_that_was_asked_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     folder = tmp_path / "demo"
     assert main(["demo", f"--run_dir={folder}", "--device=cpu", "--max_steps=4", "--lang=zh", '--name=A "B"']) == 0
     said = capsys.readouterr().out
-    assert "基座" in said and "step 4/4" in said and "原版忘掉了" in said
+    assert "基座" in said and "原版忘掉了" in said
+    for kind, shown in (("original", "原版"), ("held", "守住")):
+        assert re.search(rf"^  {shown} +epoch .* step 4/4 ", said, re.MULTILINE)
+        assert json.loads((folder / kind / "run.json").read_text())["threads"] == max(1, available_cores() // 2)
     assert (folder / "demo.png").stat().st_size > 10_000
     chats = (folder / "chats" / "sft_train.jsonl").read_text(encoding="utf-8")
     assert 'I am A \\"B\\"' in chats and "Minnow" not in chats
