@@ -41,9 +41,9 @@ class Baselines:
     def __init__(self, data: SFTDataModule, module: SFTModule, live_share: float) -> None:
         known = {
             "version": VERSION,
-            "base": module.base_sha256,
+            "base": module.start.sha256,
             "model": asdict(module.model.config),
-            "head": [module.reset_head, module.seed],
+            "head": [module.start.reset_head, module.seed],
             "documents": {
                 name: [found.store.folder.name, found.fingerprint, found.max_length, found.too_long]
                 for name, found in data.evaluation.items()

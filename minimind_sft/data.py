@@ -3,9 +3,6 @@
 What comes in are files and the settings below; what goes out are loaders of micro-batches. Selecting and tokenizing
 happen once, in `prepare_data` (`stores.py`). Order, cuts and draws are a plan (`batching.Plan`), a pure function of
 (seed, epoch), so that there is no position to save: a resumed run derives it from the number of optimizer steps.
-
-Loaders use no worker processes: laying a micro-batch out takes well under a millisecond, against the hundreds that it
-trains for.
 """
 
 from __future__ import annotations
@@ -16,15 +13,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from minimind_sft.batching import MicroBatch, Plan
 from minimind_sft.corpus import Store
 from minimind_sft.documents import Documents
 from minimind_sft.evaluation import EvaluationBatches, bytes_of_tokens, drawn, prompts
 from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
+from minimind_sft.loading import MicroBatches, Positions, loader
 from minimind_sft.replay import ReplayStream
 from minimind_sft.replay_chat import ChatFrame
 from minimind_sft.self_written import Author
@@ -214,12 +211,12 @@ class SFTDataModule(LightningDataModule):
         )
 
     def _author(self) -> Author:
-        assert self.trainer is not None and self._module.base_sha256 is not None
+        assert self.trainer is not None and self._module.start.sha256 is not None
         return Author(
             cache=self.stores.cache,
             model=self._module.base,
             template=self.template,
-            base_sha256=self._module.base_sha256,
+            base_sha256=self._module.start.sha256,
             max_length=self.max_length,
             seed=self.seed,
             device=self.trainer.strategy.root_device,
@@ -340,11 +337,7 @@ class SFTDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[MicroBatch]:
         """Micro-batches of this rank; the sampler starts where a resumed run has to go on."""
         assert self.trainer is not None
-        epoch, window = divmod(self.start_step, self.plan.windows)
-        sampler = _Positions(
-            len_epoch=self.plan.windows * self.plan.accumulate, start=(epoch, window * self.plan.accumulate)
-        )
-        return _loader(_MicroBatches(self.plan, self.trainer.global_rank), sampler)
+        return loader(MicroBatches(self.plan, self.trainer.global_rank), Positions(self.plan, self.start_step))
 
     def val_dataloader(self) -> list[DataLoader[MicroBatch]]:
         """One loader per entry of `evaluation`; every document goes to exactly one rank."""
@@ -355,7 +348,7 @@ class SFTDataModule(LightningDataModule):
         assert self.trainer is not None
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
         return [
-            _loader(
+            loader(
                 EvaluationBatches(
                     documents,
                     token_bytes=self._token_bytes,
@@ -382,39 +375,3 @@ class SFTDataModule(LightningDataModule):
 
     def _prompts(self) -> Iterator[dict[str, Any]]:
         return prompts(self.stores.validation_lines(self.dealt.validation), self.template, self.max_length)
-
-
-def _loader(dataset: Dataset[MicroBatch], sampler: Sampler[Any] | None = None) -> DataLoader[MicroBatch]:
-    return DataLoader(dataset, batch_size=None, sampler=sampler, pin_memory=torch.cuda.is_available())
-
-
-class _MicroBatches(Dataset[MicroBatch]):
-    def __init__(self, plan: Plan, rank: int) -> None:
-        self.plan, self.rank = plan, rank
-
-    def __len__(self) -> int:
-        return self.plan.windows * self.plan.accumulate
-
-    def __getitem__(self, index: tuple[int, int]) -> MicroBatch:
-        epoch, position = index
-        return self.plan.micro_batch(epoch, position, self.rank)
-
-
-class _Positions(Sampler[tuple[int, int]]):
-    """(epoch, position) of every micro-batch; Lightning calls `set_epoch`, and counts on the length of a whole
-    epoch."""
-
-    def __init__(self, *, len_epoch: int, start: tuple[int, int]) -> None:
-        self.len_epoch, self.start = len_epoch, start
-        self.epoch = start[0]
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.len_epoch
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        first = self.start[1] if self.epoch == self.start[0] else 0
-        for position in range(first, self.len_epoch):
-            yield self.epoch, position

@@ -21,11 +21,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from minimind_sft import resume
-from minimind_sft import weights as weight_files
 from minimind_sft.attention import attention_backend, needs_device_cu_seqlens
 from minimind_sft.batching import MicroBatch, pack
 from minimind_sft.evaluation import sources_of
-from minimind_sft.files import resolve
 from minimind_sft.fisher import RotatedAdamW
 from minimind_sft.forgetting import PRETRAIN, Meter, Reading
 from minimind_sft.generate import generate
@@ -34,9 +32,9 @@ from minimind_sft.holding import Holding
 from minimind_sft.losses import cross_entropy
 from minimind_sft.memory import checkpoint_bytes
 from minimind_sft.model import Transformer
-from minimind_sft.model_config import from_sizes
 from minimind_sft.probes import answer_text
 from minimind_sft.schedule import learning_rate_at
+from minimind_sft.starting import Start
 from minimind_sft.terms import Term, freeze, frozen_copy
 
 if TYPE_CHECKING:
@@ -140,94 +138,59 @@ class SFTModule(LightningModule):
         )
         self.learning_rate, self.warmup_ratio, self.min_lr_ratio = learning_rate, warmup_ratio, min_lr_ratio
         self.weight_decay, self.decay_all, self.seed = weight_decay, decay_all, seed
-        self.reset_head, self.resize_vocab = reset_head, resize_vocab
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.aux_scope = activation_checkpointing, aux_scope
         self.frozen = [freeze] if isinstance(freeze, str) else freeze or []
         self.max_forgetting = max_forgetting
-        self._base_head: tuple[Tensor, ...] = ()  # in a tuple, of one or none, or it would be trained and saved
-        self._shape = {
-            "hidden_size": hidden_size,
-            "num_hidden_layers": num_hidden_layers,
-            "num_attention_heads": num_attention_heads,
-            "num_key_value_heads": num_key_value_heads,
-            "vocab_size": vocab_size,
-        }
-        self._constants: dict[str, Any] = {
-            "rope_theta": rope_theta,
-            "rms_norm_eps": rms_norm_eps,
-            "inference_rope_scaling": inference_rope_scaling,
-        }
-        self._family, self._num_experts_per_tok, self.aux_scope = family, num_experts_per_tok, aux_scope
-        self.base_sha256: str | None = None  # None: there is no base
-        self.description = "random weights"
+        self.start = Start(
+            family=family,
+            shape={
+                "hidden_size": hidden_size,
+                "num_hidden_layers": num_hidden_layers,
+                "num_attention_heads": num_attention_heads,
+                "num_key_value_heads": num_key_value_heads,
+                "vocab_size": vocab_size,
+            },
+            constants={
+                "rope_theta": rope_theta,
+                "rms_norm_eps": rms_norm_eps,
+                "inference_rope_scaling": inference_rope_scaling,
+            },
+            num_experts_per_tok=num_experts_per_tok,
+            reset_head=reset_head,
+            resize_vocab=resize_vocab,
+            seed=seed,
+        )
         self.baseline: Reading | None = None
         self.guard = Guard()
         self.last_step: StepResult | None = None
         self.model: Transformer
         if weights != SCRATCH:
-            self._load(weights)
+            self.model = self.start.load(weights)
 
     @property
     def from_scratch(self) -> bool:
         """Whether there was no base: nothing to compare with, nothing to forget."""
-        return self.base_sha256 is None
+        return self.start.sha256 is None
 
     @property
     def base(self) -> Transformer:
         """The model as it is, with the base's output layer; before training, the base."""
-        return frozen_copy(self.model, self._base_head[0]) if self.reset_head else self.model
-
-    def _load(self, source: str) -> None:
-        self.model, loaded = weight_files.load_model(
-            resolve(source),
-            family=self._family,
-            num_attention_heads=self._shape["num_attention_heads"],
-            num_key_value_heads=self._shape["num_key_value_heads"],
-            num_experts_per_tok=self._num_experts_per_tok,
-            **self._constants,
-        )
-        for name, wanted in self._shape.items():
-            found = getattr(loaded.config, name)
-            if wanted is not None and wanted != found:
-                raise ValueError(f"model.{name} is {wanted}, but {loaded.path} has {found}; leave model.{name} out")
-        self.base_sha256, self.description = loaded.sha256, loaded.describe()
-        self._base_head = (self.model.lm_head.weight,)
-        if self.reset_head:
-            self.model.reset_head(self.seed)
+        return self.model if self.start.head is None else frozen_copy(self.model, self.start.head)
 
     def configure_model(self) -> None:
         """Build what needs the tokenizer: a model from scratch, rows for new tokens, and the meter."""
         data = self.data
         if not hasattr(self, "model"):
-            vocab_size = self._shape["vocab_size"] or data.template.vocab_size
-            self.model = Transformer(
-                from_sizes(self._family, self._shape | {"vocab_size": vocab_size}, **self._constants)
-            )
-            self.model.initialise(self.seed)
-            if self.reset_head:
-                self.model.reset_head(self.seed)
-        self._fit_vocab(data.template.vocab_size)
+            self.model = self.start.scratch(data.template.vocab_size)
+        self.start.fit_vocab(self.model, data.template.vocab_size)
         self.model.activation_checkpointing = self.activation_checkpointing
         freeze(self.model, self.frozen)
         if self.trainer.state.fn == "fit" and not self.from_scratch:
             # now, because a checkpoint is restored next
-            head = self._base_head[0] if self.reset_head else None
-            self.holding.choose(self.model, head, replay=data.plan.replay is not None)
+            self.holding.choose(self.model, self.start.head, replay=data.plan.replay is not None)
         if not hasattr(self, "meter"):
             text = data.evaluation.get(PRETRAIN)
             self.meter = Meter(list(data.evaluation), sources_of(text).names if text else [""])
-
-    def _fit_vocab(self, wanted: int) -> None:
-        """Make room for all of the tokenizer's tokens, if asked to; say so where the base is described."""
-        old = self.model.config.vocab_size
-        if self.resize_vocab and wanted > old:
-            self.model.resize_vocab(wanted)
-            tables = "embedding" if self.model.config.tie_word_embeddings else "embedding and output layer"
-            self.description += (
-                f"; vocabulary {old} -> {wanted} (model.resize_vocab): "
-                f"each of the {wanted - old} new rows of the {tables} is the mean of the old"
-            )
-        weight_files.check_vocab(wanted, self.model.config)
 
     def on_fit_start(self) -> None:
         self.holding.start(self.device, self.data.template.control_ids, half=self._half, read=self._text_to_read)

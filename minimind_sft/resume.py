@@ -26,7 +26,7 @@ def note(module: SFTModule, checkpoint: dict[str, Any]) -> None:
     """Add to a checkpoint what a run needs to go on from it."""
     checkpoint["hyper_parameters"] = {"model_config": asdict(module.model.config)}
     checkpoint["minimind_sft"] = {
-        "base_sha256": module.base_sha256,
+        "base_sha256": module.start.sha256,
         "baseline": asdict(module.baseline) if module.baseline else None,
         "plan": module.data.identity,
         "settings": settings(module),
@@ -45,10 +45,10 @@ def take_over(module: SFTModule, checkpoint: dict[str, Any]) -> None:
     ours = checkpoint.get("minimind_sft")
     if ours is None:
         raise ValueError("the checkpoint was not written by minimind_sft; pass it as model.weights to start from it")
-    if ours["base_sha256"] != module.base_sha256:
+    if ours["base_sha256"] != module.start.sha256:
         raise ValueError(
             f"the checkpoint was trained from another base (SHA-256 {str(ours['base_sha256'])[:12]}, model.weights has "
-            f"{str(module.base_sha256)[:12]}); its forgetting cannot be measured against this one. Set model.weights "
+            f"{str(module.start.sha256)[:12]}); its forgetting cannot be measured against this one. Set model.weights "
             "to the base it started from, or start a new run from the checkpoint with model.weights"
         )
     _check_config(module, checkpoint["hyper_parameters"]["model_config"])

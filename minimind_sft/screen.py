@@ -59,8 +59,8 @@ class Record(Callback):
             "versions": {name: version(name) for name in ("torch", "lightning", "tokenizers", "numpy")}
             | {"python": platform.python_version()},
             "threads": torch.get_num_threads(),
-            "base": pl_module.description,
-            "base_sha256": pl_module.base_sha256,
+            "base": pl_module.start.description,
+            "base_sha256": pl_module.start.sha256,
             "data": data.identity,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ class FirstScreen(Callback):
         checkpoint = report.megabytes(pl_module.checkpoint_bytes)
         ranks = f" on {trainer.world_size} processes" if trainer.world_size > 1 else ""
         return [
-            ("base", pl_module.description),
+            ("base", pl_module.start.description),
             (
                 "parameters",
                 f"{parameters:,}, {trained}, precision {trainer.precision}, {pl_module.device}{ranks}, "

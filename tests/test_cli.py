@@ -292,7 +292,7 @@ def test_held_out_text_that_the_chats_contain_is_refused(
 def test_a_config_is_found_among_the_shipped_ones_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from minimind_sft.cli import find_config
+    from minimind_sft.settings import find_config
 
     monkeypatch.chdir(tmp_path)
     shipped = str(PROJECT / "configs" / "sft.yaml")

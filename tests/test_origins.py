@@ -121,7 +121,7 @@ def test_a_hub_name_is_fetched_and_read_like_a_folder(fake_hub: FakeHub) -> None
 
 
 def test_fit_takes_weights_and_tokenizer_from_the_hub(fake_hub: FakeHub, tmp_path: Path) -> None:
-    assert str(fake_hub.folder) in SFTModule(weights="hf:someone/small-model").description
+    assert str(fake_hub.folder) in SFTModule(weights="hf:someone/small-model").start.description
     stores = Stores(train_path="x.jsonl", tokenizer="hf:someone/small-model", cache_dir=str(tmp_path))
     assert stores.template.vocab_size == 2560 and len(fake_hub.calls) == 2
 
