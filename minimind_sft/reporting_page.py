@@ -47,7 +47,7 @@ th {{ color: var(--soft); font-weight: 600; }}
 td.n, th.n {{ text-align: right; white-space: nowrap; }}
 .long td {{ min-width: 8rem; max-width: 34rem; overflow-wrap: anywhere; }}
 .long td:first-child {{ white-space: nowrap; }} .differs td {{ background: var(--mark); }}
-.differs td:first-child::after {{ content: " \2260"; }}
+.differs td:first-child::after {{ content: " \\2260"; }}
 details {{ margin: .5rem 0; }} summary {{ cursor: pointer; }}
 .answers {{ display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr));
   margin: .3rem 0 1.5rem; }}

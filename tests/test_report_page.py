@@ -162,6 +162,8 @@ def test_two_runs_stand_side_by_side_and_what_differs_comes_first(tmp_path: Path
     assert said.count("Once upon a time") == 1  # one base, one answer before
     assert "after: held" in said and "It is 7." in said and "after: plain" in said and "It is 8." in said
     assert "different bases" not in said and "with care" not in said
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert 'content: " \\2260"' in page and not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", page)
 
 
 def test_runs_that_do_not_compare_say_so(tmp_path: Path) -> None:
