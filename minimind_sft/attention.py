@@ -25,6 +25,7 @@ from torch import Tensor
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (N, H, E), k (N, K, E), v (N, K, E) -> (N, H, E)
 
+FLEX_HEAD_DIM = 16  # the least that flex_attention compiles on CUDA
 BACKENDS = ("varlen", "flex", "per_document")
 
 
@@ -35,7 +36,7 @@ def attention_backend(device: torch.device | str, dtype: torch.dtype, head_dim: 
     Args:
         device: where the model is.
         dtype: type of the queries: autocast's under autocast, else the weights'.
-        head_dim: FlashAttention takes multiples of 8 up to 256.
+        head_dim: FlashAttention takes multiples of 8 up to 256, flex 16 and more.
 
     Returns:
         One of ``varlen``, ``flex``, ``per_document``.
@@ -47,7 +48,7 @@ def attention_backend(device: torch.device | str, dtype: torch.dtype, head_dim: 
     flash = dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
     if flash and capability >= (8, 0) and torch.version.cuda is not None and _varlen_takes_groups():
         return "varlen"
-    if capability >= (7, 0) and find_spec("triton") is not None:
+    if capability >= (7, 0) and head_dim >= FLEX_HEAD_DIM and find_spec("triton") is not None:
         return "flex"
     return "per_document"
 

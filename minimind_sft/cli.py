@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from minimind_sft.measuring import Measure
 from minimind_sft.module import SFTModule
 from minimind_sft.predictions import WritePredictions
 from minimind_sft.records import MetricsFile
-from minimind_sft.rundir import find_checkpoint, prepare_run_dir, refuse_own_weights, wandb_logger
+from minimind_sft.rundir import find_checkpoint, is_rank_zero, prepare_run_dir, refuse_own_weights, wandb_logger
 from minimind_sft.screen import FirstScreen, LastScreen, Record
 from minimind_sft.settings import find_config
 from minimind_sft.step_log import StepLog
@@ -83,7 +82,7 @@ class SFTCLI(LightningCLI):
         settings["ckpt_path"] = find_checkpoint(settings["ckpt_path"], self.run_dir, str(self.subcommand))
         if self.subcommand == "fit" and settings["ckpt_path"] is None:
             refuse_own_weights(self.run_dir, settings["model"]["weights"])
-        if self.subcommand == "fit" and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if self.subcommand == "fit" and is_rank_zero():
             SFTCLI.lock = prepare_run_dir(
                 self.run_dir, resuming=settings["ckpt_path"] is not None, overwrite=settings["overwrite"]
             )
@@ -147,9 +146,8 @@ class SFTCLI(LightningCLI):
             return [WritePredictions(self.run_dir / "predictions.jsonl")]
         if self.subcommand == "validate":
             return []
-        rank_zero = int(os.environ.get("LOCAL_RANK", 0)) == 0
         self.model.guard = Guard(
-            folder=self.run_dir if rank_zero else None,
+            folder=self.run_dir if is_rank_zero() else None,
             on_nonfinite=settings["on_nonfinite"],
             spike_ratio=settings["spike_ratio"],
         )
@@ -186,7 +184,7 @@ class SFTCLI(LightningCLI):
         if self.subcommand != "fit":
             return []
         loggers: list[Logger] = [MetricsFile(self.run_dir)]
-        if settings["wandb"]:
+        if settings["wandb"] and is_rank_zero():  # it notes its id in the run's folder
             loggers.append(
                 wandb_logger(
                     self.run_dir, offline=settings["wandb"] == "offline", resuming=settings["ckpt_path"] is not None

@@ -363,11 +363,15 @@ class SFTDataModule(LightningDataModule):
         ]
 
     def predict_dataloader(self) -> DataLoader[list[dict[str, Any]]]:
-        """Prompts of the validation chats (up to the last answer), `batch_size` together, with the reference answer."""
+        """Prompts of the validation chats (up to the last answer), `batch_size` together, with the reference answer;
+        every rank has its share, see `predictions.py`."""
+        assert self.trainer is not None
         found = list(self._prompts())
         if not found:
             raise ValueError("predict answers the chats of data.val_path or data.val_fraction; there are none")
-        return DataLoader(found, batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]
+        # with fewer prompts than ranks one is answered twice: a rank without any would never meet the others
+        share = found[self.trainer.global_rank :: self.trainer.world_size] or found[:1]
+        return DataLoader(share, batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]
 
     def sample_prompts(self, count: int) -> list[dict[str, Any]]:
         """The first prompts of the validation chats; see `prompts`."""

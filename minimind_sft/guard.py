@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 NAMED = 8  # documents spelled out in a message; all of them are in the file
 WARM = 20  # steps before a jump can be told from the start of training
+MAX_OVERFLOWS = 24  # in a row; a gradient scaler that begins at 2^16 is at 1 after 16
 
 
 class StepResult(NamedTuple):
@@ -51,6 +52,7 @@ class Guard:
         self.folder, self.on_nonfinite, self.max_skipped = folder, on_nonfinite, max_skipped
         self.spike_ratio = spike_ratio
         self.skipped = 0  # in a row
+        self.overflows = 0  # in a row: steps that the gradient scaler leaves out
         self._mean, self._seen = 0.0, 0
 
     def takes(self, result: StepResult, documents: Callable[[], list[str]], *, scaled: bool = False) -> bool:
@@ -59,13 +61,15 @@ class Guard:
         Args:
             result: the step.
             documents: the window's documents as `file:line`, asked for only when the step is bad.
-            scaled: a gradient scaler is at work, which looks for overflowing gradients itself.
+            scaled: a gradient scaler is at work, which leaves out steps with overflowing gradients itself, and lowers
+                its scale until they fit; if they still do not after many, the gradient is no number at any scale.
 
         Raises:
             ValueError: the step is not finite, and is not to be skipped.
         """
-        finite = math.isfinite(result.loss) and (scaled or math.isfinite(result.grad_norm))
-        if finite:
+        self.overflows = self.overflows + 1 if scaled and not math.isfinite(result.grad_norm) else 0
+        overflow_is_normal = scaled and self.overflows <= MAX_OVERFLOWS
+        if math.isfinite(result.loss) and (overflow_is_normal or math.isfinite(result.grad_norm)):
             self.skipped = 0
             self._watch(result, documents)
             return True

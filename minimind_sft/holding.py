@@ -61,6 +61,7 @@ class Holding:
         self.l2_sp, self.fisher_documents, self._more = l2_sp, fisher_documents, more or []
         self.terms: list[Term] = []
         self._base: Transformer | None = None
+        self._chosen = False
 
     @property
     def documents_to_read(self) -> int:
@@ -80,8 +81,9 @@ class Holding:
             head: the base's output layer (V, C), where the model has another.
             replay: whether there is text to replay.
         """
-        if self._base is not None:
+        if self._chosen:
             return
+        self._chosen = True
         if replay and self.replay_weight:
             kl = self.replay_loss == "kl"
             self.terms.append(
@@ -106,3 +108,8 @@ class Holding:
         if self._base is None or not self.fisher_documents:
             return {}
         return bases_of(self._base, read(self.fisher_documents), seed)
+
+    def release(self) -> None:
+        """Let go of the base, once it was shown and read: terms that look at it in training have it, or a copy in
+        half precision."""
+        self._base = None

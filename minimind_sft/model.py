@@ -227,4 +227,5 @@ class Transformer(nn.Module):
 
 @torch.no_grad()
 def _fill_normal(parameter: Tensor, std: float, generator: torch.Generator) -> None:
-    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+    # on the CPU whatever the default device is, as the generator, so that a seed gives the same weights everywhere
+    parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator))

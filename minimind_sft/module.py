@@ -196,9 +196,12 @@ class SFTModule(LightningModule):
         self.holding.start(self.device, self.data.template.control_ids, half=self._half, read=self._text_to_read)
 
     def on_train_start(self) -> None:
+        if not self.trainer.global_step:
+            self._turn()
+        self.holding.release()
+
+    def _turn(self) -> None:
         """Find the basis that AdamW's moments are kept in, the same on every rank; a run that resumes has its own."""
-        if self.trainer.global_step:
-            return
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, RotatedAdamW)
         with self.trainer.precision_plugin.forward_context():
@@ -253,7 +256,8 @@ class SFTModule(LightningModule):
         return RotatedAdamW(
             [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True)],
             lr=self.learning_rate,
-            fused=fused,
+            fused=fused or None,  # None: torch picks what is fastest of the rest
+            tensor_cores=self.device.type == "cuda" and self._half is not None,
         )
 
     def _weight_decays(self) -> tuple[float, float]:
@@ -294,7 +298,7 @@ class SFTModule(LightningModule):
         for group, decay in zip(optimizer.param_groups, self._weight_decays(), strict=True):
             group["lr"], group["weight_decay"] = self.learning_rate_now(), decay  # a checkpoint's must not win
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if not self.guard.skipped:
+        if not self.guard.skipped and not self.guard.overflows:
             with torch.no_grad():
                 for term in self.holding.terms:
                     term.after_step(self.model, optimizer.param_groups[0]["lr"])
@@ -320,8 +324,9 @@ class SFTModule(LightningModule):
         Raises:
             ValueError: loss or gradient is not finite; the weights have not changed yet.
         """
-        if gradient_clip_algorithm == "value":
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if gradient_clip_algorithm == "value":  # not by Lightning, which refuses it for any optimizer that is fused
+            if gradient_clip_val:
+                torch.nn.utils.clip_grad_value_(self.model.parameters(), gradient_clip_val)
             gradient_clip_val = None
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val or math.inf)
         sums = self.trainer.strategy.reduce(self._window, reduce_op="sum")

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 
 class WritePredictions(Callback):
-    """Answers as JSON lines: `where`, `messages`, `reference`, `answer`."""
+    """Answers as JSON lines: `where`, `messages`, `reference`, `answer`, in the order of the prompts.
+
+    Of several ranks, each answers every so-many-th prompt, and the first one writes.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 (closed at the end)
+        self._rows: list[dict[str, Any]] = []
 
     def on_predict_batch_end(
         self,
@@ -29,9 +31,18 @@ class WritePredictions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        for row in outputs:
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._rows += outputs
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._file.close()
+        shares: list[list[dict[str, Any]] | None] = [self._rows]
+        if trainer.world_size > 1:
+            shares = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, self._rows)
+        if not trainer.is_global_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        in_order = itertools.chain.from_iterable(itertools.zip_longest(*(share or () for share in shares)))
+        rows = {row["where"]: row for row in in_order if row is not None}  # some may have been answered twice
+        with open(self.path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values())
         print(f"answers in {self.path}", flush=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from minimind_sft.files import resolve
 from minimind_sft.origins import BEST, LAST
@@ -99,6 +100,12 @@ def prepare_run_dir(run_dir: Path, *, resuming: bool, overwrite: bool) -> IO[str
             else:
                 path.unlink(missing_ok=True)
     return lock
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the first of the run, by what its launcher (Lightning, torchrun, srun) says; for what
+    comes before there is a Trainer."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
 def wandb_logger(run_dir: Path, *, offline: bool, resuming: bool) -> WandbLogger:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,45 @@ def test_two_processes_train_as_one(tiny: dict[str, Any], reference: Any, tmp_pa
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     for name, tensor in checkpoint["state_dict"].items():
         torch.testing.assert_close(tensor, reference[1][name.removeprefix("model.")], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("prompts", [5, 1])
+def test_two_processes_answer_as_one(tiny: dict[str, Any], tmp_path: Path, prompts: int) -> None:
+    lines = (PROJECT / "data" / "sft_val.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "val.jsonl").write_text("".join(lines[:prompts]), encoding="utf-8")
+    arguments = [f"--{name.replace('__', '.')}={value}" for name, value in tiny.items() if name.startswith("data__")]
+    arguments += ["--model.weights=" + str(PROJECT / "data" / "base.pth"), f"--data.val_path={tmp_path / 'val.jsonl'}"]
+    answers = []
+    for name, more in (("one", []), ("two", ["--trainer.strategy=ddp", "--trainer.devices=2"])):
+        command = [sys.executable, "-m", "minimind_sft", "predict", *arguments, f"--run_dir={tmp_path / name}"]
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, "--device=cpu", "--data.batch_size=2", *more],
+            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        answers.append((tmp_path / name / "predictions.jsonl").read_text(encoding="utf-8"))
+    assert answers[0] == answers[1] and answers[0].count("\n") == prompts
+
+
+@pytest.mark.parametrize(
+    ("launcher", "first"),
+    [
+        ({}, True),
+        ({"SLURM_PROCID": "0"}, True),
+        ({"SLURM_PROCID": "3", "SLURM_LOCALID": "3"}, False),
+        ({"RANK": "4", "LOCAL_RANK": "0"}, False),  # torchrun, second node
+        ({"LOCAL_RANK": "1"}, False),  # Lightning's own
+    ],
+)
+def test_the_first_process_is_known_by_any_launcher(launcher: dict[str, str], first: bool) -> None:
+    code = "from minimind_sft.rundir import is_rank_zero; print(is_rank_zero())"
+    clean = {name: value for name, value in os.environ.items() if not re.match("RANK|LOCAL_RANK|SLURM", name)}
+    environment = clean | launcher | {"PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == str(first)
 
 
 def test_a_rank_does_not_wait_for_one_that_failed(tiny: dict[str, Any], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from torch.optim import AdamW
@@ -146,6 +147,27 @@ def test_a_step_in_a_basis_is_adamws_step_of_the_turned_matrix() -> None:
     torch.testing.assert_close(steps(rotated, here, gradients), basis.back(expected))
     plain = torch.nn.Parameter(start.clone())
     assert (steps(AdamW([plain], lr=0.1), plain, gradients) - here).abs().max() > 0.05  # the axes do matter to Adam
+
+
+def test_on_tensor_cores_only_the_turning_is_less_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    precisions: list[str] = []
+
+    def watched(method: Any) -> Any:
+        def call(self: Basis, matrix: Tensor) -> Tensor:
+            precisions.append(torch.get_float32_matmul_precision())
+            result: Tensor = method(self, matrix)
+            return result
+
+        return call
+
+    monkeypatch.setattr(Basis, "turned", watched(Basis.turned))
+    monkeypatch.setattr(Basis, "back", watched(Basis.back))
+    for tensor_cores, expected in ((False, "highest"), (True, "high")):
+        weight = torch.nn.Parameter(torch.ones(2, 2))
+        optimizer = RotatedAdamW([weight], lr=0.1, tensor_cores=tensor_cores)
+        optimizer.turn({weight: Basis(DIAGONAL, None)})
+        steps(optimizer, weight, some_gradients(1, 2, 2))
+        assert precisions[-2:] == [expected, expected] and torch.get_float32_matmul_precision() == "highest"
 
 
 def test_a_parameter_without_gradient_stays() -> None:

@@ -13,7 +13,8 @@ import torch
 
 from minimind_sft.__main__ import main
 from minimind_sft.checkpoints import AtomicCheckpointIO
-from minimind_sft.guard import Guard, StepResult
+from minimind_sft.fisher import RotatedAdamW
+from minimind_sft.guard import MAX_OVERFLOWS, Guard, StepResult
 from minimind_sft.module import SFTModule
 from minimind_sft.signals import StopRequest
 
@@ -104,6 +105,40 @@ def test_an_infinite_gradient_is_left_to_a_gradient_scaler() -> None:
     assert Guard().takes(step, list, scaled=True)
     with pytest.raises(ValueError, match="gradient norm inf"):
         Guard().takes(step, list)
+
+
+def test_gradients_are_clipped_by_value_for_a_fused_optimizer_too(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, stepped, largest = RotatedAdamW.__init__, RotatedAdamW.step, []
+
+    def fused(self: RotatedAdamW, *args: Any, **more: Any) -> None:
+        made(self, *args, **more | {"fused": True})
+
+    def step(self: RotatedAdamW, closure: Any = None) -> Any:
+        def noting() -> Any:
+            loss = closure()
+            largest.append(max(p.grad.abs().max().item() for group in self.param_groups for p in group["params"]))
+            return loss
+
+        return stepped(self, noting)
+
+    monkeypatch.setattr(RotatedAdamW, "__init__", fused)
+    monkeypatch.setattr(RotatedAdamW, "step", step)
+    value = ("--trainer.gradient_clip_algorithm=value", "--trainer.gradient_clip_val=0.001")
+    assert fit(settings, "--precision=bf16-mixed", "--trainer.max_steps=2", *value) == 0
+    assert largest == [pytest.approx(0.001)] * 2
+
+
+def test_a_gradient_that_overflows_at_any_scale_stops_the_run() -> None:
+    guard, bad, good = Guard(), StepResult(1, 1.0, float("nan"), 0.1), StepResult(2, 1.0, 1.0, 0.1)
+    for _ in range(MAX_OVERFLOWS):
+        assert guard.takes(bad, list, scaled=True)
+    assert guard.takes(good, list, scaled=True) and not guard.overflows
+    for _ in range(MAX_OVERFLOWS):
+        assert guard.takes(bad, list, scaled=True)
+    with pytest.raises(ValueError, match="gradient norm nan"):
+        guard.takes(bad, list, scaled=True)
 
 
 def test_a_loss_that_jumps_is_noted_with_its_documents(tmp_path: Path) -> None:

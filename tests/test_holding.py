@@ -1,10 +1,12 @@
 """What holds on to the base: replay text in every window, KL, L2-SP, freezing, and one's own terms."""
 
 import csv
+import gc
 import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from minimind_sft.chat import ChatTemplate
 from minimind_sft.comparison import compare
 from minimind_sft.documents import Documents
 from minimind_sft.forgetting import Reading
+from minimind_sft.holding import Holding
 from minimind_sft.losses import kl_divergence
 from minimind_sft.measuring import Measure
 from minimind_sft.model import Transformer
@@ -135,6 +138,22 @@ def test_a_share_of_the_replay_comes_in_a_chat_and_the_stream_knows_its_lengths(
 
 
 # ---- the terms
+
+
+@pytest.mark.parametrize(("half", "kept"), [(None, True), (torch.bfloat16, False)])
+def test_the_base_is_kept_only_where_a_term_looks_at_it(half: torch.dtype | None, kept: bool) -> None:
+    holding = Holding(
+        replay_loss="kl", replay_weight=1.0, replay_target=None, l2_sp=0.0, fisher_documents=1, more=None
+    )
+    holding.choose(small_model(), None, replay=True)
+    base = weakref.ref(holding._base)
+    holding.start(torch.device("cpu"), [], half=half, read=lambda count: [])
+    assert holding.bases(seed=0, read=lambda count: []) and base() is not None
+    holding.release()
+    gc.collect()
+    assert (base() is not None) == kept
+    holding.choose(small_model(), None, replay=True)
+    assert len(holding.losses) == 1 and holding._base is None  # once
 
 
 def test_kl_is_the_sum_over_positions_of_base_against_model() -> None:

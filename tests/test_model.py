@@ -129,6 +129,15 @@ def test_reset_head_unties_and_leaves_the_embedding_alone() -> None:
     assert torch.equal(model.lm_head.weight, again.lm_head.weight)
 
 
+def test_initialisation_is_the_same_where_another_device_is_the_default() -> None:
+    here, elsewhere = Transformer(DENSE3), Transformer(DENSE3)
+    here.initialise(5)
+    with torch.device("meta"):  # Lightning makes a GPU the default while a model is configured
+        elsewhere.initialise(5)
+    for one, other in zip(here.parameters(), elsewhere.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_initialisation_is_a_function_of_the_seed() -> None:
     first, same, other = Transformer(DENSE3), Transformer(DENSE3), Transformer(DENSE3)
     for model, seed in ((first, 5), (same, 5), (other, 6)):
@@ -243,6 +252,9 @@ def test_flex_attention_under_a_block_mask_equals_the_loop_over_documents() -> N
         ((9, 0), torch.float32, 64, True, "flex"),
         ((9, 0), torch.bfloat16, 100, True, "flex"),  # FlashAttention wants multiples of 8
         ((7, 5), torch.float16, 64, True, "flex"),
+        ((7, 5), torch.float16, 16, True, "flex"),
+        ((9, 0), torch.bfloat16, 12, True, "per_document"),  # flex_attention compiles from 16 on
+        ((9, 0), torch.float32, 8, True, "per_document"),
         ((8, 0), torch.float32, 64, False, "per_document"),
         ((6, 1), torch.float16, 64, True, "per_document"),
     ],
