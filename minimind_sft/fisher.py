@@ -15,7 +15,7 @@ once before the first step: what is to be kept does not change in training.
 
 A side wider than the model (feed-forward, vocabulary) is not turned: there a basis would outgrow the matrix, for a
 thousandth of a nat. At 256 channels, the same recipe in the basis forgot half as much at a lower chat loss, for 3 % of
-a step (docs/forgetting.md).
+a step on a CPU (docs/forgetting.md).
 
 Shapes: (R, C) of a matrix, N tokens, M of them targets.
 """
