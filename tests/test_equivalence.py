@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from processes import run_verb
 from safetensors.torch import load_file
 
 from minimind_sft.__main__ import main
 
 PROJECT = Path(__file__).resolve().parents[1]
+TWO = ("--trainer.strategy=ddp", "--trainer.devices=2")
 
 
 def fit(run_dir: Path, **settings: Any) -> tuple[list[dict[str, str]], dict[str, torch.Tensor]]:
@@ -71,17 +73,11 @@ def test_two_processes_train_as_one(tiny: dict[str, Any], reference: Any, tmp_pa
         **tiny,
         "data__batch_size": 4,
         "trainer__accumulate_grad_batches": 2,
-        "trainer__strategy": "ddp",
-        "trainer__devices": 2,
         "log_every_steps": 1,
         "run_dir": tmp_path / "run",
     }
     arguments = [f"--{name.replace('__', '.')}={value}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "minimind_sft", "fit", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
-    )
+    done = run_verb("fit", [*arguments, *TWO], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("step 21/21") == 1  # one log
     with open(tmp_path / "run" / "metrics.csv", encoding="utf-8") as file:
@@ -100,13 +96,12 @@ def test_two_processes_answer_as_one(tiny: dict[str, Any], tmp_path: Path, promp
     arguments = [f"--{name.replace('__', '.')}={value}" for name, value in tiny.items() if name.startswith("data__")]
     arguments += ["--model.weights=" + str(PROJECT / "data" / "base.pth"), f"--data.val_path={tmp_path / 'val.jsonl'}"]
     answers = []
-    for name, more in (("one", []), ("two", ["--trainer.strategy=ddp", "--trainer.devices=2"])):
-        command = [sys.executable, "-m", "minimind_sft", "predict", *arguments, f"--run_dir={tmp_path / name}"]
-        environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*command, "--device=cpu", "--data.batch_size=2", *more],
-            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False,
-        )  # fmt: skip
+    for name, more in (("one", []), ("two", TWO)):
+        done = run_verb(
+            "predict",
+            [*arguments, f"--run_dir={tmp_path / name}", "--device=cpu", "--data.batch_size=2", *more],
+            tmp_path,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         answers.append((tmp_path / name / "predictions.jsonl").read_text(encoding="utf-8"))
     assert answers[0] == answers[1] and answers[0].count("\n") == prompts
@@ -136,11 +131,7 @@ def test_a_rank_does_not_wait_for_one_that_failed(tiny: dict[str, Any], tmp_path
     (tmp_path / "bad.jsonl").write_text("not json\n", encoding="utf-8")
     settings = {**tiny, "data__train_path": tmp_path / "bad.jsonl", "run_dir": tmp_path / "run"}
     arguments = [f"--{name.replace('__', '.')}={value}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "minimind_sft", "fit", *arguments, "--trainer.strategy=ddp", "--trainer.devices=2"]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = run_verb("fit", [*arguments, *TWO], tmp_path)
     assert done.returncode != 0 and "cannot be used (1 not_json)" in done.stderr
 
 

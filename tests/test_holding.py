@@ -3,9 +3,6 @@
 import csv
 import gc
 import math
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import run_verb
 from test_batching import chat, store_of
 from torch import Tensor
 
@@ -322,12 +320,8 @@ def test_how_a_window_is_dealt_does_not_change_a_run_with_replay(
 def test_two_processes_with_replay_in_a_basis_train_as_one(cache: Path, tmp_path: Path) -> None:
     options = [REPLAY, BASIS, "--trainer.max_steps=6", "--data.batch_size=8"]
     one = fit(tmp_path / "one", cache, *options, "--trainer.accumulate_grad_batches=2")
-    done = subprocess.run(
-        [sys.executable, "-m", "minimind_sft", "fit", *arguments(tmp_path / "two", cache), *options,
-         "--trainer.strategy=ddp", "--trainer.devices=2"],
-        env={**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    ddp = ["--trainer.strategy=ddp", "--trainer.devices=2"]
+    done = run_verb("fit", [*arguments(tmp_path / "two", cache), *options, *ddp], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     two = metrics(tmp_path / "two")
     for row, expected in zip(two[1:], one[1:], strict=True):
