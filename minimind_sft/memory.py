@@ -10,7 +10,8 @@ bytes (4, or 2 under autocast) and everything residual in fp32:
     two norms       4 C each, and 4 C more where the norm is not one kernel (CPU); their outputs s C for each projection
                     under autocast (3 and 2 casts), else once
     q and k         4 (H + K) E where they are normed (twice that on a CPU), s (H + K) E rotated; v s K E
-    attention       s H E of output (twice where documents are put together again), 4 H of log-sum-exp
+    attention       s H E of output (twice where documents are put together again), 4 H of log-sum-exp; a CPU attends
+                    in fp32, so that q, k, v and the outputs by document are 4 bytes there
     feed-forward    4 s I: gate, silu(gate), up, and their product
 
 With checkpointing only 4 C stay (Chen et al. 2016, arXiv 1604.06174), and one layer at a time is made again. Logits and
@@ -130,8 +131,9 @@ def layer_bytes(config: ModelConfig, *, half: bool, cuda: bool) -> int:
     size = norm * c + reciprocal + casts * s * c
     if config.qk_norm:
         size += (heads + kv_heads) * (norm * e + reciprocal)
-    size += s * (heads + 2 * kv_heads) * e
-    size += s * heads * e * (1 if cuda and half else 2) + FP32 * heads
+    attended = s if cuda else FP32  # a CPU attends in fp32
+    size += attended * (heads + 2 * kv_heads) * e
+    size += (s if cuda and half else attended + s) * heads * e + FP32 * heads
     return size + norm * c + reciprocal + _feed_forward_bytes(config, s, half)
 
 
