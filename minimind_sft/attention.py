@@ -90,7 +90,7 @@ def attention_over_documents(backend: str, cu_seqlens: Tensor, max_length: int, 
 
 def _per_document(lengths: list[int]) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.device.type == "cpu" and q.dtype != torch.float32:  # in half precision its backward takes four times as long
+        if q.device.type == "cpu" and q.dtype != torch.float32:  # in bf16, its backward takes four times as long
             with torch.autocast("cpu", enabled=False):
                 return attend(q.float(), k.float(), v.float()).to(q.dtype)
         outputs = []

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from minimind_sft.batching import MicroBatch
-from minimind_sft.fisher import scores
+from minimind_sft.fisher import Basis, bases_of, scores
 from minimind_sft.losses import cross_entropy, kl_divergence
 from minimind_sft.model import Transformer
 from minimind_sft.weight_control import adapted
@@ -179,9 +179,13 @@ class EWC(Term):
         if documents < 1:
             raise ValueError(f"the documents of {self.name} are {documents}; it needs at least 1")
         self.documents, self.seed = documents, seed
+        self._bases: dict[str, Basis] = {}
 
     def start(self, base: Transformer, control_ids: list[int], *, half: torch.dtype | None) -> None:
         self._base = dict(base.named_parameters())
+
+    def _turned(self, name: str, matrix: Tensor) -> Tensor:
+        return self._bases[name].turned(matrix) if name in self._bases else matrix
 
     def read(self, base: Transformer, text: Iterable[MicroBatch]) -> None:
         weights = list(self._base.values())
@@ -189,20 +193,39 @@ class EWC(Term):
         base.requires_grad_(True)
         for score, drawn in scores(base, text, self.seed):
             gradients = torch.autograd.grad(score, weights, allow_unused=True)
-            for total, gradient in zip(sums, gradients, strict=True):
+            for name, total, gradient in zip(self._base, sums, gradients, strict=True):
                 if gradient is not None:  # an expert that was not asked
-                    total += gradient.square()
+                    total += self._turned(name, gradient).square()
             tokens += drawn
         base.requires_grad_(False)
         self.fisher = {name: total / max(1, tokens) for name, total in zip(self._base, sums, strict=True)}
 
     def loss(self, model: Transformer, hidden: Tensor, batch: MicroBatch) -> Tensor:
-        pulls = [
-            (self.fisher[name] * (parameter - self._base[name]).square()).sum()
-            for name, parameter in model.named_parameters()
-            if name in self._base and parameter.requires_grad
-        ]
-        return 0.5 * torch.stack(pulls).sum() * len(batch.targets) / batch.window_targets
+        with torch.autocast(hidden.device.type, enabled=False):
+            pulls = [
+                (self.fisher[name] * self._turned(name, parameter - self._base[name]).square()).sum()
+                for name, parameter in model.named_parameters()
+                if name in self._base and parameter.requires_grad
+            ]
+            return 0.5 * torch.stack(pulls).sum() * len(batch.targets) / batch.window_targets
+
+
+class EKFAC(EWC):
+    """EWC along the directions that the base's text depends on, instead of along the axes of the weights:
+
+        1/2 * sum over directions of F * (U^T (w - w_base) V)^2
+
+    U and V are the eigenvectors that AdamW's moments are kept in (`fisher.py`), F the Fisher information in that basis.
+    There, next to nothing of the Fisher information lies off the diagonal, which is all that EWC knows of it.
+    Source: arXiv 1806.03884 (EKFAC); a pull with Kronecker factors, arXiv 1805.07810.
+    """
+
+    name = "ekfac"
+
+    def read(self, base: Transformer, text: Iterable[MicroBatch]) -> None:
+        documents = list(text)
+        self._bases = bases_of(base, documents, self.seed)
+        super().read(base, documents)
 
 
 def freeze(model: Transformer, patterns: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """Elastic weight consolidation: the Fisher information of the base, by hand, and what it holds."""
 
+import copy
 import csv
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,11 @@ import torch
 
 from minimind_sft.__main__ import main
 from minimind_sft.batching import MicroBatch, pack
+from minimind_sft.fisher import bases_of
 from minimind_sft.losses import kl_divergence
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
-from minimind_sft.terms import EWC
+from minimind_sft.terms import EKFAC, EWC
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 V, H = 4, 16
@@ -86,6 +88,30 @@ def test_drawn_tokens_follow_the_seed() -> None:
     assert torch.equal(fishers[0], fishers[1]) and not torch.equal(fishers[0], fishers[2])
 
 
+def test_in_the_basis_the_loss_is_the_kl_along_a_direction_that_the_text_depends_on() -> None:
+    base = Transformer(ModelConfig.minimind3(vocab_size=40, hidden_size=H, num_hidden_layers=1))
+    base.initialise(0)
+    with torch.no_grad():
+        base.model.embed_tokens.weight.mul_(20.0)
+    base.requires_grad_(False)
+    draws = np.random.default_rng(3)
+    text = [pack([(draws.integers(0, 40, 40), np.ones(40, bool))]) for _ in range(60)]
+    name, losses = "model.layers.0.self_attn.o_proj.weight", []
+    basis, moved = bases_of(base, text, 0)[name], copy.deepcopy(base).requires_grad_(True)
+    assert basis.left is not None and basis.right is not None
+    with torch.no_grad():  # the last eigenvectors are the text's largest
+        moved.get_parameter(name).add_(torch.outer(basis.left[:, -1], basis.right[:, -1]), alpha=0.02)
+    for term in (EKFAC(documents=60), EWC(documents=60)):
+        term.start(base, [], half=None)
+        term.read(base, iter(text))
+        losses.append(term.loss(moved, torch.zeros(1), text[0]).item())
+    inputs = [(one.batch.input_ids, *one.batch[2:]) for one in text]
+    states, kept = (torch.cat([model.hidden(*one)[:-1] for one in inputs]) for model in (moved, base))
+    kl = kl_divergence(states, kept, moved.lm_head.weight, base.lm_head.weight).item() / len(states)
+    assert losses[0] == pytest.approx(kl, rel=0.3)
+    assert losses[1] < 0.5 * kl  # along the weights' own axes most of it is off the diagonal
+
+
 def test_no_document_is_refused() -> None:
     with pytest.raises(ValueError, match="documents of ewc are 0"):
         EWC(documents=0)
@@ -99,15 +125,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[di
     """The metrics of three steps without, with a weak and with a strong pull, and on text by the base."""
     folder, found = tmp_path_factory.mktemp("ewc"), {}
     text = f"--data.pretrain_path={DATA}/pretrain.jsonl"
-    for name, weight, more in (("plain", None, text), ("weak", 1, text), ("strong", 1e5, text), ("own", 1e5, "")):
-        term = f"[{{class_path: minimind_sft.terms.EWC, init_args: {{weight: {weight}, documents: 30}}}}]"
+    for name, kind, weight, more in (
+        ("plain", None, 0, text), ("weak", "EWC", 1, text), ("strong", "EWC", 1e5, text), ("own", "EWC", 1e5, ""),
+        ("basis", "EKFAC", 1e5, text),
+    ):  # fmt: skip
+        term = f"[{{class_path: minimind_sft.terms.{kind}, init_args: {{weight: {weight}, documents: 30}}}}]"
         arguments = [
             f"--run_dir={folder / name}", "--device=cpu", "--log_every_steps=1", "--export=none", "--val_every_steps=3",
             f"--model.weights={DATA}/base.pth", f"--data.train_path={DATA}/sft_train.jsonl", "--data.max_rows=48",
             f"--data.heldout_path={DATA}/heldout.jsonl", "--data.max_overlap=1.0", f"--data.cache_dir={folder}/cache",
             f"--data.tokenizer={DATA}/tokenizer", "--data.measure_documents=12", "--data.own_chats=0",
             "--data.batch_size=16", "--data.max_length=48", "--trainer.max_steps=3", "--model.learning_rate=2e-3",
-            *([f"--model.terms={term}"] if weight else []), *([more] if more else []),
+            *([f"--model.terms={term}"] if kind else []), *([more] if more else []),
         ]  # fmt: skip
         assert main(["fit", *arguments]) == 0
         with open(folder / name / "metrics.csv", encoding="utf-8") as file:
@@ -118,6 +147,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[di
 def test_the_weight_changes_training_and_holds(runs: dict[str, list[dict[str, str]]]) -> None:
     forgotten = {name: float(rows[-1]["val/forgetting"]) for name, rows in runs.items()}
     assert forgotten["strong"] < 0.9 * forgotten["plain"] and forgotten["own"] < forgotten["plain"]
-    assert len({runs[name][-1]["train/loss"] for name in runs}) == 4
+    assert forgotten["basis"] < 0.9 * forgotten["plain"]
+    assert len({runs[name][-1]["train/loss"] for name in runs}) == 5
     assert len({runs[name][1]["train/loss"] for name in runs}) == 1  # the base is not pulled, and no text is replayed
     assert all(row["train/replay"] == "" for row in runs["strong"])

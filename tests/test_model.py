@@ -220,6 +220,15 @@ def test_bf16_autocast_stays_near_fp32_and_reaches_every_parameter(config: Model
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
 
+def test_a_cpu_attends_in_fp32_under_autocast_too() -> None:
+    q, k, v = torch.randn(3, 9, 2, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    attend = attention_over_documents("per_document", torch.tensor([0, 4, 9]), 5, 9)
+    exact = attend(q.float(), k.float(), v.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(q, k, v)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, exact.bfloat16())
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
