@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minimind_sft.batching import MicroBatch
 from minimind_sft.fisher import Basis, bases_of, scores
@@ -180,6 +182,7 @@ class EWC(Term):
             raise ValueError(f"the documents of {self.name} are {documents}; it needs at least 1")
         self.documents, self.seed = documents, seed
         self._bases: dict[str, Basis] = {}
+        self._pull: tuple[Tensor, list[Tensor]] | None = None
 
     def start(self, base: Transformer, control_ids: list[int], *, half: torch.dtype | None) -> None:
         self._base = dict(base.named_parameters())
@@ -201,13 +204,43 @@ class EWC(Term):
         self.fisher = {name: total / max(1, tokens) for name, total in zip(self._base, sums, strict=True)}
 
     def loss(self, model: Transformer, hidden: Tensor, batch: MicroBatch) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            pulls = [
-                (self.fisher[name] * self._turned(name, parameter - self._base[name]).square()).sum()
-                for name, parameter in model.named_parameters()
-                if name in self._base and parameter.requires_grad
-            ]
-            return 0.5 * torch.stack(pulls).sum() * len(batch.targets) / batch.window_targets
+        pulled = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if name in self._base and parameter.requires_grad
+        }
+        if self._pull is None:  # once a window: its micro-batches pull alike
+            self._pull = self._of(pulled)
+        return _Known.apply(*self._pull, *pulled.values()) * len(batch.targets) / batch.window_targets
+
+    def after_step(self, model: Transformer, learning_rate: float) -> None:
+        self._pull = None
+
+    @torch.no_grad()
+    def _of(self, pulled: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The loss of these parameters, (), and its gradients."""
+        nats, gradients = [], []
+        with torch.autocast(next(iter(pulled.values())).device.type, enabled=False):
+            for name, parameter in pulled.items():
+                distance = self._turned(name, parameter - self._base[name])
+                force = self.fisher[name] * distance
+                nats.append(0.5 * (force * distance).sum())
+                gradients.append(self._bases[name].back(force) if name in self._bases else force)
+        return torch.stack(nats).sum(), gradients
+
+
+class _Known(torch.autograd.Function):
+    """A loss whose gradients came with it."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *weights: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *(gradient * known for known in ctx.gradients))
 
 
 class EKFAC(EWC):
