@@ -54,7 +54,7 @@ def forecast(
     precision = ("bf16-mixed" if cuda else "32") if precision == "auto" else precision
     from_base = model["weights"] != "scratch"
     replay = data["replay_ratio"] if model["replay_weight"] and from_base else 0.0
-    bases = from_base and bool(model["fisher_documents"])
+    bases, pull = (from_base and bool(model[name]) for name in ("fisher_documents", "fisher_weight"))
     tokens, bound = _micro_batch(data, replay)
     known, count = look_at(data, template), memory.parameters(config).total
     window = data["batch_size"] * accumulate * ranks
@@ -70,6 +70,7 @@ def forecast(
             accumulate=accumulate,
             processes=ranks,
             bases=bases,
+            pull=pull,
         )
         for on in (False, True)
     )
@@ -90,7 +91,7 @@ def forecast(
     ]
     if known and steps:
         epochs = steps / math.ceil(known.documents / window)
-        turning = steps * memory.basis_flops(config) if bases else 0
+        turning = steps * memory.basis_flops(config) * (bases + pull)
         parts.append(_time(config, known, epochs, on, tflops, replay, turning))
     return "\n\n".join(parts)
 
@@ -147,6 +148,7 @@ def _memory_table(plain: memory.Footprint, checkpointing: memory.Footprint, on: 
         ("gradients, fp32", "gradients"),
         ("AdamW's two moments, fp32", "optimizer"),
         ("the bases they are kept in, fp32", "bases"),
+        ("the pull towards the base", "pull"),
         ("gradients to be shared (DDP)", "buckets"),
         ("half-precision copies of the matrices", "copies"),
         ("activations kept for the backward pass", "activations"),

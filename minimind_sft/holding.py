@@ -6,7 +6,7 @@ the first step gets documents of pretraining, or by the base, that nobody measur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from minimind_sft.batching import MicroBatch
 from minimind_sft.fisher import Basis, bases_of
 from minimind_sft.model import Transformer
-from minimind_sft.terms import L2SP, ReplayKL, ReplayNextToken, Term, frozen_copy
+from minimind_sft.terms import EKFAC, L2SP, ReplayKL, ReplayNextToken, Term, frozen_copy
 
 Read = Callable[[int], Iterable[MicroBatch]]  # so many documents, on the device
 
@@ -28,6 +28,8 @@ class Holding:
         replay_target: the KL that the weight is to follow; None for a weight that stays.
         l2_sp: decay towards the base; 0 is off.
         fisher_documents: to read the optimizer's basis from; 0 is off.
+        fisher_weight: factor of the pull towards the base in that basis; 0 is off.
+        seed: of the tokens that are drawn for the basis.
         more: terms of the user's.
 
     Attributes:
@@ -45,6 +47,8 @@ class Holding:
         replay_target: float | None,
         l2_sp: float,
         fisher_documents: int,
+        fisher_weight: float,
+        seed: int,
         more: list[Term] | None,
     ) -> None:
         if replay_target is not None and not replay_target > 0.0:
@@ -57,8 +61,16 @@ class Holding:
             )
         if fisher_documents < 0:
             raise ValueError(f"model.fisher_documents is {fisher_documents}; it must be at least 0 (0 is off)")
+        if not fisher_weight >= 0.0:
+            raise ValueError(f"model.fisher_weight is {fisher_weight}; it must be at least 0 (0 is off)")
+        if fisher_weight and not fisher_documents:
+            raise ValueError(
+                f"model.fisher_weight is {fisher_weight}, but model.fisher_documents 0 leaves no text to read the "
+                "Fisher information from; set it to 100, or the weight to 0"
+            )
         self.replay_loss, self.replay_weight, self.replay_target = replay_loss, replay_weight, replay_target
-        self.l2_sp, self.fisher_documents, self._more = l2_sp, fisher_documents, more or []
+        self.l2_sp, self.fisher_documents, self._seed, self._more = l2_sp, fisher_documents, seed, more or []
+        self._pull = EKFAC(fisher_weight, fisher_documents, seed) if fisher_weight else None
         self.terms: list[Term] = []
         self._base: Transformer | None = None
         self._chosen = False
@@ -89,7 +101,7 @@ class Holding:
             self.terms.append(
                 ReplayKL(self.replay_weight, self.replay_target) if kl else ReplayNextToken(self.replay_weight)
             )
-        self.terms += [*([L2SP(self.l2_sp)] if self.l2_sp else []), *self._more]
+        self.terms += [*([L2SP(self.l2_sp)] if self.l2_sp else []), *([self._pull] if self._pull else []), *self._more]
         if self.terms or self.fisher_documents:
             self._base = frozen_copy(model, head)
 
@@ -103,11 +115,13 @@ class Holding:
             if term.documents:
                 term.read(self._base, read(term.documents))
 
-    def bases(self, *, seed: int, read: Read) -> dict[str, Basis]:
+    def bases(self, read: Read) -> Mapping[str, Basis]:
         """What the optimizer's moments are to be kept in, by parameter; empty where that is off."""
         if self._base is None or not self.fisher_documents:
             return {}
-        return bases_of(self._base, read(self.fisher_documents), seed)
+        if self._pull is not None:
+            return self._pull.bases
+        return bases_of(self._base, read(self.fisher_documents), self._seed)
 
     def release(self) -> None:
         """Let go of the base, once it was shown and read: terms that look at it in training have it, or a copy in

@@ -58,6 +58,7 @@ class Footprint(NamedTuple):
     gradients: int
     optimizer: int  # two moments
     bases: int  # that the moments are kept in (`fisher.py`)
+    pull: int  # towards the base in these: Fisher information, gradient, and the base in fp32 beside a half copy
     buckets: int  # of gradients, where several processes share them
     copies: int  # half-precision copies of the matrices, under autocast
     activations: int  # kept between forward and backward pass
@@ -162,6 +163,7 @@ def footprint(
     accumulate: int = 1,
     processes: int = 1,
     bases: bool = False,
+    pull: bool = False,
 ) -> Footprint:
     """What one process holds when it holds most.
 
@@ -177,6 +179,7 @@ def footprint(
         accumulate: micro-batches per window.
         processes: that share gradients.
         bases: whether AdamW's moments are kept in a basis for each matrix.
+        pull: whether the model is pulled towards the base in these (`terms.EKFAC`).
     """
     count, half = parameters(config), precision != "32"
     s = 2 if half else FP32
@@ -204,7 +207,8 @@ def footprint(
         "the optimizer's step": _step_bytes(count, precision, cuda) + bases * FP32 * (count.total - count.vectors),
     }
     phase = max(phases, key=lambda name: phases[name])
-    fixed = gradients, gradients, 2 * gradients, bases * basis_bytes(config), gradients * (processes > 1)
+    pulling = (3 if half else 2) * gradients * pull
+    fixed = gradients, gradients, 2 * gradients, bases * basis_bytes(config), pulling, gradients * (processes > 1)
     return Footprint(
         *fixed,
         copies=copies,

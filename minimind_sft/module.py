@@ -67,6 +67,8 @@ class SFTModule(LightningModule):
             only begins as `replay_weight`, and follows; null for a weight that stays.
         fisher_documents: documents of pretraining text (or by the base) from which the basis is taken that AdamW's
             moments are kept in, see `fisher.py`; 0 for AdamW as it is.
+        fisher_weight: factor of a pull towards the base in that basis, as strong in each direction as such text depends
+            on it, see `terms.EKFAC`; 0 is off.
         l2_sp: decay towards the base, decoupled as AdamW's; 0 is off.
         freeze: patterns of parameters that are not trained, as in a shell: "*.mlp.*", or a list of them.
         max_forgetting: nats per token of forgetting above which no reading is the best; null for no bound.
@@ -104,6 +106,7 @@ class SFTModule(LightningModule):
         replay_weight: float = 1.0,
         replay_target: float | None = None,
         fisher_documents: int = 0,
+        fisher_weight: float = 0.0,
         l2_sp: float = 0.0,
         freeze: str | list[str] | None = None,
         max_forgetting: float | None = None,
@@ -134,6 +137,8 @@ class SFTModule(LightningModule):
             replay_target=replay_target,
             l2_sp=l2_sp,
             fisher_documents=fisher_documents,
+            fisher_weight=fisher_weight,
+            seed=seed,
             more=terms,
         )
         self.learning_rate, self.warmup_ratio, self.min_lr_ratio = learning_rate, warmup_ratio, min_lr_ratio
@@ -205,7 +210,7 @@ class SFTModule(LightningModule):
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, RotatedAdamW)
         with self.trainer.precision_plugin.forward_context():
-            found = self.holding.bases(seed=self.seed, read=self._text_to_read)
+            found = self.holding.bases(self._text_to_read)
         if self.trainer.world_size > 1:
             found = self.trainer.strategy.broadcast({name: basis.to("cpu") for name, basis in found.items()})
         optimizer.turn({self.model.get_parameter(name): basis.to(self.device) for name, basis in found.items()})

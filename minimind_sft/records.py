@@ -23,6 +23,7 @@ COLUMNS = (
     "grad_norm",
     "train/replay",
     "replay_weight",
+    "train/ekfac",
     "val/chat/loss",
     "val/chat/perplexity",
     "val/pretrain/loss",

@@ -181,14 +181,14 @@ class EWC(Term):
         if documents < 1:
             raise ValueError(f"the documents of {self.name} are {documents}; it needs at least 1")
         self.documents, self.seed = documents, seed
-        self._bases: dict[str, Basis] = {}
+        self.bases: dict[str, Basis] = {}
         self._pull: tuple[Tensor, list[Tensor]] | None = None
 
     def start(self, base: Transformer, control_ids: list[int], *, half: torch.dtype | None) -> None:
         self._base = dict(base.named_parameters())
 
     def _turned(self, name: str, matrix: Tensor) -> Tensor:
-        return self._bases[name].turned(matrix) if name in self._bases else matrix
+        return self.bases[name].turned(matrix) if name in self.bases else matrix
 
     def read(self, base: Transformer, text: Iterable[MicroBatch]) -> None:
         weights = list(self._base.values())
@@ -225,7 +225,7 @@ class EWC(Term):
                 distance = self._turned(name, parameter - self._base[name])
                 force = self.fisher[name] * distance
                 nats.append(0.5 * (force * distance).sum())
-                gradients.append(self._bases[name].back(force) if name in self._bases else force)
+                gradients.append(self.bases[name].back(force) if name in self.bases else force)
         return torch.stack(nats).sum(), gradients
 
 
@@ -251,13 +251,16 @@ class EKFAC(EWC):
     U and V are the eigenvectors that AdamW's moments are kept in (`fisher.py`), F the Fisher information in that basis.
     There, next to nothing of the Fisher information lies off the diagonal, which is all that EWC knows of it.
     Source: arXiv 1806.03884 (EKFAC); a pull with Kronecker factors, arXiv 1805.07810.
+
+    Attributes:
+        bases: by parameter, once `read`.
     """
 
     name = "ekfac"
 
     def read(self, base: Transformer, text: Iterable[MicroBatch]) -> None:
         documents = list(text)
-        self._bases = bases_of(base, documents, self.seed)
+        self.bases = bases_of(base, documents, self.seed)
         super().read(base, documents)
 
 

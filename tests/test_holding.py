@@ -141,12 +141,19 @@ def test_a_share_of_the_replay_comes_in_a_chat_and_the_stream_knows_its_lengths(
 @pytest.mark.parametrize(("half", "kept"), [(None, True), (torch.bfloat16, False)])
 def test_the_base_is_kept_only_where_a_term_looks_at_it(half: torch.dtype | None, kept: bool) -> None:
     holding = Holding(
-        replay_loss="kl", replay_weight=1.0, replay_target=None, l2_sp=0.0, fisher_documents=1, more=None
+        replay_loss="kl",
+        replay_weight=1.0,
+        replay_target=None,
+        l2_sp=0.0,
+        fisher_documents=1,
+        fisher_weight=0.0,
+        seed=0,
+        more=None,
     )
     holding.choose(small_model(), None, replay=True)
     base = weakref.ref(holding._base)
     holding.start(torch.device("cpu"), [], half=half, read=lambda count: [])
-    assert holding.bases(seed=0, read=lambda count: []) and base() is not None
+    assert holding.bases(lambda count: []) and base() is not None
     holding.release()
     gc.collect()
     assert (base() is not None) == kept
@@ -285,7 +292,7 @@ def state(run_dir: Path) -> dict[str, Any]:
     return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-REPLAY, BASIS = "--data.replay_ratio=0.5", "--model.fisher_documents=20"
+REPLAY, BASIS, PULL = "--data.replay_ratio=0.5", "--model.fisher_documents=20", "--model.fisher_weight=1000"
 
 
 @pytest.fixture(scope="module")
@@ -329,6 +336,19 @@ def test_two_processes_with_replay_in_a_basis_train_as_one(cache: Path, tmp_path
             assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-4, abs=1e-5)
 
 
+def test_a_pull_in_the_basis_holds_and_is_logged_and_leaves_the_basis_as_it_is(cache: Path, tmp_path: Path) -> None:
+    basis, pulled = (fit(tmp_path / str(len(more)), cache, *more) for more in ([BASIS], [BASIS, PULL]))
+    assert float(pulled[-1]["val/forgetting"]) < 0.9 * float(basis[-1]["val/forgetting"])
+    assert float(pulled[1]["train/ekfac"]) == 0.0 and float(pulled[-1]["train/ekfac"]) > 0.0
+    assert pulled[1]["train/loss"] == basis[1]["train/loss"]  # at step 1 the model is the base
+    one, other = (state(tmp_path / name)["optimizer_states"][0]["bases"] for name in "12")
+    assert all(a is b is None or all(map(same, a, b)) for a, b in zip(one, other, strict=True))
+
+
+def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is other is None or (one is not None and other is not None and torch.equal(one, other))
+
+
 def test_without_any_text_the_basis_is_of_text_by_the_base(cache: Path, tmp_path: Path) -> None:
     ends = [
         fit(tmp_path / name, cache, "--data.pretrain_path=null", "--data.own_chats=0", *more)[-1]["train/loss"]
@@ -337,7 +357,7 @@ def test_without_any_text_the_basis_is_of_text_by_the_base(cache: Path, tmp_path
     assert ends[0] != ends[1]
 
 
-@pytest.mark.parametrize("more", [[], ["--model.replay_target=0.001"], [BASIS]])
+@pytest.mark.parametrize("more", [[], ["--model.replay_target=0.001"], [BASIS], [BASIS, PULL]])
 def test_a_run_with_replay_resumes_bit_for_bit_and_on_no_other_replay(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
 ) -> None:
@@ -428,6 +448,8 @@ def test_the_weight_follows_the_target_and_the_divergence_the_weight(cache: Path
         (["--model.replay_target=0.02", "--model.replay_loss=ntp"], "set it to null"),
         (["--data.replay_in_chat=2"], "a share between 0 and 1"),
         (["--model.fisher_documents=-1"], "at least 0"),
+        ([BASIS, "--model.fisher_weight=-1"], "at least 0"),
+        ([PULL], "set it to 100"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(
