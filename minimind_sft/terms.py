@@ -187,8 +187,8 @@ class EWC(Term):
     def start(self, base: Transformer, control_ids: list[int], *, half: torch.dtype | None) -> None:
         self._base = dict(base.named_parameters())
 
-    def _turned(self, name: str, matrix: Tensor) -> Tensor:
-        return self.bases[name].turned(matrix) if name in self.bases else matrix
+    def _basis(self, name: str) -> Basis:
+        return self.bases.get(name, Basis(None, None))
 
     def read(self, base: Transformer, text: Iterable[MicroBatch]) -> None:
         weights = list(self._base.values())
@@ -198,7 +198,7 @@ class EWC(Term):
             gradients = torch.autograd.grad(score, weights, allow_unused=True)
             for name, total, gradient in zip(self._base, sums, gradients, strict=True):
                 if gradient is not None:  # an expert that was not asked
-                    total += self._turned(name, gradient).square()
+                    total += self._basis(name).turned(gradient).square()
             tokens += drawn
         base.requires_grad_(False)
         self.fisher = {name: total / max(1, tokens) for name, total in zip(self._base, sums, strict=True)}
@@ -210,22 +210,22 @@ class EWC(Term):
             if name in self._base and parameter.requires_grad
         }
         if self._pull is None:  # once a window: its micro-batches pull alike
-            self._pull = self._of(pulled)
+            self._pull = self._quadratic(pulled)
         return _Known.apply(*self._pull, *pulled.values()) * len(batch.targets) / batch.window_targets
 
     def after_step(self, model: Transformer, learning_rate: float) -> None:
         self._pull = None
 
     @torch.no_grad()
-    def _of(self, pulled: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _quadratic(self, pulled: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The loss of these parameters, (), and its gradients."""
         nats, gradients = [], []
         with torch.autocast(next(iter(pulled.values())).device.type, enabled=False):
             for name, parameter in pulled.items():
-                distance = self._turned(name, parameter - self._base[name])
+                distance = self._basis(name).turned(parameter - self._base[name])
                 force = self.fisher[name] * distance
                 nats.append(0.5 * (force * distance).sum())
-                gradients.append(self.bases[name].back(force) if name in self.bases else force)
+                gradients.append(self._basis(name).back(force))
         return torch.stack(nats).sum(), gradients
 
 

@@ -342,11 +342,7 @@ def test_a_pull_in_the_basis_holds_and_is_logged_and_leaves_the_basis_as_it_is(c
     assert float(pulled[1]["train/ekfac"]) == 0.0 and float(pulled[-1]["train/ekfac"]) > 0.0
     assert pulled[1]["train/loss"] == basis[1]["train/loss"]  # at step 1 the model is the base
     one, other = (state(tmp_path / name)["optimizer_states"][0]["bases"] for name in "12")
-    assert all(a is b is None or all(map(same, a, b)) for a, b in zip(one, other, strict=True))
-
-
-def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    return one is other is None or (one is not None and other is not None and torch.equal(one, other))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_without_any_text_the_basis_is_of_text_by_the_base(cache: Path, tmp_path: Path) -> None:
