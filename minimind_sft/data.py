@@ -1,7 +1,7 @@
 """The LightningDataModule: train chats, validation chats, and the pretraining text that forgetting is measured on.
 
 What comes in are files and the settings below; what goes out are loaders of micro-batches. Selecting and tokenizing
-happen once, in `prepare_data` (`stores.py`). Order, cuts and draws are a plan (`batching.Plan`), a pure function of
+happen once, in `prepare_data` (`stores.py`). Order, cuts and draws are a plan (`windows.Plan`), a pure function of
 (seed, epoch), so that there is no position to save: a resumed run derives it from the number of optimizer steps.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from minimind_sft.batching import MicroBatch, Plan
+from minimind_sft.batching import MicroBatch
 from minimind_sft.corpus import Store
 from minimind_sft.documents import Documents
 from minimind_sft.evaluation import EvaluationBatches, bytes_of_tokens, drawn, prompts
@@ -26,6 +26,7 @@ from minimind_sft.replay import ReplayStream
 from minimind_sft.replay_chat import ChatFrame
 from minimind_sft.self_written import Author
 from minimind_sft.stores import SELF_WRITTEN, Opened, Stores
+from minimind_sft.windows import Plan
 
 if TYPE_CHECKING:
     from minimind_sft.module import SFTModule

@@ -1,7 +1,7 @@
 """A store as epoch 0 of `fit` sees it, row by row: which tokens are used, learned, left out and cut.
 
 What is drawn per epoch (which empty think blocks stay, which system prompt stands in front) is drawn as `fit` draws it,
-so the rows shown are those trained on; the numbers are those of `batching.Plan`, found again from the tokens of a
+so the rows shown are those trained on; the numbers are those of `windows.Plan`, found again from the tokens of a
 single row.
 """
 
@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minimind_sft.batching import Plan
 from minimind_sft.dealing import VALIDATION, Dealt
 from minimind_sft.documents import NO_PROMPT
 from minimind_sft.oddities import TokenTexts
 from minimind_sft.packing import OPTIONAL, SUPERVISED
+from minimind_sft.windows import Plan
 
 USED, LEFT_OUT, CUT = "used", "left out", "cut"
 

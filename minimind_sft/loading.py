@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from minimind_sft.batching import MicroBatch, Plan
+from minimind_sft.batching import MicroBatch
+from minimind_sft.windows import Plan
 
 
 def loader(dataset: Dataset[MicroBatch], sampler: Sampler[Any] | None = None) -> DataLoader[MicroBatch]:

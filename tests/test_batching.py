@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from minimind_sft import corpus
-from minimind_sft.batching import IGNORE, Plan, in_order, pack
+from minimind_sft.batching import IGNORE, in_order, pack
 from minimind_sft.chat import ChatTemplate, Span
 from minimind_sft.corpus import Store
 from minimind_sft.documents import Documents
 from minimind_sft.packing import SUPERVISED
 from minimind_sft.sampling import Line
+from minimind_sft.windows import Plan
 
 PROJECT = Path(__file__).resolve().parents[1]
 

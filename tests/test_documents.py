@@ -8,13 +8,13 @@ import pytest
 from test_batching import store_of
 
 from minimind_sft import corpus
-from minimind_sft.batching import Plan
 from minimind_sft.chat import ChatTemplate, Span
 from minimind_sft.corpus import Store
 from minimind_sft.documents import NO_PROMPT, Documents
 from minimind_sft.formats import parse
 from minimind_sft.sampling import Line
 from minimind_sft.system_prompts import find_prompts, read_prompts
+from minimind_sft.windows import Plan
 
 PROJECT = Path(__file__).resolve().parents[1]
 

@@ -16,7 +16,7 @@ from test_batching import chat, store_of
 from torch import Tensor
 
 from minimind_sft.__main__ import main
-from minimind_sft.batching import MicroBatch, Plan, pack
+from minimind_sft.batching import MicroBatch, pack
 from minimind_sft.chat import ChatTemplate
 from minimind_sft.comparison import compare
 from minimind_sft.documents import Documents
@@ -31,6 +31,7 @@ from minimind_sft.replay_chat import ChatFrame, ReplayRow
 from minimind_sft.stores import Stores
 from minimind_sft.terms import L2SP, ReplayKL, ReplayNextToken, Term
 from minimind_sft.weight_control import adapted
+from minimind_sft.windows import Plan
 
 PROJECT = Path(__file__).resolve().parents[1]
 
