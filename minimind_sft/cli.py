@@ -19,13 +19,14 @@ from minimind_sft.cli_options import NOT_OFFERED, Parser, add_run_options
 from minimind_sft.data import SFTDataModule
 from minimind_sft.devices import pin_device, resolve_precision
 from minimind_sft.export import FORMATS
+from minimind_sft.first_screen import FirstScreen, Record
 from minimind_sft.guard import Guard
+from minimind_sft.last_screen import LastScreen
 from minimind_sft.measuring import Measure
 from minimind_sft.module import SFTModule
 from minimind_sft.predictions import WritePredictions
 from minimind_sft.records import MetricsFile
 from minimind_sft.rundir import find_checkpoint, is_rank_zero, prepare_run_dir, refuse_own_weights, wandb_logger
-from minimind_sft.screen import FirstScreen, LastScreen, Record
 from minimind_sft.settings import find_config
 from minimind_sft.step_log import StepLog
 

@@ -21,7 +21,8 @@ from minimind_sft.checkpoint_files import find_file, listing, read, sha256_files
 from minimind_sft.minimind import EMBEDDING, HEAD
 from minimind_sft.minimind import export_minimind as export_minimind
 from minimind_sft.model import Transformer
-from minimind_sft.model_config import ModelConfig, infer_config, stretched
+from minimind_sft.model_config import ModelConfig, stretched
+from minimind_sft.model_shapes import infer_config
 from minimind_sft.origins import find_origin
 
 

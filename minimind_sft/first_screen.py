@@ -1,4 +1,4 @@
-"""The screens of `fit`: what is about to happen, what came of it, and the files that say so.
+"""The first screen of `fit`: what is about to happen, and the files that say so.
 
 Runs as a Lightning callback because what it tells is known only once the data is open and the base was measured.
 """
@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,21 +19,16 @@ from lightning.pytorch.callbacks import Callback
 
 from minimind_sft import account, report
 from minimind_sft.caps import RULE_OF_THUMB
-from minimind_sft.evaluation import evaluation_tokens, sources_of
-from minimind_sft.export import export_run
+from minimind_sft.evaluation import evaluation_tokens
 from minimind_sft.files import write_whole
-from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN, summary
-from minimind_sft.generate import generate
-from minimind_sft.measuring import Measure, evaluating
-from minimind_sft.probes import Probe, Reply, answer_text, ask, compare, load_probes
+from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
+from minimind_sft.measuring import Measure
 from minimind_sft.step_log import duration
 from minimind_sft.stores import UNSEEN
 
 if TYPE_CHECKING:
     from minimind_sft.data import SFTDataModule
     from minimind_sft.module import SFTModule
-
-SAMPLE_ANSWERS, SAMPLE_TOKENS = 3, 64
 
 
 class Record(Callback):
@@ -212,106 +205,3 @@ def _text_line(text: float, chat: float | None, pl_module: SFTModule, data: SFTD
     if chat is not None and abs(chat - text) < 0.3:
         line += f"; the chats' is within {abs(chat - text):.2f}: text so like the chats can hardly show forgetting"
     return line
-
-
-class LastScreen(Callback):
-    """Before and after: facts, sample answers, the table, `forgetting.json` and others, and the picture.
-
-    Args:
-        folder: the run directory.
-        measure: the readings.
-        probes: file of fact probes, or None.
-        document_format: framing of raw text.
-        exports: formats that the best and the last checkpoint are exported to.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        measure: Measure,
-        probes: Path | None,
-        document_format: str,
-        exports: Sequence[str] = (),
-    ) -> None:
-        self.folder, self.measure, self.document_format, self.exports = folder, measure, document_format, exports
-        self.probes: list[Probe] = load_probes(probes) if probes else []
-        self.replies: list[Reply] = []
-        self.answers: list[str] = []
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.global_step == 0 and not pl_module.from_scratch and trainer.is_global_zero:
-            self.replies, self.answers = self._ask(trainer, pl_module)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if not trainer.is_global_zero or not self.measure.readings:
-            return
-        data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        readings = self.measure.readings
-        before, after, best = readings[0], readings[-1], self.measure.best
-        from_base = not pl_module.from_scratch
-        text = data.evaluation.get(PRETRAIN)
-        documents = sources_of(text).counts if text else None
-        figures = summary(before, after, best, text=data.text, from_base=from_base, documents=documents)
-        write_whole(self.folder / "forgetting.json", json.dumps(figures, indent=1) + "\n")
-        table = report.forgetting_table(before, after, best, text=data.text, from_base=from_base)
-        print("\n" + table, flush=True)
-        share = self.measure.intervals.live_share
-        if share < 1 and best is not None and best.step != after.step:
-            print(f"step {best.step} was looked at on {share:.0%} of the documents (val_every_steps: all of them)")
-        if before.chat_loss is not None and before.pretrain_loss is not None:
-            report.plot(readings, self.folder / "forgetting.png")
-        if not pl_module.from_scratch:
-            self._compare(trainer, pl_module)
-        if told := export_run(self.folder, self.exports):
-            print("\n" + "\n".join(told), flush=True)
-        print(
-            f"\nin {self.folder}: "
-            f"{', '.join(sorted(p.name for p in self.folder.iterdir() if not p.name.startswith('.')))}\n"
-            f"as a page: python -m minimind_sft report {shlex.quote(str(self.folder))}",
-            flush=True,
-        )
-
-    def _compare(self, trainer: pl.Trainer, pl_module: SFTModule) -> None:
-        replies, answers = self._ask(trainer, pl_module)
-        if self.probes:
-            comparison = compare(self.probes, self.replies, replies)
-            write_whole(self.folder / "probes.json", json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
-            print("\n" + report.probe_table(comparison), flush=True)
-        told = [
-            {"where": row["where"], "question": row["messages"][-1]["content"], "before": old, "after": new}
-            for row, old, new in zip(self._samples(trainer), self.answers, answers, strict=True)
-        ]
-        if told:
-            write_whole(self.folder / "answers.json", json.dumps(told, indent=1, ensure_ascii=False) + "\n")
-        for row in told:
-            print(
-                f"\nuser    {row['question'][:200]}\nbefore  {row['before'][:200]}\nafter   {row['after'][:200]}",
-                flush=True,
-            )
-
-    def _ask(self, trainer: pl.Trainer, pl_module: SFTModule) -> tuple[list[Reply], list[str]]:
-        data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        with evaluating(trainer, pl_module):
-            replies = (
-                ask(pl_module.model, data.template, self.probes, document_format=self.document_format)
-                if self.probes
-                else []
-            )
-            prompts = [row["prompt_ids"] for row in self._samples(trainer)]
-            ids = (
-                generate(pl_module.model, prompts, max_new_tokens=SAMPLE_TOKENS, stop_ids=data.template.stop_ids)
-                if prompts
-                else []
-            )
-        return replies, [" ".join(answer_text(data.template, answer).split()) for answer in ids]
-
-    def _samples(self, trainer: pl.Trainer) -> list[dict[str, Any]]:
-        data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        return data.sample_prompts(SAMPLE_ANSWERS)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"replies": [asdict(reply) for reply in self.replies], "answers": self.answers}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.replies = [Reply(**reply) for reply in state_dict["replies"]]
-        self.answers = state_dict["answers"]
