@@ -76,8 +76,10 @@ class SFTDataModule(LightningDataModule):
             measured on; 0 is off. What is asked of them: `model.replay_loss`.
         replay_source: `file`, to replay `pretrain_path`; `self`, to replay text that the base writes itself first;
             `auto`, to replay `pretrain_path` where it is set.
-        replay_in_chat: share of the replay documents that are replayed in the chat template, as the rest of a text that
-            a user asks for, where the model is held to what the base says of the same tokens without a chat.
+        replay_length: tokens of a piece, at most, that documents are replayed in: the shorter, the more subjects in
+            every step; null to replay whole documents.
+        replay_in_chat: share of these pieces that are replayed in the chat template, as the rest of a text that a user
+            asks for, where the model is held to what the base says of the same tokens without a chat.
         replay_documents: documents to replay from, at most; of `pretrain_path` chosen by content hash.
         format: of the lines: auto, or one of the formats in the README.
         document_format: how pretraining framed a raw text: minimind3, minimind2 (the markers are in the text) or bare.
@@ -121,6 +123,7 @@ class SFTDataModule(LightningDataModule):
         replay_ratio: float = 0.0,
         replay_source: Literal["auto", "file", "self"] = "auto",
         replay_documents: int = 20_000,
+        replay_length: int | None = None,
         replay_in_chat: float = 0.0,
         format: str = "auto",
         document_format: str = "minimind3",
@@ -140,7 +143,7 @@ class SFTDataModule(LightningDataModule):
                 raise ValueError(f"data.{name} is {number}; it is a number that the base writes, 0 for none")
         if not 0.0 <= replay_in_chat <= 1.0:
             raise ValueError(f"data.replay_in_chat is {replay_in_chat}; it is a share between 0 and 1")
-        self.replay_in_chat = replay_in_chat
+        self.replay_length, self.replay_in_chat = replay_length, replay_in_chat
         self.own_documents, self.own_chats = own_documents, own_chats
         self.replay_ratio, self.replay_documents = replay_ratio, replay_documents
         self.replays_own = replay_source == "self" or replay_source == "auto" and pretrain_path is None
@@ -276,7 +279,14 @@ class SFTDataModule(LightningDataModule):
         if self.replay_in_chat:
             frame = ChatFrame.of(self.template)
             text = Documents(text.store, max_length=max(2, self.max_length - frame.extra))
-        return ReplayStream(text, ratio=self.replay_ratio, seed=self.seed, frame=frame, in_chat=self.replay_in_chat)
+        return ReplayStream(
+            text,
+            ratio=self.replay_ratio,
+            seed=self.seed,
+            piece_length=self.replay_length,
+            frame=frame,
+            in_chat=self.replay_in_chat,
+        )
 
     @cached_property
     def _token_bytes(self) -> np.ndarray:
@@ -312,8 +322,9 @@ class SFTDataModule(LightningDataModule):
     def _replay_identity(self) -> str | None:
         if self.plan.replay is None:
             return None
+        pieces = f", in pieces of {self.replay_length}" if self.replay_length else ""
         in_chat = f", {self.replay_in_chat:g} of it in a chat" if self.replay_in_chat else ""
-        return f"{self.replay_ratio:g} of {self.plan.replay.documents.store.folder.name}{in_chat}"
+        return f"{self.replay_ratio:g} of {self.plan.replay.documents.store.folder.name}{pieces}{in_chat}"
 
     def check_identity(self, saved: dict[str, Any]) -> None:
         """Refuse to resume on another plan.

@@ -178,10 +178,11 @@ def _holding(data: SFTDataModule, pl_module: SFTModule) -> str:
     if replay is not None:
         text = "text by the base" if data.replays_own else "pretraining text"
         tokens = np.mean([replay.lengths[window].sum() for window in data.plan.epoch(0).replay])
+        pieces = f" in pieces of {data.replay_length}" if data.replay_length else ""
         said.append(
             f"replay of {tokens:,.0f} tokens of {text} a step ({data.replay_ratio:g} of the chats'; "
-            f"{len(replay.documents):,} documents, none of them measured), {holding.replay_loss} loss of weight "
-            f"{holding.replay_weight:g}"
+            f"{len(replay.documents):,} documents{pieces}, none of them measured), {holding.replay_loss} loss of "
+            f"weight {holding.replay_weight:g}"
             + (f", which follows a target of {holding.replay_target:g} nats" if holding.replay_target else "")
         )
     said += [f"{term.name}, weight {term.weight:g}" for term in holding.terms if term.name != "replay"]

@@ -73,6 +73,31 @@ def test_an_epoch_replays_its_share_of_tokens_and_goes_on_where_the_last_one_end
     assert plan.epoch(1).order.tolist() == plain.epoch(1).order.tolist()  # the chats are not disturbed
 
 
+@pytest.mark.parametrize("longest", [8, 9, 15, 24])
+def test_pieces_are_all_of_the_documents_each_once_and_none_too_long(pool: Documents, longest: int) -> None:
+    stream = ReplayStream(pool, ratio=1.0, seed=0, piece_length=longest)
+    rows = [stream.row(number) for number in range(len(stream.lengths))]
+    sizes = [len(row.ids) for row in rows]
+    assert sizes == stream.lengths.tolist() and max(sizes) <= longest and min(sizes) >= 3
+    assert [int(row.supervised[1:].sum()) for row in rows] == stream.targets.tolist()
+    assert np.concatenate([row.ids for row in rows]).tolist() == np.concatenate(
+        [pool.row(number, True)[0] for number in range(len(pool))]
+    ).tolist()  # fmt: skip
+    numbers = [stream.between(at, at + 1) for at in range(stream.tokens)]
+    assert sorted(np.concatenate(numbers).tolist()) == list(range(len(rows)))
+
+
+def test_pieces_bring_more_subjects_into_every_window_for_the_same_tokens(pool: Documents, chats: Documents) -> None:
+    subjects, tokens = {}, {}
+    for longest in (None, 8):
+        stream = ReplayStream(pool, ratio=0.5, seed=0, piece_length=longest)
+        epoch = Plan(chats, batch_size=8, replay=stream).epoch(0)
+        subjects[longest] = sum(map(len, epoch.replay))
+        tokens[longest] = sum(int(stream.lengths[window].sum()) for window in epoch.replay)
+    assert subjects[8] > 1.5 * subjects[None]
+    assert abs(tokens[8] - tokens[None]) < 30
+
+
 @pytest.mark.parametrize(("batch_size", "accumulate", "ranks"), [(4, 4, 1), (1, 16, 1), (2, 4, 2)])
 def test_replay_is_the_same_however_a_window_is_dealt(
     pool: Documents, chats: Documents, batch_size: int, accumulate: int, ranks: int
@@ -370,7 +395,7 @@ def test_a_run_with_replay_resumes_bit_for_bit_and_on_no_other_replay(
     one, other = (state(tmp_path / name)["state_dict"] for name in ("whole", "rest"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     with pytest.raises(AssertionError):
-        fit(tmp_path / "refused", cache, "--data.replay_ratio=0.25", *schedule, ckpt=str(middle))
+        fit(tmp_path / "refused", cache, REPLAY, "--data.replay_length=20", *schedule, ckpt=str(middle))
     assert "replay was" in capsys.readouterr().err
 
 
@@ -411,6 +436,7 @@ def test_every_other_way_to_hold_on_changes_the_run(
     for name, options in {
         "ntp": [REPLAY, "--model.replay_loss=ntp"],
         "weight": [REPLAY, "--model.replay_weight=3"],
+        "pieces": [REPLAY, "--data.replay_length=16"],
         "target": [REPLAY, "--model.replay_target=0.0001"],
         "basis": [REPLAY, BASIS],
         "l2_sp": ["--model.l2_sp=10"],
@@ -445,6 +471,7 @@ def test_the_weight_follows_the_target_and_the_divergence_the_weight(cache: Path
         (["--model.replay_target=0"], "above 0"),
         (["--model.replay_target=0.02", "--model.replay_loss=ntp"], "set it to null"),
         (["--data.replay_in_chat=2"], "a share between 0 and 1"),
+        (["--data.replay_length=7"], "at least 8, or null for whole documents"),
         (["--model.fisher_documents=-1"], "at least 0"),
         ([BASIS, "--model.fisher_weight=-1"], "at least 0"),
         ([PULL], "set it to 100"),
