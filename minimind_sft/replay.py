@@ -1,7 +1,7 @@
 """Replay: how much pretraining text, and which, goes into every window beside the chats.
 
 Documents are replayed in pieces. A step has room for a few hundred to a few thousand tokens of replay: as whole
-documents these are three or four subjects, and the step holds on to those; as pieces of 64 tokens, twenty or more. The
+documents these are three or four subjects, and the step holds on to those; as pieces of 128 tokens, a dozen. The
 base reads the same piece, so what it says of it is as good a target as what it says of the whole.
 
 The pieces of the pool are read as one endless stream, pass after pass, each in an order of its own. A window takes
