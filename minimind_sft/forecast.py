@@ -194,8 +194,8 @@ def _time(
     replay: float,
     turning: int,
 ) -> str:
-    """Minutes at a throughput that is given, or at each of several; text to replay is as long as the chats, and goes
-    forward through the base as well, a third of what training on it takes. Turning gradients into bases comes on top.
+    """Minutes at a throughput that is given, or at each of several; text to replay is taken to be as long as the chats,
+    and goes forward through the base as well, a third of what training on it takes. Turning into bases comes on top.
     """
     tokens = epochs * known.documents * known.tokens
     trained = memory.training_flops(
