@@ -83,6 +83,18 @@ def test_the_rows_are_confirmed_and_their_ratios_told() -> None:
     assert columns == {14}
 
 
+@pytest.mark.parametrize(
+    ("differences", "told"), [((-0.02, 0.0, 0.03), "| over "), ((-0.02, -0.03, -0.02), "| nothing is forgotten |")]
+)
+def test_where_forgetting_may_be_none_the_ratio_has_no_figure(differences: tuple[float, ...], told: str) -> None:
+    confirmed = {(one.trial, one.seed): confirm(one) for one in TRIALS}
+    rows = [row | {"difference": rise} for row, rise in zip(confirmed["strong", 1].documents, differences, strict=True)]
+    confirmed["strong", 1] = confirmed["strong", 1]._replace(documents=rows)
+    found = findings(TRIALS, confirmed)
+    assert found["rows"]["held"]["ratio"]["vanilla"]["ratio"] is None
+    assert told in markdown({"small": found})
+
+
 @pytest.mark.parametrize("change", [{"forgetting": 0.04}, {"base_chat_loss": 4.2}])
 def test_a_shift_that_is_too_small_gets_no_ratio(change: dict[str, float]) -> None:
     found = found_of([trial._replace(**change) for trial in TRIALS])

@@ -124,14 +124,19 @@ def _confirmed(seeds: Sequence[Confirmed]) -> dict[str, Any]:
 
 
 def _ratios(rows: Mapping[str, Sequence[Confirmed]], group: str) -> dict[str, Any]:
-    """How many times as much vanilla and the original forget, paired over documents."""
+    """How many times as much vanilla and the original forget, paired over documents.
+
+    The interval is that of the row's share of the other's forgetting, turned over: where zero is within the share's,
+    the ratio has a lower bound only, and is itself no figure.
+    """
     own = rows[group]
-    ratios = {}
+    ratios: dict[str, Any] = {}
     for other in (VANILLA, ORIGINAL):
         if other in rows and other != group:
+            share = _draws(own[0].documents).ratio(_rise(own), _rise(rows[other]))
             ratio = float(_rise(rows[other]).sum() / _rise(own).sum())
-            interval = _draws(own[0].documents).ratio(_rise(rows[other]), _rise(own))
-            ratios[other] = {"ratio": ratio, "interval": interval}
+            bounds = None if share is None else [1.0 / end if end > 0.0 else None for end in reversed(share)]
+            ratios[other] = {"ratio": ratio if bounds is None or bounds[1] is not None else None, "interval": bounds}
     return ratios
 
 
@@ -184,8 +189,12 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
 def _ratio(ratio: dict[str, Any] | None) -> str:
     if ratio is None:
         return ""
-    interval = "" if ratio["interval"] is None else " ({:.1f} to {:.1f})".format(*ratio["interval"])
-    return f"{ratio['ratio']:.1f}{interval}"
+    if ratio["interval"] is None:
+        return f"{ratio['ratio']:.1f}"
+    low, high = ratio["interval"]
+    if high is None:
+        return "nothing is forgotten" if low is None else f"over {low:.0f}"
+    return f"{ratio['ratio']:.1f} ({low:.1f} to {high:.1f})"
 
 
 def _signed(nats: float | None) -> str:
