@@ -129,14 +129,15 @@ def _ratios(rows: Mapping[str, Sequence[Confirmed]], group: str) -> dict[str, An
     The interval is that of the row's share of the other's forgetting, turned over: where zero is within the share's,
     the ratio has a lower bound only, and is itself no figure.
     """
-    own = rows[group]
+    own, draws = _rise(rows[group]), _draws(rows[group][0].documents)
     ratios: dict[str, Any] = {}
     for other in (VANILLA, ORIGINAL):
         if other in rows and other != group:
-            share = _draws(own[0].documents).ratio(_rise(own), _rise(rows[other]))
-            ratio = float(_rise(rows[other]).sum() / _rise(own).sum())
+            theirs = _rise(rows[other])
+            share = draws.ratio(own, theirs)
             bounds = None if share is None else [1.0 / end if end > 0.0 else None for end in reversed(share)]
-            ratios[other] = {"ratio": ratio if bounds is None or bounds[1] is not None else None, "interval": bounds}
+            bounded = bounds is None or bounds[1] is not None
+            ratios[other] = {"ratio": float(theirs.sum() / own.sum()) if bounded else None, "interval": bounds}
     return ratios
 
 
