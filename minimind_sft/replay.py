@@ -60,7 +60,7 @@ class ReplayStream:
 
     Attributes:
         lengths: (P,) tokens that the model reads.
-        targets: (P,) tokens that something is asked of: all but the first.
+        targets: (P,) tokens that something is asked of.
         tokens: of one pass over the pool, as the base reads them.
 
     Raises:
@@ -92,13 +92,20 @@ class ReplayStream:
         self.documents, self.ratio, self.seed, self.frame = documents, ratio, seed, frame
         self._pieces = Pieces.of(documents.sizes(np.ones(len(documents), bool))[0], piece_length)
         self._raw_lengths = self._pieces.stop - self._pieces.start
-        self.tokens, self.lengths, self.targets = int(self._raw_lengths.sum()), self._raw_lengths, self._raw_lengths - 1
+        self.tokens, self.lengths = int(self._raw_lengths.sum()), self._raw_lengths
+        self.targets = self._count_targets()
         draws = np.random.default_rng([seed, 0, 6])
         self._in_chat = draws.random(len(self.lengths)) < in_chat
         self._shares = draws.uniform(*USER_SHARES, len(self.lengths))
         if frame is not None:
             self.lengths = self._raw_lengths + self._in_chat * frame.extra
         self._pass = lru_cache(maxsize=2)(self._order)
+
+    def _count_targets(self) -> np.ndarray:
+        supervised = np.concatenate([self.documents.row(number, True)[1] for number in range(len(self.documents))])
+        starts = self._raw_lengths.cumsum() - self._raw_lengths  # the pieces, one behind the other, are the documents
+        supervised[starts] = False  # nothing predicts a first token
+        return np.add.reduceat(supervised, starts, dtype=np.int64)
 
     def _order(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Pieces (P,) of a pass in order, and where in the pass each one begins (P,)."""

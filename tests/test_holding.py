@@ -87,6 +87,14 @@ def test_pieces_are_all_of_the_documents_each_once_and_none_too_long(pool: Docum
     assert sorted(np.concatenate(numbers).tolist()) == list(range(len(rows)))
 
 
+@pytest.mark.parametrize("longest", [None, 8])
+def test_of_chats_that_are_replayed_only_the_answers_are_targets(chats: Documents, longest: int | None) -> None:
+    stream = ReplayStream(chats, ratio=1.0, seed=0, piece_length=longest)
+    rows = [stream.row(number) for number in range(len(stream.lengths))]
+    assert [int(row.supervised[1:].sum()) for row in rows] == stream.targets.tolist()
+    assert 0 < stream.targets.sum() < (stream.lengths - 1).sum()
+
+
 def test_pieces_bring_more_subjects_into_every_window_for_the_same_tokens(pool: Documents, chats: Documents) -> None:
     subjects, tokens = {}, {}
     for longest in (None, 8):
