@@ -126,4 +126,3 @@ def _in_chunks(
         elif to_weight is not None:
             to_weight += gradient.t() @ states
     return total
-

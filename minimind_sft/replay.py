@@ -93,19 +93,21 @@ class ReplayStream:
         self._pieces = Pieces.of(documents.sizes(np.ones(len(documents), bool))[0], piece_length)
         self._raw_lengths = self._pieces.stop - self._pieces.start
         self.tokens, self.lengths = int(self._raw_lengths.sum()), self._raw_lengths
-        self.targets = self._count_targets()
+        first, self.targets = self._read()
         draws = np.random.default_rng([seed, 0, 6])
         self._in_chat = draws.random(len(self.lengths)) < in_chat
         self._shares = draws.uniform(*USER_SHARES, len(self.lengths))
         if frame is not None:
-            self.lengths = self._raw_lengths + self._in_chat * frame.extra
+            self.lengths = self._raw_lengths + self._in_chat * [frame.extra(id) for id in first.tolist()]
         self._pass = lru_cache(maxsize=2)(self._order)
 
-    def _count_targets(self) -> np.ndarray:
-        supervised = np.concatenate([self.documents.row(number, True)[1] for number in range(len(self.documents))])
+    def _read(self) -> tuple[np.ndarray, np.ndarray]:
+        """The first token of every piece (P,), and how many of its tokens are targets (P,)."""
+        rows = [self.documents.row(number, True) for number in range(len(self.documents))]
+        ids, supervised = (np.concatenate(parts) for parts in zip(*rows, strict=True))
         starts = self._raw_lengths.cumsum() - self._raw_lengths  # the pieces, one behind the other, are the documents
         supervised[starts] = False  # nothing predicts a first token
-        return np.add.reduceat(supervised, starts, dtype=np.int64)
+        return ids[starts], np.add.reduceat(supervised, starts, dtype=np.int64)
 
     def _order(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Pieces (P,) of a pass in order, and where in the pass each one begins (P,)."""
@@ -143,6 +145,4 @@ class ReplayStream:
         """
         begin = epoch * int(self.ratio * epoch_tokens)
         stops = begin + np.floor(self.ratio * np.cumsum(chat_tokens)).astype(np.int64)
-        return [
-            self.between(int(start), int(stop)) for start, stop in zip([begin, *stops[:-1]], stops, strict=True)
-        ]
+        return [self.between(int(start), int(stop)) for start, stop in zip([begin, *stops[:-1]], stops, strict=True)]

@@ -1,16 +1,18 @@
 """Replay text as the model reads it: as pretraining had it, or in a chat, where the assistant goes on with it.
 
 A base that is held on raw text alone may keep its knowledge there and lose it wherever a chat begins. So a share of the
-documents is replayed inside the chat template: the user gives a document's beginning, and the assistant its rest. The
-base reads the document as it is, and the model is held to what the base says of the same tokens:
+pieces is replayed inside the chat template: the user gives a piece's beginning, and the assistant its rest. The base
+reads the piece as it is, and the model is held to what the base says of the same tokens:
 
     base    <bos> t1 ... tk tk+1 ... tn <eos>
     model   <header of the user> t1 ... tk <end, header of the assistant> tk+1 ... tn <eos>
 
+A piece from within a document has no <bos>; its first token is the user's like those behind it, and nobody's target.
+
 There is no instruction, which would have a language and would teach the wording that a measurement asks with. The
 tokens of the template are nobody's target.
 
-Shapes: L tokens of a document, K of its row in the chat, D documents.
+Shapes: L tokens of a piece, K of its row in the chat.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from minimind_sft.chat import ChatTemplate
 
 
 class ReplayRow(NamedTuple):
-    """A document to replay. The model's n-th target is the same token as the base's n-th."""
+    """A piece to replay. The model's n-th target is the same token as the base's n-th."""
 
     ids: np.ndarray  # (K,) what the model reads
     supervised: np.ndarray  # (K,) bool: which of them are targets
@@ -36,27 +38,29 @@ class ChatFrame(NamedTuple):
 
     before: np.ndarray
     between: np.ndarray
+    control_ids: frozenset[int]  # of the tokenizer: a document begins with one where pretraining put it there
 
     @classmethod
     def of(cls, template: ChatTemplate) -> ChatFrame:
         """What stays the same where a user says one letter or another."""
         one, other = (np.array(template.prompt([{"role": "user", "content": text}]), np.int64) for text in "0Q")
         place = int(np.flatnonzero(one != other)[0])
-        return cls(one[:place], one[place + 1 :])
+        return cls(one[:place], one[place + 1 :], frozenset(template.control_ids))
 
-    @property
-    def extra(self) -> int:
-        """Tokens that a document grows by."""
-        return len(self.before) + len(self.between) - 1
+    def extra(self, first: int) -> int:
+        """Tokens that a piece with this first one grows by."""
+        return len(self.before) + len(self.between) - (first in self.control_ids)
 
     def around(self, ids: np.ndarray, supervised: np.ndarray, share: float) -> ReplayRow:
-        """A document (L,), its first `share` said by the user. The first token, which pretraining put there, is left
-        out: nothing predicts it."""
-        cut = 1 + round(share * (len(ids) - 1))
-        nobody = [np.zeros(len(part), bool) for part in self]
+        """A piece (L,), its first `share` said by the user, without the control token that it may begin with."""
+        begin = int(ids[0] in self.control_ids)
+        cut = begin + round(share * (len(ids) - begin))
+        nobody = [np.zeros(len(part), bool) for part in (self.before, self.between)]
+        asked = supervised.copy()
+        asked[0] = False
         return ReplayRow(
-            np.concatenate([self.before, ids[1:cut], self.between, ids[cut:]]),
-            np.concatenate([nobody[0], supervised[1:cut], nobody[1], supervised[cut:]]),
+            np.concatenate([self.before, ids[begin:cut], self.between, ids[cut:]]),
+            np.concatenate([nobody[0], asked[begin:cut], nobody[1], asked[cut:]]),
             ids,
             supervised,
         )

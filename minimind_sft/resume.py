@@ -115,9 +115,7 @@ def _check_basis(module: SFTModule, before: int) -> None:
 
 
 def _tell_differences(module: SFTModule, saved: dict[str, Any]) -> None:
-    changed = [
-        f"{name} {saved.get(name)} -> {now}" for name, now in settings(module).items() if saved.get(name) != now
-    ]
+    changed = [f"{name} {saved.get(name)} -> {now}" for name, now in settings(module).items() if saved.get(name) != now]
     if changed and module.trainer.is_global_zero:
         print(f"settings that differ from the checkpoint's: {', '.join(changed)}", flush=True)
 

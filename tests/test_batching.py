@@ -29,9 +29,7 @@ def chat(question: int, answer: int) -> list[Span]:
 
 
 def test_labels_are_shifted_within_each_document_and_end_unsupervised() -> None:
-    packed = pack(
-        [(np.array([5, 6, 7]), np.array([False, True, True])), (np.array([8, 9]), np.array([True, False]))]
-    )
+    packed = pack([(np.array([5, 6, 7]), np.array([False, True, True])), (np.array([8, 9]), np.array([True, False]))])
     assert packed.batch.input_ids.tolist() == [5, 6, 7, 8, 9]
     assert packed.batch.labels.tolist() == [6, 7, IGNORE, IGNORE, IGNORE]
     assert packed.batch.positions.tolist() == [0, 1, 2, 0, 1]

@@ -149,7 +149,11 @@ def test_the_first_screens_sums_add_up_and_every_rejected_line_is_listed(
     assert "truncate_right at 768 tokens: 0 of 21 cut, 1 lost (4.8%)" in said
     rows = [json.loads(row) for row in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
     assert sorted((row["line"], row["reason"]) for row in rows) == [
-        (21, "not_json"), (22, "duplicate"), (23, "duplicate"), (24, "in_validation"), (25, "nothing_to_learn")
+        (21, "not_json"),
+        (22, "duplicate"),
+        (23, "duplicate"),
+        (24, "in_validation"),
+        (25, "nothing_to_learn"),
     ]
     assert {row["file"] for row in rows} == {str(train)}
     sample = json.loads((tmp_path / "run" / "sample.json").read_text())

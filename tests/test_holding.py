@@ -133,12 +133,14 @@ def test_replay_text_lies_behind_the_chats_with_targets_of_its_own() -> None:
     assert replay.base.input_ids.tolist() == [4, 5] and replay.base_targets.tolist() == [0]
 
 
+FRAME = ChatFrame(np.array([1, 30]), np.array([2, 1, 31]), frozenset({1, 2}))
+
+
 def test_a_document_in_a_chat_has_the_base_s_targets_in_the_base_s_order() -> None:
-    frame = ChatFrame(np.array([1, 30]), np.array([2, 1, 31]))
     ids, supervised = np.array([1, 11, 12, 13, 14, 2]), np.array([0, 1, 1, 1, 1, 1], bool)
-    row = frame.around(ids, supervised, 0.4)
+    row = FRAME.around(ids, supervised, 0.4)
     assert row.ids.tolist() == [1, 30, 11, 12, 2, 1, 31, 13, 14, 2]
-    assert len(row.ids) == len(ids) + frame.extra
+    assert len(row.ids) == len(ids) + FRAME.extra(1)
     batch = pack([], replay=[row], window_replay_targets=5)
     replay, flat = batch.replay, batch.batch
     assert replay is not None
@@ -149,6 +151,17 @@ def test_a_document_in_a_chat_has_the_base_s_targets_in_the_base_s_order() -> No
     assert replay.base.input_ids.tolist() == ids.tolist()
 
 
+def test_a_later_piece_in_a_chat_keeps_its_first_token_and_asks_nothing_of_it() -> None:
+    ids, supervised = np.array([11, 12, 13, 14]), np.ones(4, bool)
+    row = FRAME.around(ids, supervised, 0.5)
+    assert row.ids.tolist() == [1, 30, 11, 12, 2, 1, 31, 13, 14] and row.base_ids.tolist() == ids.tolist()
+    assert len(row.ids) == len(ids) + FRAME.extra(11)
+    batch = pack([], replay=[row], window_replay_targets=3)
+    assert batch.replay is not None
+    told = batch.batch.labels[batch.replay.targets].tolist()
+    assert told == batch.replay.base.labels[batch.replay.base_targets].tolist() == [12, 13, 14]
+
+
 def test_the_chat_around_a_document_is_what_a_user_s_text_gets() -> None:
     template = ChatTemplate.from_folder(PROJECT / "data" / "tokenizer")
     frame = ChatFrame.of(template)
@@ -156,16 +169,21 @@ def test_the_chat_around_a_document_is_what_a_user_s_text_gets() -> None:
     assert template.prompt([{"role": "user", "content": "a lake"}]) == [*frame.before, *text, *frame.between]
 
 
-def test_a_share_of_the_replay_comes_in_a_chat_and_the_stream_knows_its_lengths(pool: Documents) -> None:
-    frame = ChatFrame(np.array([1, 30]), np.array([2, 1, 31]))
-    plain = ReplayStream(pool, ratio=1.0, seed=0)
+@pytest.mark.parametrize("longest", [None, 8])
+def test_a_share_of_the_replay_comes_in_a_chat_and_the_stream_knows_its_lengths(
+    pool: Documents, longest: int | None
+) -> None:
+    frame = FRAME._replace(control_ids=frozenset({1}))  # which the documents begin with, and no later piece
+    plain = ReplayStream(pool, ratio=1.0, seed=0, piece_length=longest)
+    pieces = len(plain.lengths)
     for share in (0.0, 0.5, 1.0):
-        stream = ReplayStream(pool, ratio=1.0, seed=0, frame=frame, in_chat=share)
-        rows = [stream.row(number) for number in range(len(pool))]
+        stream = ReplayStream(pool, ratio=1.0, seed=0, piece_length=longest, frame=frame, in_chat=share)
+        rows = [stream.row(number) for number in range(pieces)]
         assert [len(row.ids) for row in rows] == stream.lengths.tolist()
-        assert [int(row.supervised.sum()) for row in rows] == stream.targets.tolist() == plain.targets.tolist()
+        assert [int(row.supervised[1:].sum()) for row in rows] == stream.targets.tolist() == plain.targets.tolist()
+        assert [int(row.base_supervised[1:].sum()) for row in rows] == stream.targets.tolist()
         in_chat = [len(row.ids) > len(row.base_ids) for row in rows]
-        assert in_chat.count(True) in {0.0: [0], 0.5: range(5, 16), 1.0: [20]}[share]
+        assert abs(in_chat.count(True) - share * pieces) <= pieces / 4 * (share == 0.5)
         assert stream.between(0, 100).tolist() == plain.between(0, 100).tolist()
 
 

@@ -69,8 +69,9 @@ def test_texts_are_written_once_by_the_seed_and_open_as_a_document(
     again = author(tmp_path / "b").texts("measured", documents=70, document_format="minimind3")
     other = author(tmp_path / "b", seed=1).texts("measured", documents=70, document_format="minimind3")
     assert contents(again) == contents(first) != contents(other)
-    assert contents(author(tmp_path / "b").texts("measured", documents=3, document_format="minimind3")) == (
-        contents(first)[:3]
+    assert (
+        contents(author(tmp_path / "b").texts("measured", documents=3, document_format="minimind3"))
+        == (contents(first)[:3])
     )
 
 

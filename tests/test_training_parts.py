@@ -45,9 +45,7 @@ def test_cross_entropy_is_a_sum_over_the_targets_only() -> None:
 
 
 @pytest.mark.parametrize("rows", [2, 256])
-def test_cross_entropy_has_the_value_and_the_gradients_of_autograds(
-    monkeypatch: pytest.MonkeyPatch, rows: int
-) -> None:
+def test_cross_entropy_has_the_value_and_the_gradients_of_autograds(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(losses, "rows_at_once", lambda vocab_size, device: rows)
     torch.manual_seed(0)
     weight, hidden = torch.randn(11, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
