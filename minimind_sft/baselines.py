@@ -19,6 +19,7 @@ import torch
 
 from minimind_sft.files import write_whole
 from minimind_sft.forgetting import Reading
+from minimind_sft.identity import of_measured
 
 if TYPE_CHECKING:
     from minimind_sft.data import SFTDataModule
@@ -44,10 +45,7 @@ class Baselines:
             "base": module.start.sha256,
             "model": asdict(module.model.config),
             "head": [module.start.reset_head, module.seed],
-            "documents": {
-                name: [found.store.folder.name, found.fingerprint, found.max_length, found.too_long]
-                for name, found in data.evaluation.items()
-            },
+            "documents": of_measured(data),
             "drawn": [data.seed, data.empty_think_ratio, live_share],
             "device": [str(module.device.type), str(module.trainer.precision), torch.get_num_threads()],
             "torch": torch.__version__,

@@ -1,7 +1,7 @@
-"""Documents -> Batch: whole documents laid end to end in one row, without padding; `cu_seqlens` says where each begins.
+"""Documents -> Batch: chats, whole, end to end in one row, without padding; `cu_seqlens` says where each begins.
 
-Text to replay lies behind the chats in the same row, so that one forward pass serves both. Which documents come
-together is decided in `windows.py`.
+Pieces of text to replay lie behind the chats in the same row, so that one forward pass serves both. What comes together
+is decided in `windows.py`.
 
 Shapes: D documents, N tokens of a micro-batch, M of them targets, R targets of replay text.
 """
@@ -52,6 +52,11 @@ class MicroBatch(NamedTuple):
     target_bytes: int = 0  # bytes of text behind the targets; counted for evaluation only
     source: int = 0  # which source of the text all of it is from; told for evaluation only
     replay: Replayed | None = None
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether there is anything but the one token that a rank without documents gets."""
+        return len(self.targets) > 0 or self.replay is not None and len(self.replay.targets) > 0
 
 
 Row = tuple[np.ndarray, np.ndarray]  # token ids (L,), and whether each one is supervised (L,)

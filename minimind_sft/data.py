@@ -79,7 +79,7 @@ class SFTDataModule(LightningDataModule):
         replay_length: tokens of a piece, at most, that documents are replayed in: the shorter, the more subjects in
             every step; null to replay whole documents.
         replay_in_chat: share of these pieces that are replayed in the chat template, as the rest of a text that a user
-            asks for, where the model is held to what the base says of the same tokens without a chat.
+            begins, where the model is held to what the base says of the same tokens without a chat.
         replay_documents: documents to replay from, at most; of `pretrain_path` chosen by content hash.
         format: of the lines: auto, or one of the formats in the README.
         document_format: how pretraining framed a raw text: minimind3, minimind2 (the markers are in the text) or bare.
@@ -141,6 +141,9 @@ class SFTDataModule(LightningDataModule):
         for name, number in (("own_documents", own_documents), ("own_chats", own_chats)):
             if number != "auto" and number < 0:
                 raise ValueError(f"data.{name} is {number}; it is a number that the base writes, 0 for none")
+        for name, number in (("measure_documents", measure_documents), ("replay_documents", replay_documents)):
+            if number < 1:
+                raise ValueError(f"data.{name} is {number}; it is a number of documents and must be at least 1")
         if not 0.0 <= replay_in_chat <= 1.0:
             raise ValueError(f"data.replay_in_chat is {replay_in_chat}; it is a share between 0 and 1")
         self.replay_length, self.replay_in_chat = replay_length, replay_in_chat
@@ -199,8 +202,8 @@ class SFTDataModule(LightningDataModule):
         return opened._replace(own_chats=author.chats(self.own_chats))
 
     def _own_text(self, author: Author, opened: Opened) -> Store:
-        """Text by the base: as many tokens as an epoch replays, or as many documents as terms want to read."""
-        documents, tokens = self._module.documents_to_read, None
+        """Text by the base: as many tokens as an epoch replays, and as many documents as are read before it."""
+        to_read, documents, tokens = self._module.documents_to_read, 0, 0
         if self._replays:
             train = self.stores.documents(opened).train
             assert train is not None
@@ -208,8 +211,9 @@ class SFTDataModule(LightningDataModule):
             documents, tokens = self.replay_documents, int(self.replay_ratio * lengths.sum())
         return author.texts(
             "replay",
-            documents=documents,
+            documents=max(documents, to_read),
             tokens=tokens,
+            at_least=to_read,
             document_format=self.document_format,
             apart_from=opened.measured,
         )
@@ -297,53 +301,6 @@ class SFTDataModule(LightningDataModule):
     def pretrain_bytes(self) -> int | None:
         """Bytes of pretraining text, uncompressed; None where nothing tells."""
         return self.stores.pretrain_bytes
-
-    # ---- what a checkpoint has to agree on
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What decides which documents come in which window, and which of their tokens."""
-        documents, prompts = self.plan.documents, self.stores.prompts
-        return {
-            "sample": documents.store.folder.name,
-            "documents": len(documents),
-            "dealt": documents.fingerprint,
-            "window_size": self.plan.window_size,
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-            "max_length": self.max_length,
-            "too_long": self.too_long,
-            "empty_think_ratio": self.empty_think_ratio,
-            "replay": self._replay_identity,
-            "system_prompts": None if prompts is None else prompts.texts,
-            "system_ratio": None if prompts is None else self.system_ratio,
-        }
-
-    @property
-    def _replay_identity(self) -> str | None:
-        if self.plan.replay is None:
-            return None
-        pieces = f", in pieces of {self.replay_length}" if self.replay_length else ""
-        in_chat = f", {self.replay_in_chat:g} of it in a chat" if self.replay_in_chat else ""
-        return f"{self.replay_ratio:g} of {self.plan.replay.documents.store.folder.name}{pieces}{in_chat}"
-
-    def check_identity(self, saved: dict[str, Any]) -> None:
-        """Refuse to resume on another plan.
-
-        Raises:
-            ValueError: naming every difference.
-        """
-        now = self.identity
-        changed = [
-            f"{name} was {saved.get(name)}, is {value}" for name, value in now.items() if saved.get(name) != value
-        ]
-        if changed:
-            raise ValueError(
-                f"cannot resume: the checkpoint's data differs ({'; '.join(changed)}). `sample` stands for the files, "
-                "the caps, data.seed, data.supervise, data.supervise_reasoning and the tokenizer; `dealt` for what "
-                "leaves training, such as validation chats; `window_size` is batch_size x accumulate_grad_batches x "
-                "ranks. Restore these settings, or start a new run from the checkpoint with model.weights"
-            )
 
     # ---- loaders
 

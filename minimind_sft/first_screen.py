@@ -22,6 +22,7 @@ from minimind_sft.caps import RULE_OF_THUMB
 from minimind_sft.evaluation import evaluation_tokens
 from minimind_sft.files import write_whole
 from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
+from minimind_sft.identity import of_training
 from minimind_sft.measuring import Measure
 from minimind_sft.step_log import duration
 from minimind_sft.stores import UNSEEN
@@ -54,7 +55,7 @@ class Record(Callback):
             "threads": torch.get_num_threads(),
             "base": pl_module.start.description,
             "base_sha256": pl_module.start.sha256,
-            "data": data.identity,
+            "data": of_training(data),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, text in (

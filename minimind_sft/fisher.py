@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +80,7 @@ def bases_of(base: Transformer, text: Iterable[MicroBatch], seed: int) -> dict[s
         text: one document each, in the base's own framing.
         seed: of the drawn tokens.
     """
-    names: dict[Tensor, str] = {parameter: name for name, parameter in base.named_parameters()}
+    names: dict[Tensor, str] = {weight: name for name, weight in chain(base.named_parameters(), base.named_buffers())}
     layers = {names[layer.weight]: layer for layer in base.modules() if isinstance(layer, nn.Linear)}
     rights = {name: _zeros(layer.weight, layer.in_features, base) for name, layer in layers.items()}
     lefts = {name: _zeros(layer.weight, layer.out_features, base) for name, layer in layers.items()}

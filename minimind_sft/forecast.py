@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from minimind_sft import memory, report
+from minimind_sft.chat import ChatTemplate
 from minimind_sft.model_config import ModelConfig
+from minimind_sft.replay_chat import ChatFrame
 from minimind_sft.sizing import Data, look_at, model_config, template_of
 
 GIB = 1 << 30
@@ -55,7 +57,7 @@ def forecast(
     from_base = model["weights"] != "scratch"
     replay = data["replay_ratio"] if model["replay_weight"] and from_base else 0.0
     bases, pull = (from_base and bool(model[name]) for name in ("fisher_documents", "fisher_weight"))
-    tokens, bound = _micro_batch(data, replay)
+    tokens, replayed, bound = _micro_batch(data, replay, template)
     known, count = look_at(data, template), memory.parameters(config).total
     window = data["batch_size"] * accumulate * ranks
     steps = _steps(known, window, trainer)
@@ -63,7 +65,7 @@ def forecast(
         memory.footprint(
             config,
             tokens=tokens,
-            targets=tokens,
+            targets=tokens - replayed,
             precision=precision,
             cuda=cuda,
             activation_checkpointing=on,
@@ -71,6 +73,7 @@ def forecast(
             processes=ranks,
             bases=bases,
             pull=pull,
+            replayed=replayed,
         )
         for on in (False, True)
     )
@@ -96,13 +99,26 @@ def forecast(
     return "\n\n".join(parts)
 
 
-def _micro_batch(data: Mapping[str, Any], replay: float) -> tuple[int, str]:
-    """Tokens of the largest one, and what bounds it: even dealing never gives one more than batch_size x max_length,
-    and the replay text's share."""
-    most, bound = int(data["batch_size"] * data["max_length"] * (1 + replay)), data["max_tokens_per_batch"]
+def _micro_batch(data: Mapping[str, Any], replay: float, template: ChatTemplate | None) -> tuple[int, int, str]:
+    """Tokens of the largest one, those of replay text among them, and what bounds it.
+
+    Even dealing never gives one more than batch_size x max_length: the last chat that a micro-batch gets goes to the
+    emptiest, which has fewer than batch_size chats by then. Replay text adds its share and a piece, as that goes whole
+    to the emptiest as well; for a chat around a piece, all pieces are taken to be half as long as they may be.
+    """
+    chats, replayed = data["batch_size"] * data["max_length"], 0
+    told, bound = f"{data['batch_size']} x {data['max_length']}", data["max_tokens_per_batch"]
+    if replay:
+        piece, framed = min(data["replay_length"] or data["max_length"], data["max_length"]), 1.0
+        if data["replay_in_chat"] and template:
+            frame = ChatFrame.of(template)
+            framed += data["replay_in_chat"] * (len(frame.before) + len(frame.between)) / (piece / 2)
+        replayed = int((replay * chats + piece) * framed)
+        told += f", {replay:g} of it replayed, and a piece of {piece}"
+    most = chats + replayed
     if bound is not None and bound < most:
-        return bound, "data.max_tokens_per_batch"
-    return most, f"{data['batch_size']} x {data['max_length']}" + (f", and {replay:g} of it replayed" if replay else "")
+        return bound, int(bound * replayed / most), "data.max_tokens_per_batch"
+    return most, replayed, told
 
 
 def _processes(device: str, trainer: Mapping[str, Any]) -> int:

@@ -51,6 +51,8 @@ class Holding:
         seed: int,
         more: list[Term] | None,
     ) -> None:
+        if not replay_weight >= 0.0:
+            raise ValueError(f"model.replay_weight is {replay_weight}; it must be at least 0 (0 is off)")
         if replay_target is not None and not replay_target > 0.0:
             raise ValueError(
                 f"model.replay_target is {replay_target}; it is nats per token, above 0, or null for a fixed weight"
@@ -69,7 +71,8 @@ class Holding:
                 "Fisher information from; set it to 100, or the weight to 0"
             )
         self.replay_loss, self.replay_weight, self.replay_target = replay_loss, replay_weight, replay_target
-        self.l2_sp, self.fisher_documents, self._seed, self._more = l2_sp, fisher_documents, seed, more or []
+        self.l2_sp, self.fisher_documents, self.fisher_weight = l2_sp, fisher_documents, fisher_weight
+        self._seed, self._more = seed, more or []
         self._pull = EKFAC(fisher_weight, fisher_documents, seed) if fisher_weight else None
         self.terms: list[Term] = []
         self._base: Transformer | None = None

@@ -87,7 +87,9 @@ class LastScreen(Callback):
 
     def _compare(self, trainer: pl.Trainer, pl_module: SFTModule) -> None:
         replies, answers = self._ask(trainer, pl_module)
-        if self.probes:
+        if self.probes and not self.replies:
+            print("\nno comparison of facts: when the run began, data.probes_path was another file or none", flush=True)
+        elif self.probes:
             comparison = compare(self.probes, self.replies, replies)
             write_whole(self.folder / "probes.json", json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
             print("\n" + report.probe_table(comparison), flush=True)
@@ -124,8 +126,10 @@ class LastScreen(Callback):
         return data.sample_prompts(SAMPLE_ANSWERS)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"replies": [asdict(reply) for reply in self.replies], "answers": self.answers}
+        asked = [asdict(probe) for probe in self.probes]
+        return {"probes": asked, "replies": [asdict(reply) for reply in self.replies], "answers": self.answers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.replies = [Reply(**reply) for reply in state_dict["replies"]]
+        same = [Probe(**probe) for probe in state_dict["probes"]] == self.probes
+        self.replies = [Reply(**reply) for reply in state_dict["replies"]] if same else []
         self.answers = state_dict["answers"]

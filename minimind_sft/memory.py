@@ -16,7 +16,7 @@ bytes (4, or 2 under autocast) and everything residual in fp32:
 
 With checkpointing only 4 C stay (Chen et al. 2016, arXiv 1604.06174), and one layer at a time is made again. Logits and
 their log-softmax are there a chunk at a time (`chunks.py`), 8 V a row; the gradients of their states and of the output
-layer, 4 C a target and 4 V C, are made with them and stay until the backward pass.
+layer, 4 C a target and 4 V C, are made with them and stay until the backward pass; replay text has 4 V C of its own.
 
 Measured against `fit` on a CPU (live bytes of all tensors): within 1 % from 6 M to 116 M parameters, with and without
 checkpointing. What CUDA's kernels keep is read off their signatures (a norm is one kernel there, FlashAttention takes
@@ -164,6 +164,7 @@ def footprint(
     processes: int = 1,
     bases: bool = False,
     pull: bool = False,
+    replayed: int = 0,
 ) -> Footprint:
     """What one process holds when it holds most.
 
@@ -180,6 +181,7 @@ def footprint(
         processes: that share gradients.
         bases: whether AdamW's moments are kept in a basis for each matrix.
         pull: whether the model is pulled towards the base in these (`terms.EKFAC`).
+        replayed: tokens of replay text among them, held by KL; the base's copy is not counted.
     """
     count, half = parameters(config), precision != "32"
     s = 2 if half else FP32
@@ -188,11 +190,12 @@ def footprint(
     table = FP32 * count.embedding
     waiting = table if config.tie_word_embeddings else 0
     layer, into_layer = layer_bytes(config, half=half, cuda=cuda) * tokens, FP32 * config.hidden_size * tokens
-    ends = into_layer * (1 if cuda else 2) + s * config.hidden_size * targets + 24 * tokens  # last norm, rows, ids
+    rows = s * config.hidden_size * (targets + replayed)
+    ends = into_layer * (1 if cuda else 2) + rows + 24 * tokens  # last norm, rows, ids
     activations = ends + config.num_hidden_layers * (into_layer if activation_checkpointing else layer)
     head_copy, layer_copy = (2 * count.embedding, 2 * count.layers // config.num_hidden_layers) if half else (0, 0)
     copies = head_copy + layer_copy * config.num_hidden_layers
-    made, unmade = _logits_bytes(config, targets, half=half, cuda=cuda)
+    made, unmade = _logits_bytes(config, targets, replayed, half=half, cuda=cuda)
     passing = _passing_bytes(config, tokens, s)
     last = layer + layer_copy + passing + (waiting if accumulate > 1 else 0)
     if activation_checkpointing:  # a layer is made again, and none but its copies are there
@@ -220,11 +223,17 @@ def footprint(
     )
 
 
-def _logits_bytes(config: ModelConfig, targets: int, *, half: bool, cuda: bool) -> tuple[int, int]:
-    """The two gradients and a chunk of logits with their log-softmax; then both gradients, and times what is above."""
-    gradients = FP32 * config.hidden_size * (targets + config.vocab_size)
-    rows = min(targets, rows_at_once(config.vocab_size, "cuda" if cuda else "cpu"))
-    return gradients + (2 * FP32 + 2 * half) * rows * config.vocab_size, 2 * gradients
+def _logits_bytes(config: ModelConfig, targets: int, replayed: int, *, half: bool, cuda: bool) -> tuple[int, int]:
+    """Gradients of the states and of the output layer, and a chunk of logits with their log-softmax; then the
+    gradients, and times what is above. Replay has an output layer's gradient of its own, and the base's logits."""
+    most, more = rows_at_once(config.vocab_size, "cuda" if cuda else "cpu"), replayed > 0
+    to_states, to_layer = (FP32 * config.hidden_size * rows for rows in (targets + replayed, config.vocab_size))
+    chunk, chunk_of_replay = (
+        (arrays * FP32 + 2 * half) * min(rows, most) * config.vocab_size
+        for arrays, rows in ((2, targets), (4, replayed))
+    )
+    made = to_states + max(to_layer + chunk, more * (2 * to_layer + chunk_of_replay))
+    return made, 2 * to_states + (2 + more) * to_layer
 
 
 def _passing_bytes(config: ModelConfig, tokens: int, s: int) -> int:

@@ -198,7 +198,8 @@ class SFTModule(LightningModule):
             self.meter = Meter(list(data.evaluation), sources_of(text).names if text else [""])
 
     def on_fit_start(self) -> None:
-        self.holding.start(self.device, self.data.template.control_ids, half=self._half, read=self._text_to_read)
+        with self.trainer.precision_plugin.forward_context():
+            self.holding.start(self.device, self.data.template.control_ids, half=self._half, read=self._text_to_read)
 
     def on_train_start(self) -> None:
         if not self.trainer.global_step:
@@ -289,7 +290,7 @@ class SFTModule(LightningModule):
             self._window = torch.zeros(len(shares), dtype=torch.float64, device=nats.device)
         self._window += torch.stack(shares)
         self._window_targets = batch.window_targets
-        if balance is not None and len(batch.targets):  # a rank without documents has one token that is nobody's
+        if balance is not None and batch.has_documents:  # else there is one token that is nobody's
             loss = loss + balance / batch.window_tokens
         return loss * accumulate * self.trainer.world_size
 

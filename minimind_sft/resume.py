@@ -11,12 +11,13 @@ window and on whether an epoch had just ended (a position equal to the length ma
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minimind_sft.forgetting import Reading
+from minimind_sft.forgetting import OWN_CHATS, PRETRAIN, Reading
+from minimind_sft.identity import MEASURED, check_measured, check_training, measured_anew, of_measured, of_training
 
 if TYPE_CHECKING:
     from minimind_sft.module import SFTModule
@@ -28,7 +29,8 @@ def note(module: SFTModule, checkpoint: dict[str, Any]) -> None:
     checkpoint["minimind_sft"] = {
         "base_sha256": module.start.sha256,
         "baseline": asdict(module.baseline) if module.baseline else None,
-        "plan": module.data.identity,
+        "plan": of_training(module.data),
+        "measured": of_measured(module.data),
         "settings": settings(module),
         "guard": module.guard.state_dict(),
         "fisher_documents": module.holding.fisher_documents,
@@ -53,8 +55,10 @@ def take_over(module: SFTModule, checkpoint: dict[str, Any]) -> None:
         )
     _check_config(module, checkpoint["hyper_parameters"]["model_config"])
     module.baseline = Reading(**ours["baseline"]) if ours["baseline"] else None
+    measured = ours.get("measured", of_measured(module.data))  # older checkpoints do not tell
     if module.trainer.state.fn == "fit":
-        module.data.check_identity(ours["plan"])
+        check_training(module.data, ours["plan"])
+        check_measured(module.data, measured)
         _check_basis(module, ours.get("fisher_documents", 0))
         plan = module.data.plan
         _tell_differences(module, ours["settings"])
@@ -63,6 +67,8 @@ def take_over(module: SFTModule, checkpoint: dict[str, Any]) -> None:
             if term.adapts:
                 term.weight = ours.get("weights", {}).get(term.name, term.weight)
         module.data.start_step = set_progress(checkpoint, windows=plan.windows, accumulate=plan.accumulate)
+    elif module.trainer.state.fn == "validate" and module.baseline:
+        module.baseline = _comparable(module, module.baseline, measured)
 
 
 def settings(module: SFTModule) -> dict[str, Any]:
@@ -77,8 +83,10 @@ def settings(module: SFTModule) -> dict[str, Any]:
         "model.replay_loss": module.holding.replay_loss,
         "model.replay_weight": module.holding.replay_weight,
         "model.replay_target": module.holding.replay_target,
+        "model.fisher_weight": module.holding.fisher_weight,
         "model.l2_sp": module.holding.l2_sp,
         "model.freeze": module.frozen,
+        "model.aux_scope": module.aux_scope,
         "model.max_forgetting": module.max_forgetting,
         "model.terms": [type(term).__name__ for term in module.holding.terms],
         "trainer.max_epochs": trainer.max_epochs,
@@ -89,6 +97,21 @@ def settings(module: SFTModule) -> dict[str, Any]:
         "precision": str(trainer.precision),
         "threads": torch.get_num_threads(),
     }
+
+
+def _comparable(module: SFTModule, baseline: Reading, saved: dict[str, list[Any]]) -> Reading:
+    """The base's reading without what is measured on other documents now."""
+    losses = {PRETRAIN: "pretrain_loss", OWN_CHATS: "own_chat_loss"}
+    changed = [name for name in measured_anew(module.data, saved) if name in losses]
+    for name in changed:
+        if name in module.data.evaluation and module.trainer.is_global_zero:
+            print(
+                f"{MEASURED[name]}: not what the base was measured on in that run, so no forgetting is told; for that: "
+                "python -m minimind_sft compare",
+                flush=True,
+            )
+    unknown: dict[str, Any] = {losses[name]: None for name in changed}
+    return replace(baseline, **unknown)
 
 
 def _check_config(module: SFTModule, saved: dict[str, Any]) -> None:

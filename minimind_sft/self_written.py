@@ -70,6 +70,7 @@ class Author:
         *,
         documents: int,
         tokens: int | None = None,
+        at_least: int = 0,
         document_format: str,
         apart_from: Store | None = None,
     ) -> Store:
@@ -79,6 +80,7 @@ class Author:
             purpose: what they are for; each has draws of its own.
             documents: how many to write at most.
             tokens: begin no more documents once there are as many tokens; None for no such bound.
+            at_least: documents that are written however many tokens they have.
             document_format: how pretraining framed a text.
             apart_from: leave out what also stands here, by content hash.
 
@@ -99,15 +101,17 @@ class Author:
 
         def write(progress: Progress) -> Iterator[list[Span]]:
             begun, total = 0, 0
-            while begun < documents and (tokens is None or total < tokens):
+            while begun < documents and (tokens is None or total < tokens or begun < at_least):
                 count = min(TOGETHER, documents - begun)
                 for ids in self._continue([[opens]] * count, most - 1, purpose, stops, begun):
                     total += 1 + len(ids)
                     yield [Span([opens], False), Span(ids, True)]
                 begun += count
-                progress(begun if tokens is None else min(total, tokens))
+                progress(min(total, tokens) if tokens else begun)
 
         key = {"purpose": purpose, "format": document_format, "tokens": tokens, "documents": documents}
+        if at_least:
+            key["at_least"] = at_least
         what = {"measured": "text to measure on", "replay": "text to replay"}[purpose]
         return self._store(what, key, write, total=tokens or documents, apart_from=apart_from)
 

@@ -98,9 +98,10 @@ class ReplayKL(Term):
     def __init__(self, weight: float = 1.0, target: float | None = None) -> None:
         super().__init__(weight)
         self.target, self.adapts = target, target is not None
+        self._window_targets = 0
 
     def observe(self, nats: float) -> None:
-        if self.target is not None:
+        if self.target is not None and self._window_targets:  # a window without replay says nothing of the distance
             self.weight = adapted(self.weight, nats, self.target)
 
     def start(self, base: Transformer, control_ids: list[int], *, half: torch.dtype | None) -> None:
@@ -109,6 +110,7 @@ class ReplayKL(Term):
     def loss(self, model: Transformer, hidden: Tensor, batch: MicroBatch) -> Tensor:
         replay = batch.replay
         assert replay is not None
+        self._window_targets = replay.window_targets
         if not len(replay.targets):
             return hidden.new_zeros((), dtype=torch.float32)
         text = replay.base
@@ -146,7 +148,7 @@ class L2SP(Term):
 
     def start(self, base: Transformer, control_ids: list[int], *, half: torch.dtype | None) -> None:
         self._base = dict(base.named_parameters())
-        self._control = torch.tensor(control_ids, device=base.lm_head.weight.device)
+        self._control = torch.tensor(control_ids, dtype=torch.long, device=base.lm_head.weight.device)
 
     def after_step(self, model: Transformer, learning_rate: float) -> None:
         for name, parameter in model.named_parameters():
@@ -282,10 +284,12 @@ def freeze(model: Transformer, patterns: Sequence[str]) -> None:
 
 
 def frozen_copy(model: Transformer, head: Tensor | None) -> Transformer:
-    """A copy that is not trained, with another output layer (V, C) where one is given."""
+    """A copy that is not trained. Where an output layer (V, C) is given, the copy reads with that one, and has no
+    parameter `lm_head.weight`: the model's is new, and nothing to be held to."""
     base = copy.deepcopy(model).requires_grad_(False).eval()
     if head is not None:
         more = base.config.vocab_size - len(head)  # a vocabulary that was resized, as `Transformer.resize_vocab` does
         rows = torch.cat([head, head.mean(0, keepdim=True).expand(more, -1)]).detach().clone()
-        base.lm_head.weight = torch.nn.Parameter(rows, requires_grad=False)
+        del base.lm_head.weight
+        base.lm_head.register_buffer("weight", rows)  # not a parameter, which terms would pull the new one towards
     return base

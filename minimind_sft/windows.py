@@ -27,7 +27,7 @@ from minimind_sft.replay import ReplayStream
 
 
 class Share(NamedTuple):
-    """The documents of one micro-batch."""
+    """What comes in one micro-batch: the numbers of documents, and of pieces to replay."""
 
     chats: list[int]
     replay: list[int]
@@ -40,7 +40,7 @@ class Epoch:
     Attributes:
         keep: (D,) whether a document keeps its empty think blocks.
         prompt: (D,) the number of the system prompt in front of it, or `NO_PROMPT`.
-        replay: per window the documents that are replayed; empty where none ever are.
+        replay: per window the pieces that are replayed; empty where none ever are.
         window_targets: (W,) supervised tokens of each window's chats, over all ranks.
         window_replay_targets: (W,) of its replay text, likewise.
         window_tokens: (W,) all its tokens.
@@ -161,13 +161,17 @@ class Plan:
         if need <= bound:
             return
         longest = int(epoch.lengths.max())
+        piece = 0 if self.replay is None else int(self.replay.lengths.max())
         factor = math.ceil(need / bound)
-        remedy = (
-            f"raise trainer.accumulate_grad_batches to {self.accumulate * factor} and lower data.batch_size to "
-            f"{max(1, self.batch_size // factor)} (the same window)"
-            if longest <= bound
-            else f"lower data.max_length (the longest document has {longest} tokens)"
-        )
+        if longest > bound:
+            remedy = f"lower data.max_length (the longest document has {longest} tokens)"
+        elif piece > bound:
+            remedy = f"lower data.replay_length (the longest piece to replay has {piece} tokens)"
+        else:
+            remedy = (
+                f"raise trainer.accumulate_grad_batches to {self.accumulate * factor} and lower data.batch_size to "
+                f"{max(1, self.batch_size // factor)} (the same window)"
+            )
         raise ValueError(
             f"data.max_tokens_per_batch is {bound}, but window {worst} needs a micro-batch of {need} tokens; "
             f"{remedy}, or raise data.max_tokens_per_batch"

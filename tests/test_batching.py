@@ -11,6 +11,8 @@ from minimind_sft.chat import ChatTemplate, Span
 from minimind_sft.corpus import Store
 from minimind_sft.documents import Documents
 from minimind_sft.packing import SUPERVISED
+from minimind_sft.replay import ReplayStream
+from minimind_sft.replay_chat import ReplayRow
 from minimind_sft.sampling import Line
 from minimind_sft.windows import Plan
 
@@ -128,12 +130,25 @@ def test_the_longest_goes_first_to_the_emptiest_micro_batch(tmp_path: Path) -> N
     assert [sorted(epoch.lengths[share.chats].tolist()) for share in epoch.deal(0)] == [[4, 5, 8], [2, 6, 7]]
 
 
-def test_the_bound_on_tokens_says_which_settings_can_keep_it(ragged: Documents) -> None:
+def test_the_bound_on_tokens_says_which_settings_can_keep_it(ragged: Documents, tmp_path: Path) -> None:
     Plan(ragged, batch_size=4, max_tokens_per_batch=300).epoch(0)
     with pytest.raises(ValueError, match=r"max_tokens_per_batch is 60.*accumulate_grad_batches to \d+ and lower"):
         Plan(ragged, batch_size=4, max_tokens_per_batch=60).epoch(0)
     with pytest.raises(ValueError, match=r"lower data.max_length \(the longest document has \d+ tokens\)"):
         Plan(ragged, batch_size=1, max_tokens_per_batch=10).epoch(0)
+    long = Documents(store_of(tmp_path / "text", [chat(1, 200)]), max_length=201)
+    replay = ReplayStream(long, ratio=1.0, seed=0)
+    with pytest.raises(ValueError, match=r"lower data.replay_length \(the longest piece to replay has 201 tokens\)"):
+        Plan(ragged, batch_size=4, max_tokens_per_batch=180, replay=replay).epoch(0)
+
+
+@pytest.mark.parametrize(("chats", "replay"), [([], []), ([1], []), ([], [1])])
+def test_a_micro_batch_of_replay_alone_has_documents(chats: list[int], replay: list[int]) -> None:
+    ids, supervised = np.array([5, 6]), np.ones(2, bool)
+    batch = pack(
+        [(ids, supervised) for _ in chats], replay=[ReplayRow(ids, supervised, ids, supervised) for _ in replay]
+    )
+    assert batch.has_documents == bool(chats or replay)
 
 
 def test_the_empty_think_ratio_is_a_share_of_documents_drawn_every_epoch(ragged: Documents) -> None:

@@ -20,6 +20,7 @@ from minimind_sft.batching import MicroBatch, pack
 from minimind_sft.chat import ChatTemplate
 from minimind_sft.comparison import compare
 from minimind_sft.documents import Documents
+from minimind_sft.fisher import bases_of
 from minimind_sft.forgetting import Reading
 from minimind_sft.holding import Holding
 from minimind_sft.losses import kl_divergence
@@ -29,7 +30,7 @@ from minimind_sft.model_config import ModelConfig
 from minimind_sft.replay import ReplayStream
 from minimind_sft.replay_chat import ChatFrame, ReplayRow
 from minimind_sft.stores import Stores
-from minimind_sft.terms import L2SP, ReplayKL, ReplayNextToken, Term
+from minimind_sft.terms import EKFAC, EWC, L2SP, ReplayKL, ReplayNextToken, Term, frozen_copy
 from minimind_sft.weight_control import adapted
 from minimind_sft.windows import Plan
 
@@ -270,12 +271,19 @@ def test_the_weight_rises_above_the_target_and_falls_below_it_by_six_percent_a_s
     assert adapted(0.1, 0.0, 0.02) == 0.1 and adapted(100.0, 1.0, 0.02) == 100.0
 
 
-def test_without_a_target_the_weight_stays() -> None:
+def test_the_weight_stays_without_a_target_and_in_a_window_without_replay() -> None:
+    model, batch = small_model(), with_replay(3)
     fixed, following = ReplayKL(2.0), ReplayKL(2.0, target=0.02)
     for term in (fixed, following):
+        term.start(small_model(), [], half=None)
+        term.loss(model, states(model, batch), batch)
         term.observe(1.0)
     assert fixed.weight == 2.0 and following.weight > 2.0
     assert following.adapts and not fixed.adapts
+    weight, nothing = following.weight, pack([(np.array([1, 2]), np.ones(2, bool))], replay=[])
+    following.loss(model, states(model, nothing), nothing)
+    following.observe(0.0)
+    assert following.weight == weight
 
 
 def test_next_token_replay_is_the_cross_entropy_of_the_replay_text_alone() -> None:
@@ -298,6 +306,29 @@ def test_l2_sp_decays_towards_the_base_and_spares_control_tokens() -> None:
         if name == "model.embed_tokens.weight":
             expected[7] = before[7]
         torch.testing.assert_close(weight, expected)
+
+
+@pytest.mark.parametrize("term", [L2SP(0.5), EWC(1.0, documents=1), EKFAC(1.0, documents=1)])
+def test_a_new_output_layer_is_not_pulled_to_the_old_one(term: Term) -> None:
+    model, text = small_model(0), [with_replay(3)]
+    head = model.lm_head.weight.detach().clone()
+    model.reset_head(seed=1)
+    base = frozen_copy(model, head)
+    term.start(base, [], half=None)
+    term.read(base, text)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.1
+    moved = {name: weight.clone() for name, weight in model.named_parameters()}
+    if isinstance(term, EWC):
+        term.loss(model, states(model, text[0]), text[0]).backward()
+        assert model.lm_head.weight.grad is None and model.model.norm.weight.grad.abs().max() > 0  # type: ignore[union-attr]
+    else:
+        with torch.no_grad():
+            term.after_step(model, 0.2)
+        assert torch.equal(model.lm_head.weight, moved["lm_head.weight"])
+        assert not torch.equal(model.model.embed_tokens.weight, moved["model.embed_tokens.weight"])
+    assert base.lm_head.weight.equal(head) and "lm_head.weight" in bases_of(base, text, 0)
 
 
 # ---- through `fit`
@@ -432,6 +463,43 @@ def test_a_run_in_a_basis_does_not_resume_in_another(
     with pytest.raises(AssertionError):
         fit(tmp_path / "run", cache, "--trainer.max_steps=4", ckpt="last")
     assert "has a basis from 20 documents, and model.fisher_documents is 0; set it to 20" in capsys.readouterr().err
+    fit(tmp_path / "run", cache, BASIS, PULL, "--trainer.max_steps=3", ckpt="last")
+    assert "model.fisher_weight 0.0 -> " in capsys.readouterr().out
+
+
+def test_a_run_resumes_only_on_what_it_was_measured_on(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, chats, text = tmp_path / "run", tmp_path / "chats.jsonl", tmp_path / "text.jsonl"
+    for name, path in (("sft_val", chats), ("heldout", text)):
+        lines = (PROJECT / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(lines[:9]), encoding="utf-8")
+    fit(run, cache, "--trainer.max_steps=2")
+    for option, said in ((f"--data.val_path={chats}", "data.val_path"), (f"--data.heldout_path={text}", "heldout")):
+        with pytest.raises(AssertionError):
+            fit(run, cache, option, "--trainer.max_steps=3", ckpt="last")
+        error = capsys.readouterr().err
+        assert "cannot resume" in error and said in error and "not what the run was measured on so far" in error
+    validate = [word for word in arguments(run, cache) if word.split("=")[0] not in ("--log_every_steps",
+                "--val_every_steps", "--save_every_steps")]  # fmt: skip
+    assert main(["validate", *validate, "--ckpt_path=last"]) == 0
+    assert "val/forgetting" in capsys.readouterr().out
+    assert main(["validate", *validate, f"--data.heldout_path={text}", "--ckpt_path=last"]) == 0
+    told = capsys.readouterr().out
+    assert "no forgetting is told" in told and "val/forgetting" not in told and "val/pretrain/loss" in told
+
+
+def test_facts_that_were_not_asked_before_are_not_compared(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, lines = tmp_path / "run", (PROJECT / "data/probes.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for name in ("some", "others"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines[:3] if name == "some" else lines[3:6]), encoding="utf-8")
+    some, others = (f"--data.probes_path={tmp_path}/{name}.jsonl" for name in ("some", "others"))
+    fit(run, cache, some, "--trainer.max_steps=2")
+    (run / "probes.json").unlink()
+    fit(run, cache, others, "--trainer.max_steps=3", ckpt="last")
+    assert "no comparison of facts" in capsys.readouterr().out and not (run / "probes.json").exists()
 
 
 def test_replay_in_a_chat_holds_the_chat_mode(
@@ -494,6 +562,8 @@ def test_the_weight_follows_the_target_and_the_divergence_the_weight(cache: Path
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--model.replay_weight=-1"], "at least 0"),
+        (["--data.measure_documents=0"], "at least 1"),
         (["--model.replay_target=0"], "above 0"),
         (["--model.replay_target=0.02", "--model.replay_loss=ntp"], "set it to null"),
         (["--data.replay_in_chat=2"], "a share between 0 and 1"),

@@ -195,9 +195,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize(("experts", "accumulate"), [(0, 1), (0, 2), (3, 2)])
+@pytest.mark.parametrize(
+    ("experts", "accumulate", "replay"), [(0, 1, False), (0, 2, False), (3, 2, False), (0, 1, True), (0, 2, True)]
+)
 def test_the_peak_of_fit_is_within_a_tenth_of_the_plan(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool, accumulate: int, experts: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool, accumulate: int, experts: int, replay: bool
 ) -> None:
     config = ModelConfig.minimind3(hidden_size=64, num_hidden_layers=4, vocab_size=2560, num_experts=experts)
     model = Transformer(config)
@@ -205,10 +207,10 @@ def test_the_peak_of_fit_is_within_a_tenth_of_the_plan(
     export_minimind(model, tmp_path / "base.pth")
     lines = [json.dumps(CHAT).replace("Count", f"Count {number}") + "\n" for number in range(4)]
     (tmp_path / "train.jsonl").write_text("".join(lines), encoding="utf-8")
-    sizes: list[tuple[int, int]] = []
+    sizes: list[tuple[int, int, int]] = []
 
     def cross_entropy(hidden: Tensor, labels: Tensor, targets: Tensor, *more: Any) -> Tensor:
-        sizes.append((len(labels), len(targets)))
+        sizes.append((len(labels), len(targets), int((labels >= 0).sum()) - len(targets)))
         return losses.cross_entropy(hidden, labels, targets, *more)
 
     monkeypatch.setattr(module, "cross_entropy", cross_entropy)
@@ -227,18 +229,24 @@ def test_the_peak_of_fit_is_within_a_tenth_of_the_plan(
         "device": "cpu",
         "export": "none",
     }
+    if replay:
+        text = [json.dumps({"text": f"Text {number}. " + line}) + "\n" for number, line in enumerate(lines)]
+        (tmp_path / "text.jsonl").write_text("".join(text), encoding="utf-8")
+        settings |= {"data.pretrain_path": tmp_path / "text.jsonl", "data.measure_documents": 1}
+        settings |= {"data.replay_ratio": 0.3, "data.replay_length": 64, "data.max_overlap": 1.0}
     with LiveBytes() as live:
         assert main(["fit", *(f"--{name}={value}" for name, value in settings.items())]) == 0
     planned = footprint(
         config,
-        tokens=max(tokens for tokens, _ in sizes),
-        targets=max(targets for _, targets in sizes),
+        tokens=max(tokens for tokens, _, _ in sizes),
+        targets=max(targets for _, targets, _ in sizes),
         precision="32",
         cuda=False,
         activation_checkpointing=checkpointing,
         accumulate=accumulate,
+        replayed=max(replayed for _, _, replayed in sizes),
     )
-    assert planned.peak == pytest.approx(live.peak, rel=0.1)
+    assert planned.peak + replay * planned.weights == pytest.approx(live.peak, rel=0.1)  # and the base
 
 
 # ---- fit --plan
@@ -281,6 +289,24 @@ def test_the_original_recipe_is_planned_without_its_weights(plan: Callable[..., 
     assert 30 < plain < 45 and 14 < checkpointing < 20
     assert found["plain"] == ["does not", "does not", "does not", "fits"]
     assert found["activation_checkpointing"] == ["does not", "does not", "fits", "fits"]
+
+
+def test_replay_adds_its_share_a_piece_and_the_chats_around_it(plan: Callable[..., str]) -> None:
+    found = {
+        name: rows(plan("--device=cpu", *more))
+        for name, more in {
+            "off": ["--data.replay_ratio=0"],
+            "pieces": ["--data.replay_ratio=0.25"],
+            "documents": ["--data.replay_ratio=0.25", "--data.replay_length=null"],
+            "in chats": ["--data.replay_ratio=0.25", "--data.replay_in_chat=0.5"],
+        }.items()
+    }
+    tokens = {name: int(row["micro-batch"][0].split()[2].replace(",", "")) for name, row in found.items()}
+    assert tokens["off"] == 12_288
+    assert tokens["pieces"] == 12_288 + 3_072 + 128 and tokens["documents"] == 12_288 + 3_072 + 768
+    assert tokens["in chats"] > tokens["pieces"]
+    logits = {name: float(row["logits and their gradients"][0]) for name, row in found.items()}
+    assert logits["pieces"] > logits["off"]
 
 
 def test_qwen3_is_planned_from_its_config_alone(plan: Callable[..., str], tmp_path: Path) -> None:

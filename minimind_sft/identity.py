@@ -1,0 +1,91 @@
+"""What a checkpoint and the run that goes on from it have to agree on: which documents come in which window, and which
+ones are measured on. Windows that differed would train some documents twice and others never; readings of other
+documents than the base's would make up a forgetting.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
+
+if TYPE_CHECKING:
+    from minimind_sft.data import SFTDataModule
+
+MEASURED = {
+    CHAT: "the validation chats (data.val_path, data.val_fraction)",
+    PRETRAIN: "the text that forgetting is measured on (data.heldout_path, data.pretrain_path, data.measure_documents)",
+    OWN_CHATS: "the base's own chats (data.own_chats)",
+}
+
+
+def of_training(data: SFTDataModule) -> dict[str, Any]:
+    """What decides which documents come in which window, and which of their tokens."""
+    documents, prompts = data.plan.documents, data.stores.prompts
+    return {
+        "sample": documents.store.folder.name,
+        "documents": len(documents),
+        "dealt": documents.fingerprint,
+        "window_size": data.plan.window_size,
+        "seed": data.seed,
+        "shuffle": data.shuffle,
+        "max_length": data.max_length,
+        "too_long": data.too_long,
+        "empty_think_ratio": data.empty_think_ratio,
+        "replay": _of_replay(data),
+        "system_prompts": None if prompts is None else prompts.texts,
+        "system_ratio": None if prompts is None else data.system_ratio,
+    }
+
+
+def _of_replay(data: SFTDataModule) -> str | None:
+    if data.plan.replay is None:
+        return None
+    pieces = f", in pieces of {data.replay_length}" if data.replay_length else ""
+    in_chat = f", {data.replay_in_chat:g} of it in a chat" if data.replay_in_chat else ""
+    return f"{data.replay_ratio:g} of {data.plan.replay.documents.store.folder.name}{pieces}{in_chat}"
+
+
+def of_measured(data: SFTDataModule) -> dict[str, list[Any]]:
+    """Which documents are measured on and how they are cut, by the names of `data.evaluation`."""
+    return {
+        name: [documents.store.folder.name, documents.fingerprint, documents.max_length, documents.too_long]
+        for name, documents in data.evaluation.items()
+    }
+
+
+def check_training(data: SFTDataModule, saved: dict[str, Any]) -> None:
+    """Refuse to resume on another plan.
+
+    Raises:
+        ValueError: naming every difference.
+    """
+    now = of_training(data)
+    changed = [f"{name} was {saved.get(name)}, is {value}" for name, value in now.items() if saved.get(name) != value]
+    if changed:
+        raise ValueError(
+            f"cannot resume: the checkpoint's data differs ({'; '.join(changed)}). `sample` stands for the files, "
+            "the caps, data.seed, data.supervise, data.supervise_reasoning and the tokenizer; `dealt` for what "
+            "leaves training, such as validation chats; `window_size` is batch_size x accumulate_grad_batches x "
+            "ranks. Restore these settings, or start a new run from the checkpoint with model.weights"
+        )
+
+
+def measured_anew(data: SFTDataModule, saved: dict[str, list[Any]]) -> list[str]:
+    """The names of what is measured on other documents than the checkpoint's run was, or only in one of the two."""
+    now = of_measured(data)
+    return [name for name in MEASURED if now.get(name) != saved.get(name)]
+
+
+def check_measured(data: SFTDataModule, saved: dict[str, list[Any]]) -> None:
+    """Refuse to resume where readings would be of other documents than the run's so far.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if changed := measured_anew(data, saved):
+        raise ValueError(
+            f"cannot resume: {' and '.join(MEASURED[name] for name in changed)}: not what the run was measured on so "
+            "far, so that its readings could not be compared. Restore these settings, and measure what comes of the "
+            "run on other documents with `compare`; or start a new run from the checkpoint with model.weights"
+        )
