@@ -141,9 +141,6 @@ class SFTDataModule(LightningDataModule):
         for name, number in (("own_documents", own_documents), ("own_chats", own_chats)):
             if number != "auto" and number < 0:
                 raise ValueError(f"data.{name} is {number}; it is a number that the base writes, 0 for none")
-        for name, number in (("measure_documents", measure_documents), ("replay_documents", replay_documents)):
-            if number < 1:
-                raise ValueError(f"data.{name} is {number}; it is a number of documents and must be at least 1")
         if not 0.0 <= replay_in_chat <= 1.0:
             raise ValueError(f"data.replay_in_chat is {replay_in_chat}; it is a share between 0 and 1")
         self.replay_length, self.replay_in_chat = replay_length, replay_in_chat

@@ -103,6 +103,9 @@ class Stores:
     def _check(self) -> None:
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"data.workers is {self.workers}; it counts processes, from 1, or null for one per core")
+        for name in ("measure_documents", "replay_documents"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; it counts documents and must be at least 1")
         if self.supervise not in ("all", "last"):
             raise ValueError(f"data.supervise {self.supervise!r} is not known; choose all or last")
         if self.too_long not in TOO_LONG:
