@@ -46,6 +46,7 @@ class Baselines:
             "model": asdict(module.model.config),
             "head": [module.start.reset_head, module.seed],
             "documents": of_measured(data),
+            "stores": {name: found.store.folder.name for name, found in data.evaluation.items()},  # with their sources
             "drawn": [data.seed, data.empty_think_ratio, live_share],
             "device": [str(module.device.type), str(module.trainer.precision), torch.get_num_threads()],
             "torch": torch.__version__,

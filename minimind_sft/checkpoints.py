@@ -125,6 +125,8 @@ class Checkpoints(Checkpoint):
         kept = pl_module.total_steps // self.keep_every if self.keep_every else 0
         need = pl_module.checkpoint_bytes * (3 + kept)  # last and best, and one being written
         there = next(path for path in (self.folder, *self.folder.resolve().parents) if path.exists())
+        written = {file.stat().st_ino: file.stat().st_size for file in self.folder.glob("*.ckpt")}
+        need -= sum(written.values())
         free = shutil.disk_usage(there).free
         if free < need:
             raise ValueError(
@@ -153,7 +155,7 @@ class Checkpoints(Checkpoint):
             names.insert(0, LAST)
         if names:
             self.save(trainer, names)
-        if stopping:
+        if stopping and not ending:  # a run that ends anyway has its last screen still to write
             if trainer.is_global_zero:
                 print(f"stopped after step {step}; go on with the same command and --ckpt_path last", flush=True)
                 self.stop.requeue()

@@ -184,7 +184,7 @@ class SFTCLI(LightningCLI):
     def _loggers(self, settings: Any) -> list[Logger]:
         if self.subcommand != "fit":
             return []
-        loggers: list[Logger] = [MetricsFile(self.run_dir)]
+        loggers: list[Logger] = [MetricsFile(self.run_dir, self.model.holding.own_losses)]
         if settings["wandb"] and is_rank_zero():  # it notes its id in the run's folder
             loggers.append(
                 wandb_logger(

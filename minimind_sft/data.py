@@ -8,6 +8,7 @@ happen once, in `prepare_data` (`stores.py`). Order, cuts and draws are a plan (
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -269,7 +270,7 @@ class SFTDataModule(LightningDataModule):
                 replay=self._replay_stream(),
             )
             if self.max_tokens_per_batch is not None:  # a later epoch must not fail after hours
-                for epoch in range(max(1, self.trainer.max_epochs or 1)):
+                for epoch in range(math.ceil(self._module.total_steps / self.plan.windows)):
                     self.plan.epoch(epoch)
 
     def _replay_stream(self) -> ReplayStream | None:

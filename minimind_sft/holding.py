@@ -86,7 +86,24 @@ class Holding:
     @property
     def losses(self) -> list[Term]:
         """The terms that add to the loss."""
-        return [term for term in self.terms if type(term).loss is not Term.loss]
+        return [term for term in self.terms if _has_loss(term)]
+
+    @property
+    def own_losses(self) -> list[str]:
+        """The names of the user's terms that do."""
+        return [term.name for term in self._more if _has_loss(term)]
+
+    def refuse_scratch(self) -> None:
+        """Without a base there is nothing to hold on to.
+
+        Raises:
+            ValueError: settings that ask for it by more than the defaults.
+        """
+        asked = {"model.l2_sp": self.l2_sp, "model.fisher_weight": self.fisher_weight, "model.terms": len(self._more)}
+        if on := [name for name, value in asked.items() if value]:
+            raise ValueError(
+                f"{' and '.join(on)} hold on to a base, and model.weights is scratch; leave them out, or give a base"
+            )
 
     def choose(self, model: Transformer, head: Tensor | None, *, replay: bool) -> None:
         """Take what the settings name, and a copy of the base where anything looks at it; once.
@@ -130,3 +147,7 @@ class Holding:
         """Let go of the base, once it was shown and read: terms that look at it in training have it, or a copy in
         half precision."""
         self._base = None
+
+
+def _has_loss(term: Term) -> bool:
+    return type(term).loss is not Term.loss

@@ -1,11 +1,13 @@
 """What a checkpoint and the run that goes on from it have to agree on: which documents come in which window, and which
 ones are measured on. Windows that differed would train some documents twice and others never; readings of other
-documents than the base's would make up a forgetting.
+documents than the base's would make up a forgetting. Documents are known by their tokens, wherever their files lie.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
 
@@ -14,7 +16,8 @@ if TYPE_CHECKING:
 
 MEASURED = {
     CHAT: "the validation chats (data.val_path, data.val_fraction)",
-    PRETRAIN: "the text that forgetting is measured on (data.heldout_path, data.pretrain_path, data.measure_documents)",
+    PRETRAIN: "the text that forgetting is measured on (data.heldout_path, data.pretrain_path, data.measure_documents, "
+    "data.own_documents, data.document_format)",
     OWN_CHATS: "the base's own chats (data.own_chats)",
 }
 
@@ -23,9 +26,10 @@ def of_training(data: SFTDataModule) -> dict[str, Any]:
     """What decides which documents come in which window, and which of their tokens."""
     documents, prompts = data.plan.documents, data.stores.prompts
     return {
-        "sample": documents.store.folder.name,
         "documents": len(documents),
-        "dealt": documents.fingerprint,
+        "sample": documents.fingerprint,
+        "targets": int(documents.sizes(np.ones(len(documents), bool))[1].sum()),
+        "supervises": data.stores.supervises,
         "window_size": data.plan.window_size,
         "seed": data.seed,
         "shuffle": data.shuffle,
@@ -43,13 +47,13 @@ def _of_replay(data: SFTDataModule) -> str | None:
         return None
     pieces = f", in pieces of {data.replay_length}" if data.replay_length else ""
     in_chat = f", {data.replay_in_chat:g} of it in a chat" if data.replay_in_chat else ""
-    return f"{data.replay_ratio:g} of {data.plan.replay.documents.store.folder.name}{pieces}{in_chat}"
+    return f"{data.replay_ratio:g} of {data.plan.replay.documents.fingerprint}{pieces}{in_chat}"
 
 
 def of_measured(data: SFTDataModule) -> dict[str, list[Any]]:
     """Which documents are measured on and how they are cut, by the names of `data.evaluation`."""
     return {
-        name: [documents.store.folder.name, documents.fingerprint, documents.max_length, documents.too_long]
+        name: [documents.fingerprint, documents.max_length, documents.too_long, data.stores.supervises]
         for name, documents in data.evaluation.items()
     }
 
@@ -64,10 +68,12 @@ def check_training(data: SFTDataModule, saved: dict[str, Any]) -> None:
     changed = [f"{name} was {saved.get(name)}, is {value}" for name, value in now.items() if saved.get(name) != value]
     if changed:
         raise ValueError(
-            f"cannot resume: the checkpoint's data differs ({'; '.join(changed)}). `sample` stands for the files, "
-            "the caps, data.seed, data.supervise, data.supervise_reasoning and the tokenizer; `dealt` for what "
-            "leaves training, such as validation chats; `window_size` is batch_size x accumulate_grad_batches x "
-            "ranks. Restore these settings, or start a new run from the checkpoint with model.weights"
+            f"cannot resume: the checkpoint's data differs ({'; '.join(changed)}). `sample` stands for what the files "
+            "hold, the caps, data.seed, the tokenizer and what leaves training, such as validation chats; `targets` "
+            "for which of their messages are learned; `supervises` for data.supervise and data.supervise_reasoning; "
+            "`window_size` is batch_size x "
+            "accumulate_grad_batches x ranks. Restore these settings, or start a new run from the checkpoint with "
+            "model.weights"
         )
 
 

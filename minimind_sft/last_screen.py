@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from minimind_sft import report
+from minimind_sft.checkpoints import LAST
 from minimind_sft.evaluation import sources_of
 from minimind_sft.export import export_run
 from minimind_sft.files import write_whole
@@ -55,6 +56,13 @@ class LastScreen(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.global_step == 0 and not pl_module.from_scratch and trainer.is_global_zero:
             self.replies, self.answers = self._ask(trainer, pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Say how a run ended that was killed behind its last step."""
+        done = trainer.datamodule.start_step  # type: ignore[attr-defined]
+        whole = (self.folder / "forgetting.json").is_file() or not (self.folder / "checkpoints" / LAST).is_file()
+        if done >= pl_module.total_steps and not whole:  # Lightning then skips training and its hooks
+            self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero or not self.measure.readings:

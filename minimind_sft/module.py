@@ -190,8 +190,9 @@ class SFTModule(LightningModule):
         self.start.fit_vocab(self.model, data.template.vocab_size)
         self.model.activation_checkpointing = self.activation_checkpointing
         freeze(self.model, self.frozen)
-        if self.trainer.state.fn == "fit" and not self.from_scratch:
-            # now, because a checkpoint is restored next
+        if self.trainer.state.fn == "fit" and self.from_scratch:
+            self.holding.refuse_scratch()
+        elif self.trainer.state.fn == "fit":  # now, because a checkpoint is restored next
             self.holding.choose(self.model, self.start.head, replay=data.plan.replay is not None)
         if not hasattr(self, "meter"):
             text = data.evaluation.get(PRETRAIN)

@@ -66,6 +66,11 @@ def load_log(path: Path) -> LossLog:
     if len(points) < 2:
         raise ValueError(f"--pretrain_log {path}: {len(points)} rows have {unit} and {name}; 2 are needed")
     progress, losses = zip(*points, strict=True)
+    if not progress[losses.index(min(losses))] > 0:
+        raise ValueError(
+            f"--pretrain_log {path}: its lowest {name} is at {unit} {progress[0]:g}, so it tells of no pretraining; "
+            "give the log of the run that made the base"
+        )
     return LossLog(list(progress), list(losses), unit, name)
 
 

@@ -74,7 +74,7 @@ class Author:
         document_format: str,
         apart_from: Store | None = None,
     ) -> Store:
-        """Documents by the base, from the cache or written now.
+        """Documents by the base, from the cache or written now; those without any text are left out.
 
         Args:
             purpose: what they are for; each has draws of its own.
@@ -93,8 +93,8 @@ class Author:
         if opens is None:
             raise ValueError(
                 "the base cannot write text: its tokenizer has no token that opens a document of data.document_format "
-                f"{document_format}. Give its pretraining text as data.pretrain_path, or set data.own_documents and "
-                "data.replay_ratio to 0"
+                f"{document_format}. Give its pretraining text (pretrain_path), or let it write none (own_documents 0; "
+                "in `fit` data.replay_ratio and model.fisher_documents 0 as well)"
             )
         stops = {id for id in (last, *self.template.stop_ids) if id is not None}
         most = min(TEXT_TOKENS, self.max_length)
@@ -104,14 +104,14 @@ class Author:
             while begun < documents and (tokens is None or total < tokens or begun < at_least):
                 count = min(TOGETHER, documents - begun)
                 for ids in self._continue([[opens]] * count, most - 1, purpose, stops, begun):
-                    total += 1 + len(ids)
-                    yield [Span([opens], False), Span(ids, True)]
+                    if self.template.decode([id for id in ids if id not in stops]).strip():
+                        total += 1 + len(ids)
+                        yield [Span([opens], False), Span(ids, True)]
                 begun += count
                 progress(min(total, tokens) if tokens else begun)
 
-        key = {"purpose": purpose, "format": document_format, "tokens": tokens, "documents": documents}
-        if at_least:
-            key["at_least"] = at_least
+        key: dict[str, Any] = {"purpose": purpose, "format": document_format, "blank": False}
+        key |= {"tokens": tokens, "documents": documents, "at_least": at_least}
         what = {"measured": "text to measure on", "replay": "text to replay"}[purpose]
         return self._store(what, key, write, total=tokens or documents, apart_from=apart_from)
 

@@ -26,6 +26,7 @@ from minimind_sft.sampling import Line, read_lines, select
 from minimind_sft.selection import MEBIBYTE
 from minimind_sft.system_prompts import find_prompts, read_prompts
 
+NO_TEXT = "data.replay_ratio and model.fisher_documents to 0 (and leave out model.terms that read text)"
 SEEN, UNSEEN, SELF_WRITTEN = "seen", "unseen", "self-written"  # what text to measure on is to the base
 
 
@@ -134,6 +135,11 @@ class Stores:
         return sum(
             self.files.facts(path).text_bytes for path in self.files.expand(self.pretrain_path, "data.pretrain_path")
         )
+
+    @property
+    def supervises(self) -> list[Any]:
+        """The settings that say which tokens of a chat are learned."""
+        return [self.supervise, self.supervise_reasoning]
 
     def open(self, *, train: bool, replay: bool = False) -> Opened:
         """Open the stores, from the cache or made now.
@@ -245,10 +251,8 @@ class Stores:
             raise ValueError(
                 "data.replay_ratio, or a term that reads text, asks for text to replay, but data.pretrain_path is not "
                 "set. Set it to the text that the base was pretrained on (a part of it is enough), data.replay_source "
-                "to auto to let the base write it, or data.replay_ratio to 0"
+                f"to auto to let the base write it, or {NO_TEXT}"
             )
-        if self.replay_documents < 1:
-            raise ValueError(f"data.replay_documents is {self.replay_documents}; it must be at least 1")
         files = self.files.expand(self.pretrain_path, "data.pretrain_path")
         held_out = self.files.expand(self.heldout_path, "data.heldout_path") if self.heldout_path else []
         measured = 0 if held_out else self.measure_documents  # of the same text: those with the smallest hashes
@@ -265,7 +269,8 @@ class Stores:
         if not len(store):
             raise ValueError(
                 f"there is no text to replay: all of data.pretrain_path is measured on (data.measure_documents "
-                f"{self.measure_documents}). Give more text, measure on less, or set data.replay_ratio to 0"
+                f"{self.measure_documents}). Give more text, measure on less, set data.replay_source to self to let "
+                f"the base write it, or {NO_TEXT}"
             )
         return self._checked(store, "data.pretrain_path")
 
@@ -285,7 +290,7 @@ class Stores:
             "kind": kind,
             "files": self._hashes(files),
             "tokenizer": self.template.fingerprint,
-            "format": [self.format, self.document_format, self.supervise, self.supervise_reasoning],
+            "format": [self.format, self.document_format, *self.supervises],
             **more,
         }
 

@@ -200,7 +200,8 @@ class EWC(Term):
             gradients = torch.autograd.grad(score, weights, allow_unused=True)
             for name, total, gradient in zip(self._base, sums, gradients, strict=True):
                 if gradient is not None:  # an expert that was not asked
-                    total += self._basis(name).turned(gradient).square()
+                    with torch.autocast(gradient.device.type, enabled=False):  # squares outgrow half precision
+                        total += self._basis(name).turned(gradient).square()
             tokens += drawn
         base.requires_grad_(False)
         self.fisher = {name: total / max(1, tokens) for name, total in zip(self._base, sums, strict=True)}
@@ -211,6 +212,8 @@ class EWC(Term):
             for name, parameter in model.named_parameters()
             if name in self._base and parameter.requires_grad
         }
+        if not pulled:  # all that is trained is new
+            return hidden.new_zeros((), dtype=torch.float32)
         if self._pull is None:  # once a window: its micro-batches pull alike
             self._pull = self._quadratic(pulled)
         return _Known.apply(*self._pull, *pulled.values()) * len(batch.targets) / batch.window_targets

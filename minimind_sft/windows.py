@@ -167,11 +167,13 @@ class Plan:
             remedy = f"lower data.max_length (the longest document has {longest} tokens)"
         elif piece > bound:
             remedy = f"lower data.replay_length (the longest piece to replay has {piece} tokens)"
+        elif self.batch_size > 1:
+            size = max(1, self.batch_size // factor)
+            accumulate = math.ceil(self.batch_size * self.accumulate / size)
+            same = " (the same window)" if size * accumulate == self.batch_size * self.accumulate else ""
+            remedy = f"raise trainer.accumulate_grad_batches to {accumulate} and lower data.batch_size to {size}{same}"
         else:
-            remedy = (
-                f"raise trainer.accumulate_grad_batches to {self.accumulate * factor} and lower data.batch_size to "
-                f"{max(1, self.batch_size // factor)} (the same window)"
-            )
+            remedy = "lower data.max_length, or data.replay_length where text is replayed"
         raise ValueError(
             f"data.max_tokens_per_batch is {bound}, but window {worst} needs a micro-batch of {need} tokens; "
             f"{remedy}, or raise data.max_tokens_per_batch"

@@ -167,10 +167,10 @@ def test_settings_that_change_what_is_trained_are_told_on_resume(
     assert "validated on" in capsys.readouterr().out
     resumed = ("--ckpt_path=last", "--data.val_path=null")
     for more, name in (
-        (["--data.val_fraction=0.6"], "dealt"),
+        (["--data.val_fraction=0.6"], "sample"),
         (["--data.val_fraction=0.3", "--data.too_long=drop"], "too_long"),
         (["--data.val_fraction=0.3", "--data.system_prompts=[Be brief.]"], "system_prompts"),
-        (["--data.val_fraction=0.3", "--data.supervise=last"], "sample"),
+        (["--data.val_fraction=0.3", "--data.supervise=last"], "supervises"),
         (["--data.val_fraction=0.3", "--data.max_rows=100"], "sample"),
     ):
         said = refused(capsys, "fit", settings, *resumed, *more)

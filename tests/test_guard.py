@@ -183,6 +183,16 @@ def test_a_disk_that_cannot_hold_the_run_is_refused_at_the_start(
     assert "GB free" in capsys.readouterr().err
 
 
+def test_checkpoints_that_are_there_do_not_need_room_again(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fit(settings | {"trainer.max_steps": 2}) == 0
+    size = (tmp_path / "run" / "checkpoints" / "last.ckpt").stat().st_size
+    usage = SimpleNamespace(total=10**9, used=10**9, free=2.5 * size)  # of three one is there: last and best are linked
+    monkeypatch.setattr("minimind_sft.checkpoints.shutil.disk_usage", lambda path: usage)
+    assert fit(settings | {"trainer.max_steps": 3, "ckpt_path": "last"}) == 0
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"a": torch.ones(3)}, path)

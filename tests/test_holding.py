@@ -581,6 +581,22 @@ def test_settings_that_make_no_sense_are_refused(
     assert said in capsys.readouterr().err
 
 
+def test_from_scratch_there_is_nothing_to_hold_on_to(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(AssertionError):
+        fit(tmp_path / "run", cache, "--model.weights=scratch", "--model.l2_sp=1")
+    assert "model.l2_sp hold on to a base, and model.weights is scratch" in capsys.readouterr().err
+
+
+def test_with_nothing_but_a_new_output_layer_to_train_a_pull_is_nothing(cache: Path, tmp_path: Path) -> None:
+    rows = fit(
+        tmp_path / "run", cache, BASIS, PULL, "--model.reset_head=true", "--model.freeze=model.*",
+        "--trainer.max_steps=2",
+    )  # fmt: skip
+    assert float(rows[-1]["train/ekfac"]) == 0.0
+
+
 def test_a_pattern_that_freezes_nothing_is_an_error(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,14 +3,17 @@
 import csv
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from minimind_sft.resume import set_progress
 
@@ -47,7 +50,11 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def start(settings: list[str], run_dir: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "minimind_sft", "fit", *settings, f"--run_dir={run_dir}", *more]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")]),
+        "OMP_NUM_THREADS": "1",
+    }
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=run_dir.parent, env=environment
     )
@@ -226,6 +233,52 @@ def test_after_the_end_nothing_more_is_trained(settings: list[str], whole: Path)
     half.write_bytes(b"what a kill left")
     assert "already" in finish(settings, whole, "--ckpt_path=last")
     assert rows(whole) == before and not half.exists()
+
+
+def test_a_run_that_was_killed_behind_its_last_step_gets_its_ending(
+    settings: list[str], whole: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    for name in ("forgetting.json", "answers.json"):
+        (run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / "export")
+    assert "nothing to train" in finish(settings, run_dir, "--ckpt_path=last")
+    assert (run_dir / "forgetting.json").read_text() == (whole / "forgetting.json").read_text()
+    assert {path.name for path in (run_dir / "export").iterdir()} == {
+        path.name for path in (whole / "export").iterdir()
+    }
+    (run_dir / "forgetting.json").write_text("{}")
+    finish(settings, run_dir, "--ckpt_path=last")
+    assert (run_dir / "forgetting.json").read_text() == "{}"  # it had one
+
+
+class StopAtTheEnd(Callback):
+    """A signal in the last step."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == STEPS:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_in_the_last_step_does_not_take_the_ending(settings: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    told = finish(settings, run_dir, "--trainer.callbacks=test_resume.StopAtTheEnd")
+    assert "SIGTERM" in told and "stopped after" not in told and (run_dir / "forgetting.json").is_file()
+
+
+def test_files_may_move_between_a_run_and_its_resumption(settings: list[str], tmp_path: Path) -> None:
+    run_dir, moved = tmp_path / "run", tmp_path / "moved"
+    finish(settings, run_dir, "--trainer.max_steps=3")
+    moved.mkdir()
+    there = []
+    for setting in settings:
+        name, value = setting.split("=", 1)
+        if name in ("--data.train_path", "--data.val_path", "--data.heldout_path"):
+            value = str(shutil.copy(value, moved))
+        there.append(f"{name}={value}")
+    assert "after step 3" in finish(there, run_dir, "--trainer.max_steps=5", "--ckpt_path=last")
+    assert [int(row["step"]) for row in rows(run_dir)] == list(range(6))
 
 
 def test_progress_is_derived_from_the_steps_alone() -> None:

@@ -60,6 +60,7 @@ def test_logs_are_csv_or_json_lines(tmp_path: Path) -> None:
         ("", "it has none"),
         ("step,loss\n1,2\n", "1 rows have step and loss; 2 are needed"),
         ('{"step": 1}\nno\n', r"log:2: not a JSON object"),
+        ("step,loss\n0,2\n1,3\n", "its lowest loss is at step 0"),
     ],
 )
 def test_a_log_that_is_none_is_told(tmp_path: Path, content: str, said: str) -> None:

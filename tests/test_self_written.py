@@ -85,6 +85,18 @@ def test_what_is_measured_on_is_not_replayed(tmp_path: Path) -> None:
     assert contents(replay) == [ids for ids in contents(free) if ids not in contents(measured)]
 
 
+def test_a_document_without_text_is_left_out(tmp_path: Path) -> None:
+    writer = author(tmp_path, a_model(ends=6.0))  # one document in seven ends at once
+    store = writer.texts("measured", documents=100, document_format="minimind3")
+    assert 50 < len(store) < 95 and all(len(ids) > 2 for ids in contents(store))
+    assert all(json.loads(line.text)["text"].strip() for line in lines(store, TEMPLATE, document_format="minimind3"))
+
+
+def test_at_least_so_many_documents_are_written_however_long(tmp_path: Path) -> None:
+    store = author(tmp_path).texts("replay", documents=500, tokens=10, at_least=100, document_format="minimind3")
+    assert 100 <= len(store) < 200
+
+
 def test_writing_ends_at_the_tokens_asked_for(tmp_path: Path) -> None:
     store = author(tmp_path).texts("replay", documents=500, tokens=1500, document_format="minimind3")
     assert 128 <= len(store) < 500 and 1500 <= len(store.ids) < 1500 + 64 * 16
@@ -126,7 +138,7 @@ def test_a_base_that_does_not_know_the_templates_tokens_writes_no_chats(tmp_path
 def test_a_tokenizer_without_an_opening_token_is_told_with_the_remedy(tmp_path: Path) -> None:
     small = Transformer(ModelConfig.minimind3(vocab_size=1, hidden_size=16, num_hidden_layers=1))
     small.initialise(0)
-    with pytest.raises(ValueError, match="Give its pretraining text as data.pretrain_path"):
+    with pytest.raises(ValueError, match="Give its pretraining text .pretrain_path."):
         author(tmp_path, small).texts("measured", documents=1, document_format="minimind3")
 
 

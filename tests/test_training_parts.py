@@ -161,6 +161,20 @@ def test_metrics_past_a_checkpoint_are_cut_and_half_rows_dropped(tmp_path: Path)
     assert [row["step"] for row in read_metrics(file.path)] == [1, 2]
 
 
+def test_a_user_s_loss_has_a_column_that_stays_when_the_run_resumes_without_it(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path, ["mine", "replay"])
+    file.log_metrics({"train/loss": 1.0, "train/mine": 0.5, "train/theirs": 0.1, "seconds": 1.0}, step=1)
+    file.save()
+    assert read_metrics(file.path) == [{"step": 1, "train/loss": 1.0, "train/mine": 0.5, "seconds": 1.0}]
+    other = MetricsFile(tmp_path, ["another"])
+    other.cut_after(1)
+    other.log_metrics({"train/loss": 0.9, "train/another": 0.2, "seconds": 2.0}, step=2)
+    other.save()
+    first, second = read_metrics(file.path)
+    assert first["train/mine"] == 0.5 and second["train/another"] == 0.2 and "train/mine" not in second
+    assert file.path.read_text(encoding="utf-8").splitlines()[0].endswith("tokens_per_second,seconds")
+
+
 def test_a_link_replaces_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").write_text("new")
     (tmp_path / "best.ckpt").write_text("old")
