@@ -138,6 +138,7 @@ class LastScreen(Callback):
         return {"probes": asked, "replies": [asdict(reply) for reply in self.replies], "answers": self.answers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        same = [Probe(**probe) for probe in state_dict["probes"]] == self.probes
+        asked = state_dict.get("probes")  # older checkpoints do not tell
+        same = asked is None or [Probe(**probe) for probe in asked] == self.probes
         self.replies = [Reply(**reply) for reply in state_dict["replies"]] if same else []
         self.answers = state_dict["answers"]
