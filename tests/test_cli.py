@@ -171,7 +171,7 @@ def test_settings_that_change_what_is_trained_are_told_on_resume(
         (["--data.val_fraction=0.3", "--data.too_long=drop"], "too_long"),
         (["--data.val_fraction=0.3", "--data.system_prompts=[Be brief.]"], "system_prompts"),
         (["--data.val_fraction=0.3", "--data.supervise=last"], "supervises"),
-        (["--data.val_fraction=0.3", "--data.max_rows=100"], "sample"),
+        (["--data.val_fraction=0.3", "--data.max_rows=9"], "sample"),
     ):
         said = refused(capsys, "fit", settings, *resumed, *more)
         assert "cannot resume" in said and name in said
