@@ -43,7 +43,8 @@ class Caps(NamedTuple):
     @property
     def given(self) -> dict[str, float]:
         """Those that are set, by name."""
-        return {name: value for name, value in self._asdict().items() if value is not None and name != "pretrain_bytes"}
+        return {name: value for name, value in self._asdict().items()
+                if value is not None and name != "pretrain_bytes"}
 
     @property
     def size(self) -> tuple[str, float | None]:
@@ -74,9 +75,7 @@ def described(note: dict[str, Any]) -> str:
     mixed = "sources" in note
     if not note["caps"]:
         return f"no cap over all, seed {note['seed']}" if mixed else "no cap"
-    marked = [
-        f"{name} {cap:,g}" + " (the tightest)" * (name == note["tightest"] and len(note["caps"]) > 1)
-        for name, cap in note["caps"].items()
-    ]
+    marked = [f"{name} {cap:,g}" + " (the tightest)" * (name == note["tightest"] and len(note["caps"]) > 1)
+              for name, cap in note["caps"].items()]
     within = "all that the sources give is within" if mixed else "all lines are within"
     return f"{', '.join(marked)}, seed {note['seed']}" + f"; {within}" * (note["tightest"] == "end")

@@ -103,29 +103,19 @@ class ChatTemplate:
         folder = Path(folder)
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise ValueError(
-                f"{folder} has no tokenizer.json; data.tokenizer must name a folder that holds it and "
-                "tokenizer_config.json, as save_pretrained writes them"
-            )
+            raise ValueError(f"{folder} has no tokenizer.json; data.tokenizer must name a folder that holds it and "
+                             "tokenizer_config.json, as save_pretrained writes them")
         config = _read_config(folder / "tokenizer_config.json")
         template = _template_source(folder, config)
-        values = {
-            name: value["content"] if isinstance(value, dict) else value
-            for name, value in config.items()
-            if name.endswith("_token")
-        }
+        values = {name: value["content"] if isinstance(value, dict) else value
+                  for name, value in config.items() if name.endswith("_token")}
         try:
-            made = cls(
-                file.read_text(encoding="utf-8"),
-                template,
-                variables={name: value for name, value in values.items() if isinstance(value, str)},
-            )
+            made = cls(file.read_text(encoding="utf-8"), template,
+                       variables={name: value for name, value in values.items() if isinstance(value, str)})
             for token in config.get("added_tokens_decoder", {}).values():
                 if token["content"] not in made._controls:
-                    raise ValueError(
-                        f"tokenizer_config.json adds {token['content']!r}, which tokenizer.json lacks; "
-                        "load the tokenizer with transformers and save it again"
-                    )
+                    raise ValueError(f"tokenizer_config.json adds {token['content']!r}, which tokenizer.json lacks; "
+                                     "load the tokenizer with transformers and save it again")
             return made
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
@@ -161,26 +151,21 @@ class ChatTemplate:
         plans: list[Plan] = []
         texts: list[str] = []
         for conversation in conversations:
-            plan, slots = self._plan(
-                conversation.messages, conversation.tools, supervise=supervise, reasoning=reasoning
-            )
+            plan, slots = self._plan(conversation.messages, conversation.tools, supervise=supervise,
+                                     reasoning=reasoning)
             if plan.dropped:
                 self.dropped.update(plan.dropped)
             plans.append(plan)
             texts += plan.texts(slots)
         encoded = iter(self._encoder.encode_many(texts))
-        return [
-            [Span(span.ids(encoded), span.supervised, span.optional, span.ends_turn) for span in plan.spans]
-            for plan in plans
-        ]
+        return [[Span(span.ids(encoded), span.supervised, span.optional, span.ends_turn) for span in plan.spans]
+                for plan in plans]
 
     def require_reasoning(self) -> None:
         """Raises ValueError where the template knows no think blocks, so that none can be told from an answer."""
         if not self._knows_reasoning:
-            raise ValueError(
-                f"data.supervise_reasoning is false, but the chat template knows no {THOUGHT}, so that "
-                "reasoning cannot be told from answers; set it to true, or use a template that does"
-            )
+            raise ValueError(f"data.supervise_reasoning is false, but the chat template knows no {THOUGHT}, so that "
+                             "reasoning cannot be told from answers; set it to true, or use a template that does")
 
     def prompt(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, *, thinking: bool = False
@@ -235,15 +220,8 @@ class ChatTemplate:
 
     # ---- plans
 
-    def _plan(
-        self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None,
-        *,
-        supervise: str = "all",
-        reasoning: bool = True,
-        flags: dict[str, Any] | None = None,
-    ) -> tuple[Plan, list[Slot]]:
+    def _plan(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, *, supervise: str = "all",
+              reasoning: bool = True, flags: dict[str, Any] | None = None) -> tuple[Plan, list[Slot]]:
         context = [index for index, message in enumerate(messages) if not message.get("train", True)]
         if supervise == "last":
             answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -269,9 +247,8 @@ class ChatTemplate:
             plan = self._plans[key] = self._compile(skeleton, outline, slots, context, reasoning)
         return plan, slots
 
-    def _compile(
-        self, skeleton: Skeleton, outline: Outline, slots: list[Slot], context: list[int], reasoning: bool
-    ) -> Plan:
+    def _compile(self, skeleton: Skeleton, outline: Outline, slots: list[Slot], context: list[int],
+                 reasoning: bool) -> Plan:
         roles = [message[0] for message in outline[1:]]
         answers = [index for index, role in enumerate(roles) if role == "assistant"]
         spans = []
@@ -279,9 +256,8 @@ class ChatTemplate:
         if not reasoning:
             segments = without_reasoning(segments, skeleton, self._control)
         for segment in segments:
-            items = planned_items(
-                segment.text, skeleton, control=self._control, ids=self._controls, encode=self.encode_text
-            )
+            items = planned_items(segment.text, skeleton, control=self._control, ids=self._controls,
+                                  encode=self.encode_text)
             supervised = segment.message is not None and segment.message not in context
             spans.append(PlannedSpan(supervised, segment.optional, segment.ends_turn, items))
         return Plan(spans, dropped_fields(skeleton, slots, roles))
@@ -289,13 +265,8 @@ class ChatTemplate:
 
 def _control_pattern(tokens: list[dict[str, Any]]) -> re.Pattern[str]:
     """Matches a control string with the white space that its token swallows; the string is the group `token`."""
-    texts = {
-        side: sorted(
-            (re.escape(token["content"]) for token in tokens if side == "all" or token.get(side)), key=len, reverse=True
-        )
-        or ["(?!)"]
-        for side in ("all", "lstrip", "rstrip")
-    }
+    texts = {side: sorted((re.escape(token["content"]) for token in tokens if side == "all" or token.get(side)),
+                          key=len, reverse=True) or ["(?!)"] for side in ("all", "lstrip", "rstrip")}
     before, after = "|".join(texts["lstrip"]), "|".join(f"(?<={text})" for text in texts["rstrip"])
     return re.compile(rf"(?:\s+(?={before}))?(?P<token>{'|'.join(texts['all'])})(?:(?:{after})\s+)?")
 
@@ -317,8 +288,6 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str:
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if not isinstance(template, str) or not template:
-        raise ValueError(
-            f"{folder} has no chat template; put one into tokenizer_config.json (chat_template) or "
-            "chat_template.jinja: often a base model's tokenizer lacks it and its chat model's has it"
-        )
+        raise ValueError(f"{folder} has no chat template; put one into tokenizer_config.json (chat_template) or "
+                         "chat_template.jinja: often a base model's tokenizer lacks it and its chat model's has it")
     return template

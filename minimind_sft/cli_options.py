@@ -92,7 +92,9 @@ def add_run_options(parser: LightningArgumentParser) -> None:
         const="online",
         help="log to Weights & Biases",
     )
-    parser.add_argument("--log_every_steps", type=int, default=10, help="optimizer steps between two lines of the log")
+    parser.add_argument(
+        "--log_every_steps", type=int, default=10, help="optimizer steps between two lines of the log"
+    )
     parser.add_argument(
         "--val_every_steps",
         type=OptionalInt,

@@ -158,6 +158,8 @@ class _Writer:
         (self.folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
+
+
 class Taken(NamedTuple):
     """What `build` took of the lines that it was given."""
 

@@ -94,11 +94,8 @@ def _figures(view: View) -> list[tuple[str, str]]:
         tokens, plan = int(epoch.lengths.sum()), view.plan
         figures += [
             ("per epoch", f"{tokens:,} tokens, {epoch.targets.sum() / tokens:.1%} supervised"),
-            (
-                "steps",
-                f"{plan.windows:,} per epoch on one process; a step learns from {plan.batch_size} x "
-                f"{plan.accumulate} rows, {epoch.window_tokens.mean():,.0f} tokens in the mean",
-            ),
+            ("steps", f"{plan.windows:,} per epoch on one process; a step learns from {plan.batch_size} x "
+                      f"{plan.accumulate} rows, {epoch.window_tokens.mean():,.0f} tokens in the mean"),
         ]
     return figures
 

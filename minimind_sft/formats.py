@@ -24,17 +24,9 @@ from minimind_sft.strict_json import Rejected, describe, load
 FORMATS = ("minimind", "openai", "sharegpt", "alpaca", "completion", "text")
 ROLES = ("system", "user", "assistant", "tool")
 _ROLE_NAMES = {role: role for role in ROLES} | {
-    "developer": "system",
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "ipython": "tool",
+    "developer": "system", "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "bot": "assistant", "function_call": "assistant", "observation": "tool", "function": "tool",
+    "function_response": "tool", "ipython": "tool",
 }
 _REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
 
@@ -94,10 +86,8 @@ def _detect(row: dict[str, Any]) -> str:
     if "text" in row:
         return "text"
     keys = ", ".join(sorted(map(str, row))[:8]) or "none"
-    raise Rejected(
-        "unknown_format",
-        f"keys are {keys}; expected conversations, messages, instruction + output, prompt + completion, or text",
-    )
+    raise Rejected("unknown_format", f"keys are {keys}; expected conversations, messages, instruction + output, "
+                                     "prompt + completion, or text")
 
 
 # ---- one reader per format
@@ -163,12 +153,8 @@ def _read_text(row: dict[str, Any]) -> PlainText:
 
 
 _READERS: dict[str, Callable[[dict[str, Any]], Conversation | PlainText]] = {
-    "minimind": _read_messages,
-    "openai": _read_messages,
-    "sharegpt": _read_sharegpt,
-    "alpaca": _read_alpaca,
-    "completion": _read_completion,
-    "text": _read_text,
+    "minimind": _read_messages, "openai": _read_messages, "sharegpt": _read_sharegpt, "alpaca": _read_alpaca,
+    "completion": _read_completion, "text": _read_text,
 }
 
 
@@ -219,9 +205,8 @@ def _text_parts(content: Any, where: str) -> str:
         return content
     if not isinstance(content, list):
         raise Rejected("content_not_a_string", f"{where} is {describe(content)}; write it as a string")
-    texts: list[Any] = [
-        part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part for part in content
-    ]
+    texts: list[Any] = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+                        for part in content]
     if wrong := [text for text in texts if not isinstance(text, str)]:
         raise Rejected("content_not_text", f"{where} has a part that is not text, {describe(wrong[0])}; remove it")
     return "".join(texts)
@@ -242,9 +227,8 @@ def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise Rejected("bad_tool_calls", f"{where}: a call without a name that is a string")
         if not isinstance(function.get("arguments"), (dict, str)):
-            raise Rejected(
-                "bad_tool_calls", f"{where}: arguments of {function['name'][:40]!r} must be an object or a string"
-            )
+            raise Rejected("bad_tool_calls", f"{where}: arguments of {function['name'][:40]!r} must be an object or a "
+                                             "string")
     return calls
 
 

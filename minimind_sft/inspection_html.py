@@ -88,19 +88,15 @@ def _bars(found: Inspection) -> str:
     for b in found.bins:
         parts = ((b.rows - b.cut) / most, b.cut / most)
         bar = "".join(f'<b style="width:{100 * part:.2f}%"></b>' for part in parts)
-        rows.append(
-            f'<tr><td class="n">{bin_name(b.low, b.high)}</td><td><div class="bar">{bar}</div></td>'
-            f'<td class="n">{b.rows:,}</td></tr>\n'
-        )
+        rows.append(f'<tr><td class="n">{bin_name(b.low, b.high)}</td><td><div class="bar">{bar}</div></td>'
+                    f'<td class="n">{b.rows:,}</td></tr>\n')
     return f"<table>\n{''.join(rows)}</table>\n"
 
 
 def _row(row: Row) -> str:
     tokens = "".join(map(_piece, shorten(row.pieces)))
-    return (
-        f'<div class="row"><p>row {row.number:,} &middot; {escape(visible(row.where))} &middot; '
-        f"{escape(counts(row))}</p>\n<pre>{tokens}</pre></div>\n"
-    )
+    return (f'<div class="row"><p>row {row.number:,} &middot; {escape(visible(row.where))} &middot; '
+            f"{escape(counts(row))}</p>\n<pre>{tokens}</pre></div>\n")
 
 
 def _piece(piece: Piece) -> str:

@@ -27,22 +27,8 @@ STYLES = {  # SGR codes
 BAR, BAR_CUT, BAR_WIDTH = "█", "░", 40
 CUT_SHOWN = 40  # tokens of what is cut
 _ESCAPED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069⟦⟧⟪⟫⦃⦄⦅⦆↵]")
-ASCII = str.maketrans(
-    {
-        "⟦": "[[",
-        "⟧": "]]",
-        "⟪": "<<",
-        "⟫": ">>",
-        "⦃": "{{",
-        "⦄": "}}",
-        "⦅": "((",
-        "⦆": "))",
-        "↵": "$",
-        "⇥": "\t",
-        BAR: "#",
-        BAR_CUT: "-",
-    }
-)
+ASCII = str.maketrans({"⟦": "[[", "⟧": "]]", "⟪": "<<", "⟫": ">>", "⦃": "{{", "⦄": "}}", "⦅": "((", "⦆": "))",
+                        "↵": "$", "⇥": "\t", BAR: "#", BAR_CUT: "-"})
 
 
 def visible(text: str) -> str:
@@ -116,17 +102,12 @@ def screen(found: Inspection, *, color: bool) -> str:
             for r in found.reasons:
                 lines.append(f"{'':<{width}}  {r.lines:,} {r.reason}, the first: {one_line(r.first, 160)}")
     blocks.append("\n".join(lines))
-    blocks.append(
-        _bold("length in tokens" + (f" ({BAR_CUT} cut)" if any(b.cut for b in found.bins) else ""), color)
-        + "\n"
-        + _bars(found)
-    )
+    blocks.append(_bold("length in tokens" + (f" ({BAR_CUT} cut)" if any(b.cut for b in found.bins) else ""), color)
+                  + "\n" + _bars(found))
     if found.notable:
         table = [(n.what, n.value, n.where, n.text) for n in found.notable]
-        lines = [
-            f"  {what:<24}{one_line(value):<42}  {visible(where)}\n  {'':<24}{one_line(text, 90)}"
-            for what, value, where, text in table
-        ]
+        lines = [f"  {what:<24}{one_line(value):<42}  {visible(where)}\n  {'':<24}{one_line(text, 90)}"
+                 for what, value, where, text in table]
         blocks.append(_bold("the longest and the strangest rows", color) + "\n" + "\n".join(lines))
     blocks += [_bold(visible(warning), color) for warning in found.warnings]
     return "\n\n".join(blocks)

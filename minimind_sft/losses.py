@@ -126,3 +126,4 @@ def _in_chunks(
         elif to_weight is not None:
             to_weight += gradient.t() @ states
     return total
+

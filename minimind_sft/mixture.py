@@ -110,7 +110,8 @@ def mixed_order(
         ValueError: nothing of a source fits within its cap.
     """
     given = [
-        _within(part, lengths[first:end], seed) for part, (first, end) in zip(parts, pairwise(first_lines), strict=True)
+        _within(part, lengths[first:end], seed)
+        for part, (first, end) in zip(parts, pairwise(first_lines), strict=True)
     ]
     given = [own + np.uint32(first) for own, first in zip(given, first_lines, strict=False)]
     weights = [part.weight for part in parts if part.weight is not None]

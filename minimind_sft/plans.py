@@ -52,16 +52,10 @@ class Plan(NamedTuple):
         for span in self.spans:
             for item in span.items:
                 if isinstance(item, Text):
-                    yield "".join(
-                        [
-                            slots[part].value
-                            if isinstance(part, int)
-                            else part
-                            if isinstance(part, str)
-                            else json_text(slots[part[0]].value, part[1])
-                            for part in item.parts
-                        ]
-                    )
+                    yield "".join([
+                        slots[part].value if isinstance(part, int) else part if isinstance(part, str)
+                        else json_text(slots[part[0]].value, part[1]) for part in item.parts
+                    ])
 
 
 def planned_items(
@@ -102,13 +96,8 @@ def planned_items(
 def dropped_fields(skeleton: Skeleton, slots: list[Slot], roles: list[str]) -> list[str]:
     """The fields of which a slot does not occur in the skeleton."""
     used = {skeleton.slot_of(mark) for mark in MARK.finditer(skeleton.text)}
-    return sorted(
-        {
-            "tools" if slot.message < 0 else f"{roles[slot.message]} {slot.field}"
-            for number, slot in enumerate(slots)
-            if number not in used
-        }
-    )
+    return sorted({"tools" if slot.message < 0 else f"{roles[slot.message]} {slot.field}"
+                   for number, slot in enumerate(slots) if number not in used})
 
 
 def _parts(text: str, skeleton: Skeleton) -> list[Any]:
@@ -118,8 +107,7 @@ def _parts(text: str, skeleton: Skeleton) -> list[Any]:
     for mark in MARK.finditer(text):
         number = int(mark[2])
         parts.append(text[position : mark.start()])
-        parts.append(
-            number if mark[1] == OPEN else skeleton.jsons[number] if mark[1] == JSON_OPEN else skeleton.tags[number]
-        )
+        parts.append(number if mark[1] == OPEN else skeleton.jsons[number] if mark[1] == JSON_OPEN
+                     else skeleton.tags[number])
         position = mark.end()
     return [part for part in [*parts, text[position:]] if part != ""]

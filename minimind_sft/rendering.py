@@ -84,10 +84,8 @@ class Template:
     def outline(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> tuple[Outline, list[Slot]]:
         """What the template can see of a chat, hashable, and the slots for what it cannot."""
         if self.changes_tools and (tools or any(message.get("tool_calls") for message in messages)):
-            raise CutError(
-                "the chat template rewrites tools and calls, so that no one can tell whose text it is; use "
-                "another template for chats with tools"
-            )
+            raise CutError("the chat template rewrites tools and calls, so that no one can tell whose text it is; use "
+                           "another template for chats with tools")
         slots: list[Slot] = []
         seen: list[Any] = [None if tools is None else tuple([self._object(tool, slots, -1, "tools") for tool in tools])]
         for index, message in enumerate(messages):
@@ -195,10 +193,8 @@ class Template:
                     message["content"] = content
                     tags.pop()
         if STRAY.search(MARK.sub("", text)):
-            raise CutError(
-                "the chat template cuts the text of messages into pieces, so that no one can tell them from "
-                "its own; use a template that passes the text on whole"
-            )
+            raise CutError("the chat template cuts the text of messages into pieces, so that no one can tell them from "
+                           "its own; use a template that passes the text on whole")
         return Skeleton(text, jsons, tags)
 
     def _marked(self, messages: list[dict[str, Any]], tools: Any, flags: dict[str, Any]) -> tuple[str, Jsons]:
@@ -216,14 +212,8 @@ class Template:
         except Exception as error:  # a template is a stranger's code: whatever it raises is its refusal
             raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
 
-    def _tojson(
-        self,
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | str | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
+    def _tojson(self, value: Any, ensure_ascii: bool = False, indent: int | str | None = None,
+                separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
         layout = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
         if isinstance(value, Sealed):
             self._jsons.append((value._slot, {"ensure_ascii": ensure_ascii, **layout}))
@@ -239,10 +229,8 @@ class Template:
 
     def plain(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, flags: dict[str, Any]) -> str:
         """Render with people's text in the open, as everyone else does: to compare with."""
-        shown = [
-            {**message, "thinking": message["reasoning_content"]} if "reasoning_content" in message else message
-            for message in messages
-        ]
+        shown = [{**message, "thinking": message["reasoning_content"]} if "reasoning_content" in message else message
+                 for message in messages]
         return re.sub(f"[{BEGIN}{END}]", "", self._run(shown, tools, flags))
 
 

@@ -69,9 +69,8 @@ def page(runs: Sequence[Run], pictures: Sequence[Picture], words: Mapping[str, s
         _table(head[0], head[1:], numbers=range(2, len(head[0]))),
         f'<p class="soft">{_text(_looks(runs, words, lang))}</p>\n',
         _folded(words["figures"], _table(figures[0], figures[1:], numbers=range(1, len(figures[0])))),
-        *_pictured(
-            drawn.get("trajectories"), words["trajectories"], words["trajectories_about"], words["trajectories_none"]
-        ),
+        *_pictured(drawn.get("trajectories"), words["trajectories"], words["trajectories_about"],
+                   words["trajectories_none"]),
         *_pictured(drawn.get("steps"), words["steps_over"], "", words["steps_none"]),
         *_pictured(drawn.get("losses"), words["losses"], words["losses_about"], words["losses_none"]),
         *_without_replay(runs, drawn, words),
@@ -79,9 +78,8 @@ def page(runs: Sequence[Run], pictures: Sequence[Picture], words: Mapping[str, s
         *_facts(runs, drawn.get("facts"), words),
         *_answers(runs, words),
         *_settings(runs, words),
-        *_records(
-            runs, words["sample"], words["sample_about"], [flat(run.sample) for run in runs], words["sample_none"]
-        ),
+        *_records(runs, words["sample"], words["sample_about"], [flat(run.sample) for run in runs],
+                  words["sample_none"]),
         *_records(runs, words["origin"], words["origin_about"], [_origin(run) for run in runs], ""),
     ]
     return "".join(parts) + "</html>\n"
@@ -121,10 +119,8 @@ def _sources(runs: Sequence[Run], picture: Picture | None, words: Mapping[str, s
     without = words["sources_none"].format(runs=_names(run for run in runs if not run.sources))
     parts = _pictured(picture, words["sources"], words["sources_about"], without)
     found = [{source.name: source for source in run.sources} for run in runs]
-    names = sorted(
-        {name for run in found for name in run},
-        key=lambda name: -max(run[name].forgetting for run in found if name in run),
-    )
+    names = sorted({name for run in found for name in run},
+                   key=lambda name: -max(run[name].forgetting for run in found if name in run))
     if not names:
         return parts
     rows = []
@@ -212,7 +208,9 @@ def _settings(runs: Sequence[Run], words: Mapping[str, str]) -> list[str]:
     return [*parts, _folded(words["settings_all"].format(count=len(keys)), _table(head, rows, kind="long"))]
 
 
-def _records(runs: Sequence[Run], title: str, about: str, records: Sequence[Mapping[str, str]], none: str) -> list[str]:
+def _records(
+    runs: Sequence[Run], title: str, about: str, records: Sequence[Mapping[str, str]], none: str
+) -> list[str]:
     """What the runs' records say, key by key; rows in which they differ are marked."""
     parts = [f"<h2>{_text(title)}</h2>\n"]
     lacking = [run for run, record in zip(runs, records, strict=True) if not record]
@@ -250,7 +248,9 @@ def _folded(title: str, content: str) -> str:
     return f"<details><summary>{_text(title)}</summary>\n{content}</details>\n"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: Iterable[int] = (), kind: str = "") -> str:
+def _table(
+    head: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: Iterable[int] = (), kind: str = ""
+) -> str:
     """A table of texts; the columns `numbers` to the right. Rows of `long` tables are marked where columns differ."""
     right = set(numbers)
 

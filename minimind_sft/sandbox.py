@@ -16,21 +16,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 BEGIN, END = "\ufdd4\ufdd5"  # around what `{% generation %}` encloses; noncharacters, in no template's source
-_SEARCHES = {
-    "split",
-    "rsplit",
-    "startswith",
-    "endswith",
-    "replace",
-    "find",
-    "rfind",
-    "index",
-    "partition",
-    "rpartition",
-    "count",
-    "removeprefix",
-    "removesuffix",
-}
+_SEARCHES = {"split", "rsplit", "startswith", "endswith", "replace", "find", "rfind", "index", "partition",
+             "rpartition", "count", "removeprefix", "removesuffix"}
 _STRIPS = {"strip", "lstrip", "rstrip", "trim"}
 
 

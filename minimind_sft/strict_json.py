@@ -84,15 +84,8 @@ def _inspect(row: Any) -> None:
 
 def describe(value: Any) -> str:
     """What was met, for a message: its kind and its beginning."""
-    kind = {
-        "NoneType": "missing or null",
-        "dict": "an object",
-        "list": "a list",
-        "bool": "a boolean",
-        "str": "a string",
-        "int": "a number",
-        "float": "a number",
-    }[type(value).__name__]
+    kind = {"NoneType": "missing or null", "dict": "an object", "list": "a list", "bool": "a boolean",
+            "str": "a string", "int": "a number", "float": "a number"}[type(value).__name__]
     if value is None:
         return kind
     text = json.dumps(value, ensure_ascii=False)

@@ -37,15 +37,8 @@ _PROBES: list[_Probe] = [
     ([_USER, {"role": "assistant", "content": f"<think>\n{_TEXT}\n</think>\n\n{_TEXT}"}] * 2, None),
 ]
 _TOOL_PROBE: _Probe = (
-    [
-        _SYSTEM,
-        _USER,
-        {"role": "assistant", "content": "", "tool_calls": [_CALL]},
-        {"role": "tool", "content": _TEXT},
-        {"role": "assistant", "content": _TEXT},
-    ],
-    [_TOOL],
-)
+    [_SYSTEM, _USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}, {"role": "tool", "content": _TEXT},
+     {"role": "assistant", "content": _TEXT}], [_TOOL])
 
 
 class Segment(NamedTuple):
@@ -195,15 +188,11 @@ def learn_turns(template: Template, control: re.Pattern[str]) -> Turns:
     if not _is_faithful(template, _PROBES):
         template.widen()
         if not _is_faithful(template, _PROBES):
-            raise ValueError(
-                "the chat template changes the text of messages, beyond stripping white space off it and "
-                "splitting it, so that no one can tell whose it is; use one that does not"
-            )
+            raise ValueError("the chat template changes the text of messages, beyond stripping white space off it and "
+                             "splitting it, so that no one can tell whose it is; use one that does not")
     template.changes_tools = not _is_faithful(template, [_TOOL_PROBE])
-    probe = [
-        {"role": role, "content": f"probe {number}"}
-        for number, role in enumerate(("user", "assistant", "user", "assistant"))
-    ]
+    probe = [{"role": role, "content": f"probe {number}"}
+             for number, role in enumerate(("user", "assistant", "user", "assistant"))]
     text = _render(template, probe, {})
     marks = list(MARK.finditer(text))
     if [int(mark[2]) for mark in marks] != [0, 1, 2, 3]:
@@ -211,10 +200,8 @@ def learn_turns(template: Template, control: re.Pattern[str]) -> Turns:
     between, lead = text[marks[1].end() : marks[2].start()], text[marks[2].end() : marks[3].start()]
     end = _common_prefix([between, text[marks[3].end() :]], control)
     if not control.search(end):
-        raise ValueError(
-            "the chat template does not end the assistant's turns with a control token, so nothing would "
-            f"teach the model to stop (behind an answer it writes {between!r}); add eos_token to it"
-        )
+        raise ValueError("the chat template does not end the assistant's turns with a control token, so nothing would "
+                         f"teach the model to stop (behind an answer it writes {between!r}); add eos_token to it")
     flags = sorted(template.undeclared.intersection(THINKING_FLAGS))
     prompts = []
     for value in (True, False):

@@ -185,7 +185,9 @@ def check_vocab(tokenizer_vocab_size: int, config: ModelConfig, *, key: str = "d
         )
 
 
-def _open(path: Path, choices: Mapping[str, Any]) -> tuple[dict[str, Tensor], ModelConfig, tuple[str, ...], list[Path]]:
+def _open(
+    path: Path, choices: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], ModelConfig, tuple[str, ...], list[Path]]:
     """Tensors of a file or a Hugging Face folder, their config, the defaults taken, and the files they came from."""
     if huggingface.is_folder(path):
         (tensors, _), config, files = huggingface.read_folder(path)

@@ -74,7 +74,9 @@ def packed_lines(
             yield chunk, how.packed([line.text for line in chunk])
 
 
-def _by_workers(chunks: Iterable[list[Line]], how: Tokenization, workers: int) -> Iterator[tuple[list[Line], Packed]]:
+def _by_workers(
+    chunks: Iterable[list[Line]], how: Tokenization, workers: int
+) -> Iterator[tuple[list[Line], Packed]]:
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (how,))
     pending: deque[tuple[list[Line], Future[tuple[Packed, Counter[str]]]]] = deque()
 

@@ -215,3 +215,4 @@ def test_probes_may_be_an_array(tmp_path):
     assert load_probes(write(tmp_path / "in.json", json.dumps([probe, probe])))[1].answer == "2"
     with pytest.raises(ValueError, match=r"in\.json:2: not a probe"):
         load_probes(write(tmp_path / "in.json", json.dumps([probe, {}])))
+

@@ -15,17 +15,8 @@ from minimind_sft.formats import Conversation, Rejected, parse
 from minimind_sft.words import byte_letters
 
 TEMPLATES = Path(__file__).parent / "templates"
-CHATML = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<think>",
-    "</think>",
-    "<tool_call>",
-    "</tool_call>",
-    "<tool_response>",
-    "</tool_response>",
-]
+CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>",
+          "<tool_response>", "</tool_response>"]
 LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 FAMILIES = {"chatml": CHATML, "generation": CHATML, "qwen3": CHATML, "llama3": LLAMA3}
 
@@ -35,33 +26,17 @@ def specification(tokens: list[str], merges: list[str] = ()) -> str:
     vocab = {letter: byte for byte, letter in byte_letters().items()}
     vocab |= {merge.replace(" ", ""): 256 + number for number, merge in enumerate(merges)}
     flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
-    added = [
-        {"id": len(vocab) + number, "content": token, "special": token.startswith("<|"), **flags}
-        for number, token in enumerate(tokens)
-    ]
-    return json.dumps(
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": added,
-            "normalizer": None,
-            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-            "post_processor": None,
-            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "vocab": vocab,
-                "merges": list(merges),
-            },
-        }
-    )
+    added = [{"id": len(vocab) + number, "content": token, "special": token.startswith("<|"), **flags}
+             for number, token in enumerate(tokens)]
+    return json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "post_processor": None, "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
+                                            "use_regex": True},
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocab,
+                  "merges": list(merges)},
+    })
 
 
 def chat_template(source: str, tokens: list[str] = CHATML) -> ChatTemplate:
@@ -92,10 +67,8 @@ def texts(template: ChatTemplate, spans: list[Span]) -> list[tuple[str, bool]]:
 
 
 def flat(spans: list[Span]) -> dict[str, list[int]]:
-    return {
-        "input_ids": [id for span in spans for id in span.ids],
-        "labels": [id if span.supervised else -100 for span in spans for id in span.ids],
-    }
+    return {"input_ids": [id for span in spans for id in span.ids],
+            "labels": [id if span.supervised else -100 for span in spans for id in span.ids]}
 
 
 # ---- the two MiniMind generations, exactly
@@ -157,12 +130,9 @@ def test_llama3_ends_a_turn_with_its_own_token_and_nothing_after_it():
     template = family("llama3")
     spans = template.render(chat(("user", " U "), ("assistant", " A ")))
     assert texts(template, spans) == [
-        (
-            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n\n"
-            "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nU<|eot_id|>"
-            "<|start_header_id|>assistant<|end_header_id|>\n\n",
-            False,
-        ),
+        ("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n\n"
+         "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nU<|eot_id|>"
+         "<|start_header_id|>assistant<|end_header_id|>\n\n", False),
         ("A<|eot_id|>", True),
     ]
 
@@ -181,18 +151,10 @@ def test_generation_markers_are_taken_at_their_word():
 
 def test_qwen3_drops_the_reasoning_of_earlier_turns_and_says_so():
     template = chat_template((TEMPLATES / "qwen3.jinja").read_text())
-    spans = template.render(
-        chat(
-            ("user", "U"),
-            ("assistant", "<think>\nT\n</think>\n\nA"),
-            ("user", "V"),
-            ("assistant", "<think>\nR\n</think>\n\nB"),
-        )
-    )
+    spans = template.render(chat(("user", "U"), ("assistant", "<think>\nT\n</think>\n\nA"), ("user", "V"),
+                                 ("assistant", "<think>\nR\n</think>\n\nB")))
     assert [text for text, supervised in texts(template, spans) if supervised] == [
-        "A<|im_end|>\n",
-        "<think>\nR\n</think>\n\nB<|im_end|>\n",
-    ]
+        "A<|im_end|>\n", "<think>\nR\n</think>\n\nB<|im_end|>\n"]
     assert template.dropped == {"assistant content": 1}
 
 
@@ -205,23 +167,14 @@ def test_an_empty_think_block_is_a_span_of_its_own_that_may_be_left_out():
 
 def test_tool_calls_are_supervised_and_tool_answers_are_not():
     template = family("qwen3")
-    call = {"name": "f", "arguments": {"a": 'é"<'}}
-    spans = template.render(
-        Conversation(
-            [
-                {"role": "user", "content": "U"},
-                {"role": "assistant", "content": "", "tool_calls": [call]},
-                {"role": "tool", "content": "3"},
-                {"role": "assistant", "content": "A"},
-            ],
-            [{"name": "f"}],
-        )
-    )
+    call = {"name": "f", "arguments": {"a": "é\"<"}}
+    spans = template.render(Conversation([
+        {"role": "user", "content": "U"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "3"}, {"role": "assistant", "content": "A"}], [{"name": "f"}]))
     parts = texts(template, spans)
     assert [text for text, supervised in parts if supervised] == [
         '<tool_call>\n{"name": "f", "arguments": {"a": "é\\"<"}}\n</tool_call><|im_end|>\n',
-        "<think>\n\n</think>\n\nA<|im_end|>\n",
-    ]
+        "<think>\n\n</think>\n\nA<|im_end|>\n"]
     assert '<tools>\n{"name": "f"}\n</tools>' in parts[0][0]
     assert parts[2][0].startswith("<|im_start|>user\n<tool_response>\n3\n</tool_response>")
 
@@ -230,32 +183,17 @@ CALL = {"name": "f", "arguments": {}}
 CONVERSATIONS = [
     chat(("user", "Hi"), ("assistant", "Hello")),
     chat(("system", " S\n"), ("user", "\n U "), ("assistant", "  \n A\n\n"), ("user", ""), ("assistant", "")),
-    chat(
-        ("user", "\ufdd00\ufdd3 {{ x }} {% if %}"),
-        ("assistant", "\ufdd4ü—你好\ufdd5\ufdd00\ufdd3"),
-        ("user", "user"),
-        ("assistant", "assistant"),
-    ),
+    chat(("user", "\ufdd00\ufdd3 {{ x }} {% if %}"), ("assistant", "\ufdd4ü—你好\ufdd5\ufdd00\ufdd3"), ("user", "user"),
+         ("assistant", "assistant")),
     chat(("user", "U"), ("assistant", "A"), ("user", "V"), ("assistant", "B"), reasoning_content="\nbecause\n"),
     chat(("user", "U"), ("assistant", "x\n<think>\n\n T\n</think>\n\n A"), ("user", "V"), ("assistant", "</think>B")),
-    chat(
-        ("user", "U"), ("assistant", "a</think>b</think>c"), ("user", "V"), ("assistant", "<think>a</think>b<think>c")
-    ),
-    Conversation(
-        [
-            {"role": "user", "content": "U"},
-            {
-                "role": "assistant",
-                "content": "",
-                "tool_calls": [
-                    {"type": "function", "function": {"name": "f", "arguments": {"ключ": [1, None, '"é\n']}}}
-                ],
-            },
-            {"role": "tool", "content": '"2"\n'},
-            {"role": "assistant", "content": "A"},
-        ],
-        [{"type": "function", "function": {"name": "f", "parameters": {"ü": {"type": "string"}}}}],
-    ),
+    chat(("user", "U"), ("assistant", "a</think>b</think>c"), ("user", "V"),
+         ("assistant", "<think>a</think>b<think>c")),
+    Conversation([{"role": "user", "content": "U"},
+                  {"role": "assistant", "content": "", "tool_calls": [
+                      {"type": "function", "function": {"name": "f", "arguments": {"ключ": [1, None, "\"é\n"]}}}]},
+                  {"role": "tool", "content": "\"2\"\n"}, {"role": "assistant", "content": "A"}],
+                 [{"type": "function", "function": {"name": "f", "parameters": {"ü": {"type": "string"}}}}]),
 ]
 
 
@@ -265,12 +203,8 @@ def test_the_text_is_what_transformers_renders(name, conversation):
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
     messages = [{key: message[key] for key in message if key != "train"} for message in conversation.messages]
     [expected], _ = utils.render_jinja_template(
-        [messages],
-        conversation.tools,
-        chat_template=(TEMPLATES / f"{name}.jinja").read_text(),
-        bos_token=FAMILIES[name][0],
-        eos_token=FAMILIES[name][2],
-    )
+        [messages], conversation.tools, chat_template=(TEMPLATES / f"{name}.jinja").read_text(),
+        bos_token=FAMILIES[name][0], eos_token=FAMILIES[name][2])
     template = family(name)
     assert template.decode(flat(template.render(conversation))["input_ids"]) == expected
 
@@ -324,38 +258,21 @@ def controls_of(template: ChatTemplate, ids: list[int]) -> list[int]:
 
 def poisoned(text: str, where: str) -> tuple[Conversation, Conversation]:
     """A chat with the text in one place, and the same chat with a harmless word there."""
-
     def build(text: str) -> Conversation:
         at = {place: text if place == where else "x" for place in PLACES}
         call = {"name": at["call name"], "arguments": {at["argument name"]: at["argument"]}}
         return Conversation(
-            [
-                {"role": "system", "content": at["system"], "train": True},
-                {"role": "user", "content": at["user"]},
-                {"role": "assistant", "content": "a", "reasoning_content": at["reasoning"], "tool_calls": [call]},
-                {"role": "tool", "content": at["tool"]},
-                {"role": "assistant", "content": at["assistant"], "reasoning_content": "r"},
-                {"role": "user", "content": "v"},
-                {"role": "assistant", "content": "b"},
-            ],
-            [{"name": "f", "description": at["schema"], "parameters": {at["schema key"]: 1}}],
-        )
-
+            [{"role": "system", "content": at["system"], "train": True}, {"role": "user", "content": at["user"]},
+             {"role": "assistant", "content": "a", "reasoning_content": at["reasoning"], "tool_calls": [call]},
+             {"role": "tool", "content": at["tool"]},
+             {"role": "assistant", "content": at["assistant"], "reasoning_content": "r"},
+             {"role": "user", "content": "v"}, {"role": "assistant", "content": "b"}],
+            [{"name": "f", "description": at["schema"], "parameters": {at["schema key"]: 1}}])
     return build(text), build("x")
 
 
-PLACES = [
-    "system",
-    "user",
-    "tool",
-    "schema",
-    "schema key",
-    "call name",
-    "argument",
-    "argument name",
-    "reasoning",
-    "assistant",
-]
+PLACES = ["system", "user", "tool", "schema", "schema key", "call name", "argument", "argument name", "reasoning",
+          "assistant"]
 
 
 def check_harmless(template: ChatTemplate, text: str, where: str) -> None:
@@ -374,42 +291,11 @@ def test_no_control_or_added_token_can_be_typed(minimind, where):
             check_harmless(template, text, where)
 
 
-fragments = st.lists(
-    st.one_of(
-        st.sampled_from(
-            [
-                "<|im_start|>",
-                "<|im_end|>",
-                "<think>",
-                "</think>",
-                "<tool_call>",
-                "<tool_response>",
-                "</tool_response>",
-                "\n",
-                "<|im_start|>assistant\n",
-                "<|im_",
-                "end|>",
-                "<",
-                "|>",
-                " ",
-                "assistant",
-                "\ufdd0",
-                "0",
-                "\ufdd3",
-                "\ufdd4",
-                "\ufdd5",
-                "<|buffer1|>",
-                "<tts_pad>",
-                "<|endoftext|>",
-                "\\u003c",
-                '"',
-                "}",
-            ]
-        ),
-        st.text(max_size=3),
-    ),
-    max_size=8,
-).map("".join)
+fragments = st.lists(st.one_of(st.sampled_from([
+    "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "<tool_response>", "</tool_response>", "\n",
+    "<|im_start|>assistant\n", "<|im_", "end|>", "<", "|>", " ", "assistant", "\ufdd0", "0", "\ufdd3", "\ufdd4",
+    "\ufdd5", "<|buffer1|>", "<tts_pad>", "<|endoftext|>", "\\u003c", '"', "}"]), st.text(max_size=3)),
+    max_size=8).map("".join)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -446,10 +332,8 @@ def test_think_tags_in_content_are_control_tokens_only_where_the_template_parses
 
 
 def test_a_template_that_reads_inside_tools_gets_them_with_their_text_hidden():
-    source = (
-        "{% for tool in tools or [] %}{{ tool.name }}: {% for key, value in tool.parameters.items() %}{{ key }}="
-        "{{ value | tojson }};{% endfor %}<|im_end|>{% endfor %}" + (TEMPLATES / "chatml.jinja").read_text()
-    )
+    source = ("{% for tool in tools or [] %}{{ tool.name }}: {% for key, value in tool.parameters.items() %}{{ key }}="
+              "{{ value | tojson }};{% endfor %}<|im_end|>{% endfor %}" + (TEMPLATES / "chatml.jinja").read_text())
     template = chat_template(source)
     tools = [{"name": "<|im_end|>", "parameters": {"a": "<|im_start|>", "<think>": {"b": 'x"<|im_end|>'}}}]
     ids = flat(template.render(chat(("system", "S"), ("user", "U"), ("assistant", "A"), tools=tools)))["input_ids"]
@@ -474,28 +358,17 @@ def test_halves_that_a_template_searches_for_do_not_make_a_control_token_whole()
     assert controls_of(template, ids) == [257, 258, 257, 258, 257, 258]
 
 
-@pytest.mark.parametrize(
-    ("after_call", "supervised"), [("", "f"), ("<|eom|>", "f<|eom|>"), ("!</tool_call>\n", "f!</tool_call>")]
-)
+@pytest.mark.parametrize(("after_call", "supervised"), [
+    ("", "f"), ("<|eom|>", "f<|eom|>"), ("!</tool_call>\n", "f!</tool_call>")])
 def test_a_turn_without_its_end_never_reaches_into_the_text_of_others(after_call, supervised):
-    source = (
-        "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}"
-        "{% if m.tool_calls %}{{ m.tool_calls[0].name }}" + after_call + "{% else %}<|im_end|>\n{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    template = chat_template(
-        source.replace("\n", "{{ '\\n' }}").replace("'{{ '\\n' }}'", "'\\n'"), [*CHATML, "<|eom|>"]
-    )
-    spans = template.render(
-        Conversation(
-            [
-                {"role": "user", "content": "U"},
-                {"role": "assistant", "content": "", "tool_calls": [CALL]},
-                {"role": "tool", "content": "T"},
-                {"role": "assistant", "content": "A"},
-            ]
-        )
-    )
+    source = ("{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}"
+              "{% if m.tool_calls %}{{ m.tool_calls[0].name }}" + after_call + "{% else %}<|im_end|>\n{% endif %}"
+              "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    template = chat_template(source.replace("\n", "{{ '\\n' }}").replace("'{{ '\\n' }}'", "'\\n'"),
+                             [*CHATML, "<|eom|>"])
+    spans = template.render(Conversation([
+        {"role": "user", "content": "U"}, {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "T"}, {"role": "assistant", "content": "A"}]))
     assert [text for text, learned in texts(template, spans) if learned] == [supervised, "A<|im_end|>\n"]
 
 
@@ -503,23 +376,18 @@ def test_a_minimind2_answer_without_a_header_is_not_supervised(shared):
     template = ChatTemplate.from_folder(shared / "minimind2_tokenizer")
     spans = template.render(chat(("user", "U"), ("assistant", "A"), ("assistant", "B"), ("user", "V")))
     assert texts(template, spans)[1:] == [
-        ("A<|im_end|>\n", True),
-        ("B<|im_end|>\n<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n", False),
-    ]
+        ("A<|im_end|>\n", True), ("B<|im_end|>\n<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n", False)]
 
 
 # ---- templates and folders that cannot be used
 
 
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ("{{ message['content'][:5] }}", "cuts the text"),
-        ("{{ message['content'] | upper }}", "changes the text"),
-        ("{{ message['content'] if message['content'] | length < 90 else 'long' }}", "changes the text"),
-        ("{% if %}", "not valid Jinja"),
-    ],
-)
+@pytest.mark.parametrize(("change", "complaint"), [
+    ("{{ message['content'][:5] }}", "cuts the text"),
+    ("{{ message['content'] | upper }}", "changes the text"),
+    ("{{ message['content'] if message['content'] | length < 90 else 'long' }}", "changes the text"),
+    ("{% if %}", "not valid Jinja"),
+])
 def test_a_template_that_takes_text_apart_is_refused(change, complaint):
     source = "{% for message in messages %}<|im_start|>{{ message.role }}\n" + change + "<|im_end|>\n{% endfor %}"
     with pytest.raises(ValueError, match=complaint):
@@ -536,10 +404,8 @@ def test_a_template_that_rewrites_only_tools_is_taken_without_them():
 
 
 def test_an_end_of_text_that_only_the_last_turn_has_is_no_part_of_a_turn():
-    source = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-        "{{ '<|im_start|>assistant\n' if add_generation_prompt else eos_token }}"
-    )
+    source = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+              "{{ '<|im_start|>assistant\n' if add_generation_prompt else eos_token }}")
     template = ChatTemplate(specification(CHATML), source, variables={"eos_token": "<|endoftext|>"})
     spans = template.render(chat(("user", "U"), ("assistant", "A"), ("user", "V"), ("assistant", "B")))
     assert texts(template, spans)[1::2] == [("A<|im_end|>\n", True), ("B<|im_end|>\n", True)]
@@ -548,11 +414,9 @@ def test_an_end_of_text_that_only_the_last_turn_has_is_no_part_of_a_turn():
 
 
 def test_a_marker_that_begins_before_the_header_ends_does_not_join_header_and_answer():
-    source = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}{% generation %}"
-        "{{ '\n' + m.content }}<|im_end|>{% endgeneration %}{% else %}{{ '\n' + m.content }}<|im_end|>{% endif %}"
-        "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
+    source = ("{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}{% generation %}"
+              "{{ '\n' + m.content }}<|im_end|>{% endgeneration %}{% else %}{{ '\n' + m.content }}<|im_end|>{% endif %}"
+              "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
     two_newlines_are_one_token = specification(CHATML, ["\u010a \u010a"])
     template = ChatTemplate(two_newlines_are_one_token, source, variables={})
     conversation = chat(("user", "U"), ("assistant", "\n\nA"))
@@ -569,10 +433,8 @@ def test_a_template_that_fails_on_a_chat_refuses_it_whatever_it_raises():
 
 
 def test_a_template_that_searches_for_a_variable_is_followed():
-    source = (
-        "{% set tag = '</think>' %}{% for message in messages %}<|im_start|>{{ message.role }}\n"
-        "{{ message.content.split(tag)[-1] }}<|im_end|>\n{% endfor %}"
-    )
+    source = ("{% set tag = '</think>' %}{% for message in messages %}<|im_start|>{{ message.role }}\n"
+              "{{ message.content.split(tag)[-1] }}<|im_end|>\n{% endfor %}")
     template = chat_template(source)
     spans = template.render(chat(("user", "U"), ("assistant", "<think>T</think>A")))
     assert texts(template, spans)[1] == ("A<|im_end|>\n", True)
@@ -610,11 +472,8 @@ def test_a_folder_without_tokenizer_or_template_is_refused_with_a_remedy(tmp_pat
 
 def test_the_fingerprint_changes_with_template_and_tokenizer():
     source = (TEMPLATES / "chatml.jinja").read_text()
-    prints = {
-        chat_template(source).fingerprint,
-        chat_template(source + " ").fingerprint,
-        chat_template(source, [*CHATML, "<x>"]).fingerprint,
-    }
+    prints = {chat_template(source).fingerprint, chat_template(source + " ").fingerprint,
+              chat_template(source, [*CHATML, "<x>"]).fingerprint}
     assert len(prints) == 3
     assert chat_template(source).fingerprint in prints
 
@@ -625,13 +484,9 @@ def test_the_fingerprint_changes_with_template_and_tokenizer():
 def test_documents_are_framed_as_pretraining_framed_them():
     template, end = family("chatml"), [*b"<|im_end|>"]
     assert template.documents(["a<|im_end|>", ""], format="minimind3") == [
-        [Span([257], False), Span([97, *end], True), Span([258], True)],
-        [Span([257], False), Span([258], True)],
-    ]
+        [Span([257], False), Span([97, *end], True), Span([258], True)], [Span([257], False), Span([258], True)]]
     assert template.document("<|im_start|>a<|im_end|>", format="minimind2") == [
-        Span([257], False),
-        Span([97, 258], True),
-    ]
+        Span([257], False), Span([97, 258], True)]
     assert template.document("<|im_end|>", format="bare") == [Span(end[:1], False), Span(end[1:], True)]
     assert template.document("ab", format="qwen3") == [Span([97], False), Span([98], True), Span([256], True)]
     with pytest.raises(ValueError, match="'llama3' needs <|begin_of_text|>, which this tokenizer does not have"):
@@ -664,23 +519,14 @@ def check_words(encoder: TextEncoder, texts: list[str]) -> int:
     """All texts have the library's ids; returns how many were left to it."""
     found = encoder._words.encode(texts)
     assert [encoder.encode(text) for text, ids in zip(texts, found, strict=True) if ids is not None] == [
-        ids for ids in found if ids is not None
-    ]
+        ids for ids in found if ids is not None]
     return found.count(None)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    texts=st.lists(
-        st.text()
-        | st.text(st.characters(max_codepoint=0x2FF))
-        | fragments
-        | st.text(st.sampled_from(" \t\n'strevldmx1²!"))
-        | st.text(st.sampled_from("的和选基清垃漏洞作圾择者，。 \n")),
-        min_size=1,
-        max_size=6,
-    )
-)
+@given(texts=st.lists(st.text() | st.text(st.characters(max_codepoint=0x2FF)) | fragments
+                      | st.text(st.sampled_from(" \t\n'strevldmx1²!"))
+                      | st.text(st.sampled_from("的和选基清垃漏洞作圾择者，。 \n")), min_size=1, max_size=6))
 def test_any_texts_together_have_the_librarys_ids(encoder, texts):
     check_words(encoder, texts)
 
@@ -688,18 +534,10 @@ def test_any_texts_together_have_the_librarys_ids(encoder, texts):
 def test_every_character_is_classified_as_the_library_does(encoder):
     chars = [chr(code) for code in range(0x1FB00) if not 0xD800 <= code < 0xE000]
     texts = [f"a{char}1{char} {char}!{char}\n{char}'s" for char in chars]
-    uniform = (
-        range(0x3600, 0x4B00),
-        range(0x5000, 0x9E00),
-        range(0xAE00, 0xD500),
-        range(0xE000, 0xF900),
-        range(0x10000, 0x1F000),
-    )  # of these, one character in 64 will do
-    texts = [
-        text
-        for char, text in zip(chars, texts, strict=True)
-        if ord(char) % 64 == 0 or not any(ord(char) in codes for codes in uniform)
-    ]
+    uniform = (range(0x3600, 0x4B00), range(0x5000, 0x9E00), range(0xAE00, 0xD500), range(0xE000, 0xF900),
+               range(0x10000, 0x1F000))  # of these, one character in 64 will do
+    texts = [text for char, text in zip(chars, texts, strict=True)
+             if ord(char) % 64 == 0 or not any(ord(char) in codes for codes in uniform)]
     left = check_words(encoder, texts)
     assert 0 < left < len(texts) / 2
 
@@ -726,17 +564,8 @@ def test_many_texts_are_split_into_batches_and_a_giant_one_goes_alone(encoder, m
 
 def test_a_tokenizer_whose_merges_build_a_control_string_still_never_makes_one_of_text():
     text = json.loads(specification([], ["< s", "<s >"]))
-    text["added_tokens"] = [
-        {
-            "id": 257,
-            "content": "<s>",
-            "special": True,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-        }
-    ]
+    text["added_tokens"] = [{"id": 257, "content": "<s>", "special": True, "single_word": False, "lstrip": False,
+                             "rstrip": False, "normalized": False}]
     text["pre_tokenizer"]["use_regex"] = False  # with GPT-2's pattern, < and s never meet
     encoder = TextEncoder(text, controls={"<s>": 257})
     assert encoder.encode("a<s>b<s") == [97, *b"<s>", 98, 256]

@@ -20,12 +20,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 # question 1 1, answer 2 2, question 3 3, answer 4 4 4; and a text without turns
-CHAT = [
-    Span([1, 1], False),
-    Span([2, 2], True, ends_turn=True),
-    Span([3, 3], False),
-    Span([4, 4, 4], True, ends_turn=True),
-]
+CHAT = [Span([1, 1], False), Span([2, 2], True, ends_turn=True), Span([3, 3], False),
+        Span([4, 4, 4], True, ends_turn=True)]
 TEXT = [Span([5], False), Span([6] * 9, True)]
 
 
@@ -99,9 +95,8 @@ def test_a_chat_with_a_system_prompt_is_what_the_template_renders(tmp_path: Path
             ids, supervised = documents.row(number, True, prompt)
             assert ids.tolist() == [id for span in wanted for id in span.ids]
             assert supervised.tolist() == [span.supervised for span in wanted for _ in span.ids]
-            lengths, targets = documents.sizes(
-                np.ones(4, bool), np.full(4, NO_PROMPT) * (np.arange(4) != number) + prompt * (np.arange(4) == number)
-            )
+            lengths, targets = documents.sizes(np.ones(4, bool), np.full(4, NO_PROMPT) * (np.arange(4) != number)
+                                               + prompt * (np.arange(4) == number))
             assert (lengths[number], targets[number]) == (len(ids), supervised[1:].sum())
 
 

@@ -154,9 +154,9 @@ def test_a_run_opens_in_transformers_with_our_logits_and_says_the_same(tmp_path:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "钬 is what?"}]
     template = ChatTemplate.from_folder(TOKENIZER)
     prompt = template.prompt(messages)
-    theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
-        "input_ids"
-    ]
+    theirs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
     assert theirs[0].tolist() == prompt
     length = len(prompt)
     with torch.no_grad():

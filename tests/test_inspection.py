@@ -84,16 +84,12 @@ def refused(capsys: pytest.CaptureFixture[str], settings: dict[str, Any], *more:
     return said
 
 
-def view_of(tokenizer: Path, tmp_path: Path, lines: str, *, max_length: int, **more: Any) -> tuple[View, ChatTemplate]:
+def view_of(
+    tokenizer: Path, tmp_path: Path, lines: str, *, max_length: int, **more: Any
+) -> tuple[View, ChatTemplate]:
     (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
-    stores = Stores(
-        train_path=str(tmp_path / "rows.jsonl"),
-        tokenizer=str(tokenizer),
-        max_mb=None,
-        max_bad_ratio=1.0,
-        max_length=max_length,
-        cache_dir=str(tmp_path / "cache"),
-    )
+    stores = Stores(train_path=str(tmp_path / "rows.jsonl"), tokenizer=str(tokenizer), max_mb=None, max_bad_ratio=1.0,
+                    max_length=max_length, cache_dir=str(tmp_path / "cache"))
     dealt = stores.documents(stores.open(train=True))
     return View(dealt, TokenTexts(stores.template.tokenizer), **more), stores.template
 
@@ -131,12 +127,8 @@ def test_fit_starts_from_the_store_that_inspect_made(
         raise AssertionError("tokenized again")
 
     monkeypatch.setattr(corpus, "build", build)
-    module = SFTDataModule(
-        str(settings["data.train_path"]),
-        str(settings["data.tokenizer"]),
-        max_mb=None,
-        cache_dir=str(settings["data.cache_dir"]),
-    )
+    module = SFTDataModule(str(settings["data.train_path"]), str(settings["data.tokenizer"]), max_mb=None,
+                           cache_dir=str(settings["data.cache_dir"]))
     assert len(module.stores.train_store()) == 3
 
 
@@ -177,11 +169,14 @@ def test_the_shipped_configs_are_read() -> None:
 # ---- what is shown
 
 
-def test_without_colours_the_mask_is_in_the_text(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_colours_the_mask_is_in_the_text(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     said = shown(capsys, settings, "--rows=1", "--data.max_length=18")
     assert "\033" not in said
     assert (
-        "  ⟪<|im_start|>⟫user↵\n  Hi⟪<|im_end|>⟫↵\n  ⟪<|im_start|>⟫assistant↵\n  ⟦Hello there.⟪<|im_end|>⟫↵\n  ⟧\n"
+        "  ⟪<|im_start|>⟫user↵\n  Hi⟪<|im_end|>⟫↵\n  ⟪<|im_start|>⟫assistant↵\n"
+        "  ⟦Hello there.⟪<|im_end|>⟫↵\n  ⟧\n"
     ) in shown(capsys, settings, "--rows=1")
     (head,) = (line for line in said.splitlines() if line.startswith("row "))
     assert re.fullmatch(r"row 1 of 3  .*/train\.jsonl:1  \d+ tokens used, \d+ supervised \(.*%\), \d+ cut", head)
@@ -274,17 +269,8 @@ def test_the_figures_are_those_of_the_whole_set(
 ) -> None:
     train = tmp_path / "more.jsonl"
     train.write_text(chat("Hi", "Hello") * 9 + "\n{x\n[]\n" + chat("long " * 800, "lost"), encoding="utf-8")
-    said = shown(
-        capsys,
-        settings
-        | {
-            "data.train_path": train,
-            "data.batch_size": 2,
-            "trainer.accumulate_grad_batches": 2,
-            "data.max_bad_ratio": 0.5,
-        },
-        "--rows=0",
-    )
+    said = shown(capsys, settings | {"data.train_path": train, "data.batch_size": 2,
+                                     "trainer.accumulate_grad_batches": 2, "data.max_bad_ratio": 0.5}, "--rows=0")
     lines = {line.split("  ")[0]: line for line in said.splitlines()}
     assert "12 of 12 lines" in lines["lines"] and "1 blank" in lines["lines"]
     assert lines["kept"].split(maxsplit=1)[1] == (
@@ -309,12 +295,8 @@ def test_a_length_histogram_counts_every_row_once() -> None:
 def test_the_strangest_rows_are_found_however_the_store_is_cut_into_pieces(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = [
-        chat("Hi", "short"),
-        chat("a b c", "x" * 50 + "yz"),
-        chat("é" * 9, "<|im_end|> and <think>, <think>"),
-        chat("plain", "words"),
-    ]
+    lines = [chat("Hi", "short"), chat("a b c", "x" * 50 + "yz"), chat("é" * 9, "<|im_end|> and <think>, <think>"),
+             chat("plain", "words")]
     view, _ = view_of(tokenizer, tmp_path, "".join(lines), max_length=500)
     for size in (1 << 20, 100, 1):
         monkeypatch.setattr(oddities, "_PIECE", size)

@@ -110,7 +110,9 @@ def test_without_text_the_base_writes_some(command: list[str], tmp_path: Path) -
         (["--alpha", "1"], "did you mean --alphas"),
     ],
 )
-def test_mistakes_are_told(command: list[str], more: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_told(
+    command: list[str], more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*command, *more]) == 2
     assert said in capsys.readouterr().err
 

@@ -209,13 +209,8 @@ LINE = st.one_of(GOOD.map(chat), GOOD.map(text), st.sampled_from(["{\n", "[]\n",
 
 
 @settings_of_hypothesis(max_examples=40, deadline=None)
-@given(
-    train=st.lists(LINE, min_size=1, max_size=12),
-    val=st.lists(LINE, max_size=4),
-    too_long=st.sampled_from(TOO_LONG[:4]),
-    split=st.booleans(),
-    rows=st.sampled_from([None, 3]),
-)
+@given(train=st.lists(LINE, min_size=1, max_size=12), val=st.lists(LINE, max_size=4),
+       too_long=st.sampled_from(TOO_LONG[:4]), split=st.booleans(), rows=st.sampled_from([None, 3]))
 def test_every_line_ends_in_exactly_one_bucket(
     train: list[str], val: list[str], too_long: str, split: bool, rows: int | None
 ) -> None:
@@ -225,12 +220,8 @@ def test_every_line_ends_in_exactly_one_bucket(
         try:
             found = dealt(
                 {"tokenizer": str(PROJECT / "data" / "tokenizer"), "cache_dir": f"{folder}/cache"},
-                train_path=path,
-                val_path=val_path,
-                val_fraction=0.5 if split else None,
-                max_rows=rows,
-                max_length=40,
-                too_long=too_long,
+                train_path=path, val_path=val_path, val_fraction=0.5 if split else None, max_rows=rows,
+                max_length=40, too_long=too_long,
             )
         except ValueError as error:
             assert "val_fraction" in str(error) and split
@@ -258,12 +249,9 @@ def learned(settings: dict[str, Any], line: str, tmp_path: Path, **more: Any) ->
 
 def test_what_is_supervised_is_chosen_by_turn_message_and_reasoning(settings: dict[str, Any], tmp_path: Path) -> None:
     def row(first: dict[str, Any]) -> str:
-        turns = [
-            {"role": "user", "content": "q"},
-            {"role": "assistant", "content": "ONE"} | first,
-            {"role": "user", "content": "r"},
-            {"role": "assistant", "content": "TWO", "reasoning_content": "THOUGHT"},
-        ]
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "ONE"} | first,
+                 {"role": "user", "content": "r"},
+                 {"role": "assistant", "content": "TWO", "reasoning_content": "THOUGHT"}]
         return json.dumps({"messages": turns}) + "\n"
 
     everything = learned(settings, row({}), tmp_path)

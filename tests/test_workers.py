@@ -152,7 +152,9 @@ def test_number_of_workers_is_a_setting(tmp_path, monkeypatch):
         Stores(**settings, workers=0, cache_dir=str(tmp_path / "cache"))
 
 
-def test_two_threads_that_make_the_same_store_do_not_disturb_each_other(tmp_path: Path, template: ChatTemplate) -> None:
+def test_two_threads_that_make_the_same_store_do_not_disturb_each_other(
+    tmp_path: Path, template: ChatTemplate
+) -> None:
     both = threading.Barrier(2, timeout=30)
 
     def make(folder: Path) -> None:
