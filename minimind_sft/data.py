@@ -280,8 +280,7 @@ class SFTDataModule(LightningDataModule):
         frame, text = None, self.spare_text
         if self.replay_in_chat:
             frame = ChatFrame.of(self.template)
-            most = len(frame.before) + len(frame.between)
-            text = Documents(text.store, max_length=max(2, self.max_length - most))
+            text = Documents(text.store, max_length=max(2, self.max_length - frame.size))
         return ReplayStream(
             text,
             ratio=self.replay_ratio,

@@ -111,8 +111,7 @@ def _micro_batch(data: Mapping[str, Any], replay: float, template: ChatTemplate 
     if replay:
         piece, framed = min(data["replay_length"] or data["max_length"], data["max_length"]), 1.0
         if data["replay_in_chat"] and template:
-            frame = ChatFrame.of(template)
-            framed += data["replay_in_chat"] * (len(frame.before) + len(frame.between)) / (piece / 2)
+            framed += data["replay_in_chat"] * ChatFrame.of(template).size / (piece / 2)
         replayed = int((replay * chats + piece) * framed)
         told += f", {replay:g} of it replayed, and a piece of {piece}"
     most = chats + replayed

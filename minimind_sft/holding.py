@@ -51,8 +51,13 @@ class Holding:
         seed: int,
         more: list[Term] | None,
     ) -> None:
-        if not replay_weight >= 0.0:
-            raise ValueError(f"model.replay_weight is {replay_weight}; it must be at least 0 (0 is off)")
+        for name, value in (
+            ("replay_weight", replay_weight),
+            ("fisher_documents", fisher_documents),
+            ("fisher_weight", fisher_weight),
+        ):
+            if not value >= 0:
+                raise ValueError(f"model.{name} is {value}; it must be at least 0 (0 is off)")
         if replay_target is not None and not replay_target > 0.0:
             raise ValueError(
                 f"model.replay_target is {replay_target}; it is nats per token, above 0, or null for a fixed weight"
@@ -61,10 +66,6 @@ class Holding:
             raise ValueError(
                 f"model.replay_target is a KL, which model.replay_loss {replay_loss} does not take; set it to null"
             )
-        if fisher_documents < 0:
-            raise ValueError(f"model.fisher_documents is {fisher_documents}; it must be at least 0 (0 is off)")
-        if not fisher_weight >= 0.0:
-            raise ValueError(f"model.fisher_weight is {fisher_weight}; it must be at least 0 (0 is off)")
         if fisher_weight and not fisher_documents:
             raise ValueError(
                 f"model.fisher_weight is {fisher_weight}, but model.fisher_documents 0 leaves no text to read the "

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
 
 if TYPE_CHECKING:
@@ -28,7 +26,7 @@ def of_training(data: SFTDataModule) -> dict[str, Any]:
     return {
         "documents": len(documents),
         "sample": documents.fingerprint,
-        "targets": int(documents.sizes(np.ones(len(documents), bool))[1].sum()),
+        "targets": data.plan.most_targets,
         "supervises": data.stores.supervises,
         "window_size": data.plan.window_size,
         "seed": data.seed,
@@ -71,9 +69,8 @@ def check_training(data: SFTDataModule, saved: dict[str, Any]) -> None:
             f"cannot resume: the checkpoint's data differs ({'; '.join(changed)}). `sample` stands for what the files "
             "hold, the caps, data.seed, the tokenizer and what leaves training, such as validation chats; `targets` "
             "for which of their messages are learned; `supervises` for data.supervise and data.supervise_reasoning; "
-            "`window_size` is batch_size x "
-            "accumulate_grad_batches x ranks. Restore these settings, or start a new run from the checkpoint with "
-            "model.weights"
+            "`window_size` is batch_size x accumulate_grad_batches x ranks. Restore these settings, or start a new run "
+            "from the checkpoint with model.weights"
         )
 
 

@@ -47,9 +47,14 @@ class ChatFrame(NamedTuple):
         place = int(np.flatnonzero(one != other)[0])
         return cls(one[:place], one[place + 1 :], frozenset(template.control_ids))
 
+    @property
+    def size(self) -> int:
+        """Tokens of the template: what a piece grows by at most."""
+        return len(self.before) + len(self.between)
+
     def extra(self, first: int) -> int:
         """Tokens that a piece with this first one grows by."""
-        return len(self.before) + len(self.between) - (first in self.control_ids)
+        return self.size - (first in self.control_ids)
 
     def around(self, ids: np.ndarray, supervised: np.ndarray, share: float) -> ReplayRow:
         """A piece (L,), its first `share` said by the user, without the control token that it may begin with."""

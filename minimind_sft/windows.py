@@ -143,7 +143,8 @@ class Plan:
         self.window_size = batch_size * accumulate * ranks
         self.empty_think_ratio, self.system_ratio = empty_think_ratio, system_ratio
         self.max_tokens_per_batch, self.replay = max_tokens_per_batch, replay
-        self.most_tokens = int(documents.sizes(np.ones(len(documents), bool))[0].sum())  # of an epoch, without prompts
+        tokens, targets = documents.sizes(np.ones(len(documents), bool))
+        self.most_tokens, self.most_targets = int(tokens.sum()), int(targets.sum())  # of an epoch, without prompts
         self.windows = math.ceil(len(documents) / self.window_size)
         self.epoch = lru_cache(maxsize=2)(self._epoch)
 
