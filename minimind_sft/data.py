@@ -187,7 +187,7 @@ class SFTDataModule(LightningDataModule):
         """What there is in files, and what the base writes itself where there is nothing."""
         assert self.trainer is not None
         fitting, module = self.trainer.state.fn == "fit", self._module
-        wants_text = fitting and (self._replays or module.documents_to_read > 0)
+        wants_text = fitting and (self._replays or module.tokens_to_read > 0)
         opened = self.stores.open(train=fitting, replay=wants_text and not self.replays_own)
         if module.from_scratch or self.trainer.state.fn == "predict":
             return opened
@@ -200,18 +200,17 @@ class SFTDataModule(LightningDataModule):
         return opened._replace(own_chats=author.chats(self.own_chats))
 
     def _own_text(self, author: Author, opened: Opened) -> Store:
-        """Text by the base: as many tokens as an epoch replays, and as many documents as are read before it."""
-        to_read, documents, tokens = self._module.documents_to_read, 0, 0
+        """Text by the base: as many tokens as an epoch replays, or are read before the first step."""
+        tokens = self._module.tokens_to_read
         if self._replays:
             train = self.stores.documents(opened).train
             assert train is not None
             lengths, _ = train.sizes(np.ones(len(train), bool))
-            documents, tokens = self.replay_documents, int(self.replay_ratio * lengths.sum())
+            tokens = max(tokens, int(self.replay_ratio * lengths.sum()))
         return author.texts(
             "replay",
-            documents=max(documents, to_read),
+            documents=self.replay_documents,
             tokens=tokens,
-            at_least=to_read,
             document_format=self.document_format,
             apart_from=opened.measured,
         )

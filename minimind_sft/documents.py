@@ -19,6 +19,7 @@ Shapes: D documents, S spans, L tokens of one document.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ TOO_LONG = ("truncate_right", "truncate_turns", "truncate_left", "drop", "error"
 NOTHING_TO_LEARN = "nothing_to_learn"  # reasons by which documents are left out
 TOO_LONG_REASON = "too_long"
 NO_PROMPT = -1
+TOGETHER = 256  # tokens from which documents fill a pass by themselves
 
 _UNBOUNDED = np.iinfo(np.int32).max
 
@@ -155,6 +157,20 @@ class Documents:
         """
         extent = self.extents(self.index, keep_optional, prompt)
         return extent.stop - extent.start, extent.targets
+
+    def first(self, tokens: int) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+        """Rows of the first documents, until they have so many tokens; short ones together."""
+        read, rows = 0, []
+        for number in range(len(self)):
+            if read >= tokens:
+                break
+            rows.append(self.row(number, True))
+            read += len(rows[-1][0])
+            if sum(len(ids) for ids, _ in rows) >= TOGETHER:
+                yield rows
+                rows = []
+        if rows:
+            yield rows
 
     def row(self, number: int, keep_optional: bool, prompt: int = NO_PROMPT) -> tuple[np.ndarray, np.ndarray]:
         """Token ids (L,) and supervised flags (L,) of what is used of document `number` of `index`."""

@@ -186,11 +186,17 @@ def _holding(data: SFTDataModule, pl_module: SFTModule) -> str:
             f"weight {holding.replay_weight:g}"
             + (f", which follows a target of {holding.replay_target:g} nats" if holding.replay_target else "")
         )
-    said += [f"{term.name}, weight {term.weight:g}" for term in holding.terms if term.name != "replay"]
-    if holding.fisher_documents and not pl_module.from_scratch:
+    others = [term for term in holding.terms if term.name != "replay" and term is not holding.pull]
+    said += [f"{term.name}, weight {term.weight:g}" for term in others]
+    if holding.pull is not None and not pl_module.from_scratch:
+        said.append(
+            f"a pull towards the base as if by {holding.prior_tokens:,.0f} tokens of its text beside the "
+            f"{data.plan.most_targets:,} supervised ones of the sample (weight {holding.pull.weight:.3g})"
+        )
+    if holding.fisher_tokens and not pl_module.from_scratch:
         assert data.spare_text is not None
-        documents = min(holding.fisher_documents, len(data.spare_text))
-        said.append(f"AdamW's moments in a basis read from {documents:,} documents of such text")
+        tokens = sum(len(ids) for rows in data.spare_text.first(holding.fisher_tokens) for ids, _ in rows)
+        said.append(f"AdamW's moments in a basis read from {tokens:,} tokens of such text")
     said += [f"frozen: {', '.join(pl_module.frozen)}"] if pl_module.frozen else []
     return "; ".join(said) or "by nothing but the little data"
 

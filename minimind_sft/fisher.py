@@ -57,17 +57,17 @@ class Basis(NamedTuple):
 
 
 def scores(base: Transformer, text: Iterable[MicroBatch], seed: int) -> Iterator[tuple[Tensor, int]]:
-    """Of every document the log-probability () of tokens that are drawn from the base at its targets, and their number.
+    """The log-probability () of tokens that are drawn from the base at the targets of some documents, and their number.
 
     It is the Fisher information's expectation over the model's own answers, not over those that stand in the text. The
-    scores of different positions are independent with mean 0, so a whole document's squared gradient is, in the mean,
-    the sum of its tokens'.
+    scores of different positions are independent with mean 0, so the squared gradient of all of them is, in the mean,
+    the sum of the tokens'.
     """
     draws = torch.Generator().manual_seed(seed)
-    for document in text:
-        flat = document.batch
+    for some in text:
+        flat = some.batch
         hidden = base.hidden(flat.input_ids, flat.positions, flat.cu_seqlens, flat.max_length)
-        log_p = base.logits(hidden[document.targets]).float().log_softmax(-1)  # (M, V)
+        log_p = base.logits(hidden[some.targets]).float().log_softmax(-1)  # (M, V)
         drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=draws).to(log_p.device)
         yield log_p.gather(-1, drawn).sum(), len(drawn)
 
@@ -77,7 +77,7 @@ def bases_of(base: Transformer, text: Iterable[MicroBatch], seed: int) -> dict[s
 
     Args:
         base: frozen; it is left as it was.
-        text: one document each, in the base's own framing.
+        text: in the base's own framing.
         seed: of the drawn tokens.
     """
     names: dict[Tensor, str] = {weight: name for name, weight in chain(base.named_parameters(), base.named_buffers())}

@@ -56,7 +56,7 @@ def forecast(
     precision = ("bf16-mixed" if cuda else "32") if precision == "auto" else precision
     from_base = model["weights"] != "scratch"
     replay = data["replay_ratio"] if model["replay_weight"] and from_base else 0.0
-    bases, pull = (from_base and bool(model[name]) for name in ("fisher_documents", "fisher_weight"))
+    bases, pull = (from_base and bool(model[name]) for name in ("fisher_tokens", "prior_tokens"))
     tokens, replayed, bound = _micro_batch(data, replay, template)
     known, count = look_at(data, template), memory.parameters(config).total
     window = data["batch_size"] * accumulate * ranks

@@ -16,7 +16,7 @@ from minimind_sft.fisher import Basis, bases_of
 from minimind_sft.model import Transformer
 from minimind_sft.terms import EKFAC, L2SP, ReplayKL, ReplayNextToken, Term, frozen_copy
 
-Read = Callable[[int], Iterable[MicroBatch]]  # so many documents, on the device
+Read = Callable[[int], Iterable[MicroBatch]]  # whole documents of so many tokens, on the device
 
 
 class Holding:
@@ -27,13 +27,14 @@ class Holding:
         replay_weight: factor of that loss; 0 is off.
         replay_target: the KL that the weight is to follow; None for a weight that stays.
         l2_sp: decay towards the base; 0 is off.
-        fisher_documents: to read the optimizer's basis from; 0 is off.
-        fisher_weight: factor of the pull towards the base in that basis; 0 is off.
+        fisher_tokens: of text to read the optimizer's basis from; 0 is off.
+        prior_tokens: how many tokens of its text the pull towards the base in that basis stands for; 0 is off.
         seed: of the tokens that are drawn for the basis.
         more: terms of the user's.
 
     Attributes:
         terms: those at work, in the order in which they are logged.
+        pull: the one that `prior_tokens` asks for, or None.
 
     Raises:
         ValueError: settings that make no sense.
@@ -46,15 +47,15 @@ class Holding:
         replay_weight: float,
         replay_target: float | None,
         l2_sp: float,
-        fisher_documents: int,
-        fisher_weight: float,
+        fisher_tokens: int,
+        prior_tokens: float,
         seed: int,
         more: list[Term] | None,
     ) -> None:
         for name, value in (
             ("replay_weight", replay_weight),
-            ("fisher_documents", fisher_documents),
-            ("fisher_weight", fisher_weight),
+            ("fisher_tokens", fisher_tokens),
+            ("prior_tokens", prior_tokens),
         ):
             if not value >= 0:
                 raise ValueError(f"model.{name} is {value}; it must be at least 0 (0 is off)")
@@ -66,23 +67,23 @@ class Holding:
             raise ValueError(
                 f"model.replay_target is a KL, which model.replay_loss {replay_loss} does not take; set it to null"
             )
-        if fisher_weight and not fisher_documents:
+        if prior_tokens and not fisher_tokens:
             raise ValueError(
-                f"model.fisher_weight is {fisher_weight}, but model.fisher_documents 0 leaves no text to read the "
-                "Fisher information from; set it to 100, or the weight to 0"
+                f"model.prior_tokens is {prior_tokens:g}, but model.fisher_tokens 0 leaves no text to read the "
+                "Fisher information from; set it to 50000, or model.prior_tokens to 0"
             )
         self.replay_loss, self.replay_weight, self.replay_target = replay_loss, replay_weight, replay_target
-        self.l2_sp, self.fisher_documents, self.fisher_weight = l2_sp, fisher_documents, fisher_weight
+        self.l2_sp, self.fisher_tokens, self.prior_tokens = l2_sp, fisher_tokens, prior_tokens
         self._seed, self._more = seed, more or []
-        self._pull = EKFAC(fisher_weight, fisher_documents, seed) if fisher_weight else None
+        self.pull = EKFAC(tokens=fisher_tokens, seed=seed) if prior_tokens else None
         self.terms: list[Term] = []
         self._base: Transformer | None = None
         self._chosen = False
 
     @property
-    def documents_to_read(self) -> int:
+    def tokens_to_read(self) -> int:
         """How much text is read before the first step."""
-        return max(self.fisher_documents, *(term.documents for term in self._more), 0)
+        return max(self.fisher_tokens, *(term.tokens for term in self._more), 0)
 
     @property
     def losses(self) -> list[Term]:
@@ -100,18 +101,19 @@ class Holding:
         Raises:
             ValueError: settings that ask for it by more than the defaults.
         """
-        asked = {"model.l2_sp": self.l2_sp, "model.fisher_weight": self.fisher_weight, "model.terms": len(self._more)}
+        asked = {"model.l2_sp": self.l2_sp, "model.prior_tokens": self.prior_tokens, "model.terms": len(self._more)}
         if on := [name for name, value in asked.items() if value]:
             raise ValueError(
                 f"{' and '.join(on)} hold on to a base, and model.weights is scratch; leave them out, or give a base"
             )
 
-    def choose(self, model: Transformer, head: Tensor | None, *, replay: bool) -> None:
+    def choose(self, model: Transformer, head: Tensor | None, *, chat_tokens: int, replay: bool) -> None:
         """Take what the settings name, and a copy of the base where anything looks at it; once.
 
         Args:
             model: before the first step and before a checkpoint is restored.
             head: the base's output layer (V, C), where the model has another.
+            chat_tokens: supervised ones of the sample, which the base's prior tokens are weighed against.
             replay: whether there is text to replay.
         """
         if self._chosen:
@@ -122,8 +124,10 @@ class Holding:
             self.terms.append(
                 ReplayKL(self.replay_weight, self.replay_target) if kl else ReplayNextToken(self.replay_weight)
             )
-        self.terms += [*([L2SP(self.l2_sp)] if self.l2_sp else []), *([self._pull] if self._pull else []), *self._more]
-        if self.terms or self.fisher_documents:
+        if self.pull is not None:
+            self.pull.weight = self.prior_tokens / chat_tokens
+        self.terms += [*([L2SP(self.l2_sp)] if self.l2_sp else []), *([self.pull] if self.pull else []), *self._more]
+        if self.terms or self.fisher_tokens:
             self._base = frozen_copy(model, head)
 
     def start(self, device: torch.device, control_ids: list[int], *, half: torch.dtype | None, read: Read) -> None:
@@ -133,16 +137,16 @@ class Holding:
         self._base.to(device)
         for term in self.terms:
             term.start(self._base, control_ids, half=half)
-            if term.documents:
-                term.read(self._base, read(term.documents))
+            if term.tokens:
+                term.read(self._base, read(term.tokens))
 
     def bases(self, read: Read) -> Mapping[str, Basis]:
         """What the optimizer's moments are to be kept in, by parameter; empty where that is off."""
-        if self._base is None or not self.fisher_documents:
+        if self._base is None or not self.fisher_tokens:
             return {}
-        if self._pull is not None:
-            return self._pull.bases
-        return bases_of(self._base, read(self.fisher_documents), self._seed)
+        if self.pull is not None:
+            return self.pull.bases
+        return bases_of(self._base, read(self.fisher_tokens), self._seed)
 
     def release(self) -> None:
         """Let go of the base, once it was shown and read: terms that look at it in training have it, or a copy in

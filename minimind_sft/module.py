@@ -65,10 +65,10 @@ class SFTModule(LightningModule):
         replay_weight: factor of that loss; 0 is off.
         replay_target: nats per token of KL that the model may be away from the base on replay text: the weight then
             only begins as `replay_weight`, and follows; null for a weight that stays.
-        fisher_documents: documents of pretraining text (or by the base) from which the basis is taken that AdamW's
-            moments are kept in, see `fisher.py`; 0 for AdamW as it is.
-        fisher_weight: factor of a pull towards the base in that basis, as strong in each direction as such text depends
-            on it, see `terms.EKFAC`; 0 is off.
+        fisher_tokens: tokens of pretraining text (or by the base) from which the basis is taken that AdamW's moments
+            are kept in, see `fisher.py`; 0 for AdamW as it is.
+        prior_tokens: a pull towards the base in that basis, as strong in each direction as so many tokens of such text
+            would be beside the sample's supervised ones, see `terms.EKFAC`; 0 is off.
         l2_sp: decay towards the base, decoupled as AdamW's; 0 is off.
         freeze: patterns of parameters that are not trained, as in a shell: "*.mlp.*", or a list of them.
         max_forgetting: nats per token of forgetting above which no reading is the best; null for no bound.
@@ -105,8 +105,8 @@ class SFTModule(LightningModule):
         replay_loss: Literal["kl", "ntp"] = "kl",
         replay_weight: float = 1.0,
         replay_target: float | None = None,
-        fisher_documents: int = 0,
-        fisher_weight: float = 0.0,
+        fisher_tokens: int = 0,
+        prior_tokens: float = 0.0,
         l2_sp: float = 0.0,
         freeze: str | list[str] | None = None,
         max_forgetting: float | None = None,
@@ -136,8 +136,8 @@ class SFTModule(LightningModule):
             replay_weight=replay_weight,
             replay_target=replay_target,
             l2_sp=l2_sp,
-            fisher_documents=fisher_documents,
-            fisher_weight=fisher_weight,
+            fisher_tokens=fisher_tokens,
+            prior_tokens=prior_tokens,
             seed=seed,
             more=terms,
         )
@@ -193,7 +193,10 @@ class SFTModule(LightningModule):
         if self.trainer.state.fn == "fit" and self.from_scratch:
             self.holding.refuse_scratch()
         elif self.trainer.state.fn == "fit":  # now, because a checkpoint is restored next
-            self.holding.choose(self.model, self.start.head, replay=data.plan.replay is not None)
+            plan = data.plan
+            self.holding.choose(
+                self.model, self.start.head, chat_tokens=plan.most_targets, replay=plan.replay is not None
+            )
         if not hasattr(self, "meter"):
             text = data.evaluation.get(PRETRAIN)
             self.meter = Meter(list(data.evaluation), sources_of(text).names if text else [""])
@@ -218,15 +221,14 @@ class SFTModule(LightningModule):
         optimizer.turn({self.model.get_parameter(name): basis.to(self.device) for name, basis in found.items()})
 
     @property
-    def documents_to_read(self) -> int:
+    def tokens_to_read(self) -> int:
         """How much text is read before the first step, by terms and for the optimizer's basis."""
-        return 0 if self.from_scratch else self.holding.documents_to_read
+        return 0 if self.from_scratch else self.holding.tokens_to_read
 
-    def _text_to_read(self, count: int) -> Iterator[MicroBatch]:
-        documents = self.data.spare_text
-        assert documents is not None
-        for number in range(min(count, len(documents))):
-            yield self.transfer_batch_to_device(pack([documents.row(number, True)]), self.device, 0)
+    def _text_to_read(self, tokens: int) -> Iterator[MicroBatch]:
+        assert self.data.spare_text is not None
+        for rows in self.data.spare_text.first(tokens):
+            yield self.transfer_batch_to_device(pack(rows), self.device, 0)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **settings: Any) -> SFTModule:  # type: ignore[override]
@@ -392,7 +394,7 @@ class SFTModule(LightningModule):
     @property
     def checkpoint_bytes(self) -> int:
         """About what one checkpoint of `fit` takes on disk."""
-        bases = self.holding.fisher_documents > 0 and not self.from_scratch
+        bases = self.holding.fisher_tokens > 0 and not self.from_scratch
         return checkpoint_bytes(self.model.config, bases=bases)
 
     @property

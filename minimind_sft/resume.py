@@ -33,7 +33,7 @@ def note(module: SFTModule, checkpoint: dict[str, Any]) -> None:
         "measured": of_measured(module.data),
         "settings": settings(module),
         "guard": module.guard.state_dict(),
-        "fisher_documents": module.holding.fisher_documents,
+        "fisher_tokens": module.holding.fisher_tokens,
         "weights": {term.name: term.weight for term in module.holding.terms if term.adapts},
     }
 
@@ -59,7 +59,7 @@ def take_over(module: SFTModule, checkpoint: dict[str, Any]) -> None:
     if module.trainer.state.fn == "fit":
         check_training(module.data, ours["plan"])
         check_measured(module.data, measured)
-        _check_basis(module, ours.get("fisher_documents", 0))
+        _check_basis(module, ours.get("fisher_tokens", 0))
         plan = module.data.plan
         _tell_differences(module, ours["settings"])
         module.guard.load_state_dict(ours["guard"])
@@ -83,7 +83,7 @@ def settings(module: SFTModule) -> dict[str, Any]:
         "model.replay_loss": module.holding.replay_loss,
         "model.replay_weight": module.holding.replay_weight,
         "model.replay_target": module.holding.replay_target,
-        "model.fisher_weight": module.holding.fisher_weight,
+        "model.prior_tokens": module.holding.prior_tokens,
         "model.l2_sp": module.holding.l2_sp,
         "model.freeze": module.frozen,
         "model.aux_scope": module.aux_scope,
@@ -129,10 +129,10 @@ def _check_config(module: SFTModule, saved: dict[str, Any]) -> None:
 
 def _check_basis(module: SFTModule, before: int) -> None:
     """Moments do not turn with the basis that they are kept in."""
-    now = module.holding.fisher_documents
+    now = module.holding.fisher_tokens
     if now != before:
         raise ValueError(
-            f"the checkpoint's optimizer has a basis from {before} documents, and model.fisher_documents is {now}; set "
+            f"the checkpoint's optimizer has a basis from {before} tokens, and model.fisher_tokens is {now}; set "
             f"it to {before}, or start a new run from the checkpoint with model.weights"
         )
 

@@ -70,7 +70,6 @@ class Author:
         *,
         documents: int,
         tokens: int | None = None,
-        at_least: int = 0,
         document_format: str,
         apart_from: Store | None = None,
     ) -> Store:
@@ -80,7 +79,6 @@ class Author:
             purpose: what they are for; each has draws of its own.
             documents: how many to write at most.
             tokens: begin no more documents once there are as many tokens; None for no such bound.
-            at_least: documents that are written however many tokens they have.
             document_format: how pretraining framed a text.
             apart_from: leave out what also stands here, by content hash.
 
@@ -94,14 +92,14 @@ class Author:
             raise ValueError(
                 "the base cannot write text: its tokenizer has no token that opens a document of data.document_format "
                 f"{document_format}. Give its pretraining text (pretrain_path), or let it write none (own_documents 0; "
-                "in `fit` data.replay_ratio and model.fisher_documents 0 as well)"
+                "in `fit` data.replay_ratio and model.fisher_tokens 0 as well)"
             )
         stops = {id for id in (last, *self.template.stop_ids) if id is not None}
         most = min(TEXT_TOKENS, self.max_length)
 
         def write(progress: Progress) -> Iterator[list[Span]]:
             begun, total = 0, 0
-            while begun < documents and (tokens is None or total < tokens or begun < at_least):
+            while begun < documents and (tokens is None or total < tokens):
                 count = min(TOGETHER, documents - begun)
                 for ids in self._continue([[opens]] * count, most - 1, purpose, stops, begun):
                     if self.template.decode([id for id in ids if id not in stops]).strip():
@@ -111,7 +109,7 @@ class Author:
                 progress(min(total, tokens) if tokens else begun)
 
         key: dict[str, Any] = {"purpose": purpose, "format": document_format, "blank": False}
-        key |= {"tokens": tokens, "documents": documents, "at_least": at_least}
+        key |= {"tokens": tokens, "documents": documents}
         what = {"measured": "text to measure on", "replay": "text to replay"}[purpose]
         return self._store(what, key, write, total=tokens or documents, apart_from=apart_from)
 

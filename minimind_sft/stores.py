@@ -26,7 +26,7 @@ from minimind_sft.sampling import Line, read_lines, select
 from minimind_sft.selection import MEBIBYTE
 from minimind_sft.system_prompts import find_prompts, read_prompts
 
-NO_TEXT = "data.replay_ratio and model.fisher_documents to 0 (and leave out model.terms that read text)"
+NO_TEXT = "data.replay_ratio and model.fisher_tokens to 0 (and leave out model.terms that read text)"
 SEEN, UNSEEN, SELF_WRITTEN = "seen", "unseen", "self-written"  # what text to measure on is to the base
 
 

@@ -37,12 +37,12 @@ class Term:
 
     Attributes:
         name: under which it is logged, as `train/<name>`, in nats before the weight.
-        documents: how many documents of the base's text, none of them measured on, are handed to `read`.
+        tokens: how many tokens of the base's text, in whole documents that are not measured on, are handed to `read`.
         adapts: whether the weight changes on the way, so that a run which resumes takes it from the checkpoint.
     """
 
     name = "term"
-    documents = 0
+    tokens = 0
     adapts = False
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -60,7 +60,7 @@ class Term:
         """
 
     def read(self, base: Transformer, text: Iterable[MicroBatch]) -> None:
-        """Called behind `start` where `documents` asks for text: one document each, in the base's own framing."""
+        """Called behind `start` where `tokens` asks for text, in the base's own framing, short documents together."""
 
     def loss(self, model: Transformer, hidden: Tensor, batch: MicroBatch) -> Tensor:
         """The micro-batch's share of the window's loss, (), before the weight. Not asked where it is not overridden.
@@ -167,22 +167,22 @@ class EWC(Term):
 
     F is the diagonal of the base's Fisher information, per token, on text to replay (`fisher.scores`). Near the base,
     the loss is KL(base || model) per token, but for the terms off the diagonal; `weight` is thus on the scale of
-    `model.replay_weight`. A backward pass per document, once; no text in training.
+    `model.replay_weight`. A backward pass over the text, once; no text in training.
     Source: arXiv 1612.00796.
 
     Args:
         weight: factor of the loss.
-        documents: to estimate F on.
+        tokens: of text to estimate F on.
         seed: of the drawn tokens.
     """
 
     name = "ewc"
 
-    def __init__(self, weight: float = 1.0, documents: int = 200, seed: int = 42) -> None:
+    def __init__(self, weight: float = 1.0, tokens: int = 100_000, seed: int = 42) -> None:
         super().__init__(weight)
-        if documents < 1:
-            raise ValueError(f"the documents of {self.name} are {documents}; it needs at least 1")
-        self.documents, self.seed = documents, seed
+        if tokens < 1:
+            raise ValueError(f"the tokens of {self.name} are {tokens}; it needs at least 1")
+        self.tokens, self.seed = tokens, seed
         self.bases: dict[str, Basis] = {}
         self._pull: tuple[Tensor, list[Tensor]] | None = None
 
@@ -194,7 +194,7 @@ class EWC(Term):
 
     def read(self, base: Transformer, text: Iterable[MicroBatch]) -> None:
         weights = list(self._base.values())
-        sums, tokens = [torch.zeros_like(weight) for weight in weights], 0
+        sums, targets = [torch.zeros_like(weight) for weight in weights], 0
         base.requires_grad_(True)
         for score, drawn in scores(base, text, self.seed):
             gradients = torch.autograd.grad(score, weights, allow_unused=True)
@@ -202,9 +202,9 @@ class EWC(Term):
                 if gradient is not None:  # an expert that was not asked
                     with torch.autocast(gradient.device.type, enabled=False):  # squares outgrow half precision
                         total += self._basis(name).turned(gradient).square()
-            tokens += drawn
+            targets += drawn
         base.requires_grad_(False)
-        self.fisher = {name: total / max(1, tokens) for name, total in zip(self._base, sums, strict=True)}
+        self.fisher = {name: total / max(1, targets) for name, total in zip(self._base, sums, strict=True)}
 
     def loss(self, model: Transformer, hidden: Tensor, batch: MicroBatch) -> Tensor:
         pulled = {
@@ -254,7 +254,10 @@ class EKFAC(EWC):
         1/2 * sum over directions of F * (U^T (w - w_base) V)^2
 
     U and V are the eigenvectors that AdamW's moments are kept in (`fisher.py`), F the Fisher information in that basis.
-    There, next to nothing of the Fisher information lies off the diagonal, which is all that EWC knows of it.
+    There, next to nothing of the Fisher information lies off the diagonal, which is all that EWC knows of it. With F
+    per token, n tokens of the base's text beside N supervised tokens of chat give the sum n / N: the Laplace
+    approximation of training on both, and the weight that `model.prior_tokens` stands for. The more chats there are,
+    the less the pull counts.
     Source: arXiv 1806.03884 (EKFAC); a pull with Kronecker factors, arXiv 1805.07810.
 
     Attributes:
@@ -264,9 +267,9 @@ class EKFAC(EWC):
     name = "ekfac"
 
     def read(self, base: Transformer, text: Iterable[MicroBatch]) -> None:
-        documents = list(text)
-        self.bases = bases_of(base, documents, self.seed)
-        super().read(base, documents)
+        text = list(text)
+        self.bases = bases_of(base, text, self.seed)
+        super().read(base, text)
 
 
 def freeze(model: Transformer, patterns: Sequence[str]) -> None:

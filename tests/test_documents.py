@@ -45,6 +45,17 @@ def test_what_is_too_long_is_cut_as_asked_and_the_loss_is_counted(
     assert documents.targets_lost == pytest.approx(1 - (targets + 6) / (5 + 9))
 
 
+def test_the_first_documents_are_read_whole_and_short_ones_together(tmp_path: Path) -> None:
+    texts = [[Span([number], False), Span([9] * (length - 1), True)] for number, length in enumerate([200, 60, 300, 9])]
+    documents = Documents(store_of(tmp_path / "s", texts), max_length=768)
+
+    def read(tokens: int) -> list[list[int]]:
+        return [[int(ids[0]) for ids, _ in rows] for rows in documents.first(tokens)]
+
+    assert read(10**9) == [[0, 1], [2], [3]]  # 260 and 300 tokens fill a pass
+    assert read(201) == [[0, 1]] and read(200) == [[0]] and read(0) == []
+
+
 def test_a_first_turn_that_does_not_fit_leaves_nothing_to_learn(tmp_path: Path) -> None:
     documents = Documents(store_of(tmp_path / "s", [CHAT, CHAT[:2]]), max_length=3, too_long="truncate_turns")
     assert documents.rejected == {"nothing_to_learn": 2} and documents.lost == 2 and documents.targets_lost == 1

@@ -40,7 +40,7 @@ def document(length: int) -> MicroBatch:
 
 
 def estimated(documents: int, length: int, seed: int = 0) -> tuple[EWC, Transformer]:
-    base, term = bigram_model().requires_grad_(False), EWC(1.0, documents=documents, seed=seed)
+    base, term = bigram_model().requires_grad_(False), EWC(1.0, tokens=documents * length, seed=seed)
     term.start(base, [], half=None)
     term.read(base, (document(length) for _ in range(documents)))
     assert not any(parameter.requires_grad for parameter in base.parameters())  # as it was
@@ -102,7 +102,7 @@ def test_in_the_basis_the_loss_is_the_kl_along_a_direction_that_the_text_depends
     assert basis.left is not None and basis.right is not None
     with torch.no_grad():  # the last eigenvectors are the text's largest
         moved.get_parameter(name).add_(torch.outer(basis.left[:, -1], basis.right[:, -1]), alpha=0.02)
-    for term in (EKFAC(documents=60), EWC(documents=60)):
+    for term in (EKFAC(), EWC()):
         term.start(base, [], half=None)
         term.read(base, iter(text))
         losses.append(term.loss(moved, torch.zeros(1), text[0]).item())
@@ -113,9 +113,9 @@ def test_in_the_basis_the_loss_is_the_kl_along_a_direction_that_the_text_depends
     assert losses[1] < 0.5 * kl  # along the weights' own axes most of it is off the diagonal
 
 
-def test_no_document_is_refused() -> None:
-    with pytest.raises(ValueError, match="documents of ewc are 0"):
-        EWC(documents=0)
+def test_no_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="tokens of ewc are 0"):
+        EWC(tokens=0)
 
 
 # ---- through `fit`
@@ -130,7 +130,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[di
         ("plain", None, 0, text), ("weak", "EWC", 1, text), ("strong", "EWC", 1e5, text), ("own", "EWC", 1e5, ""),
         ("basis", "EKFAC", 1e5, text),
     ):  # fmt: skip
-        term = f"[{{class_path: minimind_sft.terms.{kind}, init_args: {{weight: {weight}, documents: 30}}}}]"
+        term = f"[{{class_path: minimind_sft.terms.{kind}, init_args: {{weight: {weight}, tokens: 1800}}}}]"
         arguments = [
             f"--run_dir={folder / name}", "--device=cpu", "--log_every_steps=1", "--export=none", "--val_every_steps=3",
             f"--model.weights={DATA}/base.pth", f"--data.train_path={DATA}/sft_train.jsonl", "--data.max_rows=48",

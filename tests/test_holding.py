@@ -3,6 +3,7 @@
 import csv
 import gc
 import math
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -198,19 +199,19 @@ def test_the_base_is_kept_only_where_a_term_looks_at_it(half: torch.dtype | None
         replay_weight=1.0,
         replay_target=None,
         l2_sp=0.0,
-        fisher_documents=1,
-        fisher_weight=0.0,
+        fisher_tokens=1,
+        prior_tokens=0.0,
         seed=0,
         more=None,
     )
-    holding.choose(small_model(), None, replay=True)
+    holding.choose(small_model(), None, chat_tokens=1, replay=True)
     base = weakref.ref(holding._base)
     holding.start(torch.device("cpu"), [], half=half, read=lambda count: [])
     assert holding.bases(lambda count: []) and base() is not None
     holding.release()
     gc.collect()
     assert (base() is not None) == kept
-    holding.choose(small_model(), None, replay=True)
+    holding.choose(small_model(), None, chat_tokens=1, replay=True)
     assert len(holding.losses) == 1 and holding._base is None  # once
 
 
@@ -308,7 +309,7 @@ def test_l2_sp_decays_towards_the_base_and_spares_control_tokens() -> None:
         torch.testing.assert_close(weight, expected)
 
 
-@pytest.mark.parametrize("term", [L2SP(0.5), EWC(1.0, documents=1), EKFAC(1.0, documents=1)])
+@pytest.mark.parametrize("term", [L2SP(0.5), EWC(1.0, tokens=1), EKFAC(1.0, tokens=1)])
 def test_a_new_output_layer_is_not_pulled_to_the_old_one(term: Term) -> None:
     model, text = small_model(0), [with_replay(3)]
     head = model.lm_head.weight.detach().clone()
@@ -375,7 +376,7 @@ def state(run_dir: Path) -> dict[str, Any]:
     return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-REPLAY, BASIS, PULL = "--data.replay_ratio=0.5", "--model.fisher_documents=20", "--model.fisher_weight=1000"
+REPLAY, BASIS, PULL = "--data.replay_ratio=0.5", "--model.fisher_tokens=1200", "--model.prior_tokens=4e7"
 
 
 @pytest.fixture(scope="module")
@@ -429,6 +430,22 @@ def test_a_pull_in_the_basis_holds_and_is_logged_and_leaves_the_basis_as_it_is(c
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+def test_the_pull_stands_for_as_much_text_however_many_chats_there_are(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = []
+    for rows in (400, 100):
+        options = [BASIS, "--model.prior_tokens=1e6", f"--data.max_rows={rows}", "--trainer.max_steps=1"]
+        fit(tmp_path / str(rows), cache, *options)
+        screen = capsys.readouterr().out
+        said = re.search(r"by ([\d,]+) tokens .* the ([\d,]+) supervised ones .*weight ([\d.]+)", screen)
+        assert said
+        prior, chats, weight = (float(figure.replace(",", "")) for figure in said.groups())
+        assert prior == 1e6 and weight == pytest.approx(prior / chats, rel=5e-3)
+        weights.append(weight)
+    assert weights[1] == pytest.approx(4 * weights[0], rel=0.2)
+
+
 def test_without_any_text_the_basis_is_of_text_by_the_base(cache: Path, tmp_path: Path) -> None:
     ends = [
         fit(tmp_path / name, cache, "--data.pretrain_path=null", "--data.own_chats=0", *more)[-1]["train/loss"]
@@ -462,9 +479,9 @@ def test_a_run_in_a_basis_does_not_resume_in_another(
     fit(tmp_path / "run", cache, BASIS, "--trainer.max_steps=2")
     with pytest.raises(AssertionError):
         fit(tmp_path / "run", cache, "--trainer.max_steps=4", ckpt="last")
-    assert "has a basis from 20 documents, and model.fisher_documents is 0; set it to 20" in capsys.readouterr().err
+    assert "has a basis from 1200 tokens, and model.fisher_tokens is 0; set it to 1200" in capsys.readouterr().err
     fit(tmp_path / "run", cache, BASIS, PULL, "--trainer.max_steps=3", ckpt="last")
-    assert "model.fisher_weight 0.0 -> " in capsys.readouterr().out
+    assert "model.prior_tokens 0.0 -> " in capsys.readouterr().out
 
 
 def test_a_run_resumes_only_on_what_it_was_measured_on(
@@ -568,9 +585,9 @@ def test_the_weight_follows_the_target_and_the_divergence_the_weight(cache: Path
         (["--model.replay_target=0.02", "--model.replay_loss=ntp"], "set it to null"),
         (["--data.replay_in_chat=2"], "a share between 0 and 1"),
         (["--data.replay_length=7"], "at least 8, or null for whole documents"),
-        (["--model.fisher_documents=-1"], "at least 0"),
-        ([BASIS, "--model.fisher_weight=-1"], "at least 0"),
-        ([PULL], "set it to 100"),
+        (["--model.fisher_tokens=-1"], "at least 0"),
+        ([BASIS, "--model.prior_tokens=-1"], "at least 0"),
+        ([PULL], "set it to 50000"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(

@@ -80,7 +80,7 @@ def test_a_checkpoint_takes_what_is_said_of_it(tmp_path: Path, capsys: pytest.Ca
     data = PROJECT / "data"
     settings = {
         "model.weights": data / "base.pth",
-        "model.fisher_documents": 3,
+        "model.fisher_tokens": 3,
         "data.train_path": data / "sft_train.jsonl",
         "data.pretrain_path": data / "pretrain.jsonl",
         "data.tokenizer": data / "tokenizer",
@@ -347,9 +347,9 @@ def test_what_changes_the_run_changes_the_plan(plan: Callable[..., str]) -> None
     assert "and 19 milestones" in rows(plan("--keep_every_steps=20"))["disk"][0]
     assert "activation_checkpointing (as set)" in plan("--model.activation_checkpointing=true")
     assert float(before["the bases they are kept in, fp32"][0]) > 0
-    off = rows(plan("--model.fisher_documents=0", "--model.fisher_weight=0"))
+    off = rows(plan("--model.fisher_tokens=0", "--model.prior_tokens=0"))
     assert "the bases they are kept in, fp32" not in off and "the pull towards the base" not in off
-    pulled = rows(plan("--model.fisher_weight=1"))
+    pulled = rows(plan("--model.prior_tokens=1"))
     pull, weights = (float(pulled[name][0]) for name in ("the pull towards the base", "weights, fp32"))
     assert pull == pytest.approx(3 * weights, rel=0.1)  # on a GPU: Fisher information, gradient, the base in fp32
 

@@ -92,11 +92,6 @@ def test_a_document_without_text_is_left_out(tmp_path: Path) -> None:
     assert all(json.loads(line.text)["text"].strip() for line in lines(store, TEMPLATE, document_format="minimind3"))
 
 
-def test_at_least_so_many_documents_are_written_however_long(tmp_path: Path) -> None:
-    store = author(tmp_path).texts("replay", documents=500, tokens=10, at_least=100, document_format="minimind3")
-    assert 100 <= len(store) < 200
-
-
 def test_writing_ends_at_the_tokens_asked_for(tmp_path: Path) -> None:
     store = author(tmp_path).texts("replay", documents=500, tokens=1500, document_format="minimind3")
     assert 128 <= len(store) < 500 and 1500 <= len(store.ids) < 1500 + 64 * 16
