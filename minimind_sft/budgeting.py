@@ -242,7 +242,7 @@ def _told(found: dict[str, Any]) -> str:
     chosen = "none of these caps" if found["chosen_mb"] is None else f"{found['chosen_mb']:g} MB"
     rows = [(f"largest cap within {bound:g} nats", chosen)]
     if law is None:
-        rows.append(("power law", f"none: {found['no_power_law']} (with a measured forgetting)"))
+        rows.append(("power law", f"none of forgetting by MB: {found['no_power_law']}"))
     else:
         rows.append(("forgetting", f"{law['a']:.3g} x MB^{law['b']:.2f}, exponent +- {law['b_error']:.2f} (1 s.e.)"))
         sizes = [trial["mb"] for trial in found["trials"]]

@@ -24,7 +24,7 @@ from minimind_sft.guard import Guard
 from minimind_sft.last_screen import LastScreen
 from minimind_sft.measuring import Measure
 from minimind_sft.module import SFTModule
-from minimind_sft.predictions import WritePredictions
+from minimind_sft.predictions import PrintReading, WritePredictions
 from minimind_sft.records import MetricsFile
 from minimind_sft.rundir import find_checkpoint, is_rank_zero, prepare_run_dir, refuse_own_weights, wandb_logger
 from minimind_sft.settings import find_config
@@ -114,6 +114,10 @@ class SFTCLI(LightningCLI):
             flush=True,
         )
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        more = {"verbose": False} if subcommand == "validate" else {}  # PrintReading does
+        return super()._prepare_subcommand_kwargs(subcommand) | more
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings, given = self.config[self.subcommand], dict(self._get(self.config_init, "trainer"))
         theirs: list[Callback] = given.pop("callbacks") or []
@@ -146,7 +150,7 @@ class SFTCLI(LightningCLI):
         if self.subcommand == "predict":
             return [WritePredictions(self.run_dir / "predictions.jsonl")]
         if self.subcommand == "validate":
-            return []
+            return [PrintReading()]
         self.model.guard = Guard(
             folder=self.run_dir if is_rank_zero() else None,
             on_nonfinite=settings["on_nonfinite"],

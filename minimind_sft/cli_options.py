@@ -99,7 +99,7 @@ def add_run_options(parser: LightningArgumentParser) -> None:
         "--val_every_steps",
         type=OptionalInt,
         default=None,
-        help="steps between two readings; null: as often, and of as many documents, as costs 5 %% of the time",
+        help="steps between two readings; null: as often, and of as many documents, as costs a twentieth of the time",
     )
     parser.add_argument(
         "--save_every_steps",

@@ -154,6 +154,7 @@ def _measure_texts(
         assert store is not None
         lines = lines or read_lines([Path(file) for file in store.meta["files"]])
         result["text"][name], rows, found = measures.measure_text(pair, store, lines)
+        result["text"][name]["chats"] = store.chats
         if documents is None:
             documents = rows
             result["judged"], result["continuations"] = name, measures.measure_continuations(pair, found)
@@ -202,6 +203,11 @@ def _notes(result: Section, vocab_size: int) -> list[str]:
         notes.append(
             "no text was given, so the base wrote what forgetting is judged on; what it knows but seldom says hardly "
             "counts there: --heldout_path and --pretrain_path tell more"
+        )
+    if 2 * text["chats"] > text["documents"]:
+        notes.append(
+            f"{text['chats']:,} of the documents that forgetting is judged on are chats, not text: what is called "
+            "forgotten is then how to chat"
         )
     if likely_not_pretrained(text["before"], vocab_size):
         notes.append(

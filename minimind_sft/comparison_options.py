@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         "--max_forgetting",
         type=_limit,
         metavar="NATS",
-        help=f"the most that may be forgotten (default: {MAX_FORGETTING})",
+        help=f"the most that may be forgotten; {MAX_FORGETTING} where it is not given",
     )
     add("--max_bad_ratio", type=float, default=0.01, metavar="X", help="refuse files with a larger share of bad lines")
     add("--num_attention_heads", type=_count, metavar="N", help="of both, where tensors leave it open; MiniMind's is 8")

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minimind_sft.chat import ChatTemplate, Span
-from minimind_sft.packing import Packed, id_type, pack
+from minimind_sft.packing import ENDS_TURN, Packed, id_type, pack
 from minimind_sft.sampling import Line
 from minimind_sft.tokenization import Document
 from minimind_sft.workers import Tokenization, packed_lines
@@ -96,6 +96,12 @@ class Store:
         owner = np.repeat(np.arange(len(index)), count)
         within = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
         return first[owner] + within, owner
+
+    @property
+    def chats(self) -> int:
+        """How many documents have a turn that ends; text has none."""
+        ends = np.flatnonzero(np.asarray(self.span_flags) & ENDS_TURN)
+        return len(np.unique(np.searchsorted(np.asarray(self.span_offsets), ends, side="right")))
 
     def where(self, number: int) -> str:
         """`file:line` of a document, for messages."""

@@ -96,7 +96,7 @@ class FirstScreen(Callback):
                 f"{parameters:,}, {trained}, precision {trainer.precision}, {pl_module.device}{ranks}, "
                 f"{pl_module.attention} attention",
             ),
-            *_data_rows(data, from_base=not pl_module.from_scratch),
+            *_data_rows(data, pl_module),
             ("holding on", _holding(data, pl_module)),
             (
                 "steps",
@@ -117,9 +117,8 @@ class FirstScreen(Callback):
         if not trainer.is_global_zero:
             return
         if trainer.global_step:
-            print(
-                f"resumed       after step {trainer.global_step:,}; the next is {trainer.global_step + 1:,}", flush=True
-            )
+            after = f"after step {trainer.global_step:,}; the next is {trainer.global_step + 1:,}"
+            print(report.aligned([(f"{'resumed':<15}", after)]), flush=True)
             return
         reading = self.measure.readings[0]
         if pl_module.from_scratch:
@@ -140,7 +139,8 @@ class FirstScreen(Callback):
             step = 3 * self.measure.seconds / tokens * float(data.plan.epoch(0).window_tokens.mean())
             looks = pl_module.total_steps / self.measure.intervals.val_every * self.measure.seconds
             looks *= self.measure.intervals.live_share
-            rows.append(("time", f"about {duration(pl_module.total_steps * step + looks)}"))
+            read = 0.0 if pl_module.holding.pull else 3 * self.measure.seconds / tokens * pl_module.tokens_to_read
+            rows.append(("time", f"about {duration(pl_module.total_steps * step + looks + read)}"))
         if rows:
             print(report.aligned([(f"{name:<15}", value) for name, value in rows]), flush=True)
 
@@ -149,7 +149,8 @@ def _live(share: float) -> str:
     return "" if share == 1 else f" ({share:.0%} of them between the first and the last, as a change since step 0)"
 
 
-def _data_rows(data: SFTDataModule, *, from_base: bool) -> list[tuple[str, str]]:
+def _data_rows(data: SFTDataModule, pl_module: SFTModule) -> list[tuple[str, str]]:
+    from_base = not pl_module.from_scratch
     documents, epoch = data.plan.documents, data.plan.epoch(0)
     tokens, targets = int(epoch.lengths.sum()), int(epoch.targets.sum())
     rows = [
@@ -168,6 +169,18 @@ def _data_rows(data: SFTDataModule, *, from_base: bool) -> list[tuple[str, str]]
         if name in data.evaluation:
             found = data.evaluation[name]
             rows.append((what, f"{len(found):,} documents{known}; rejected: {report.rejected(found.rejected)}"))
+    if from_base and not documents.store.chats:
+        rows.append(("", "data.train_path: all of it is plain text, without a turn; nothing teaches a model to chat"))
+    text = data.evaluation.get(PRETRAIN)
+    if from_base and text is not None and 2 * text.store.chats > len(text.store):
+        rows.append((
+            "",
+            f"data.heldout_path or data.pretrain_path: {text.store.chats:,} of {len(text.store):,} are chats, not "
+            "text: what is held on to, or called forgotten, is then how to chat",
+        ))
+    size, known = data.template.vocab_size, pl_module.model.config.vocab_size
+    if from_base and size < 0.9 * known:
+        rows.append(("tokenizer", f"{size:,} tokens, where the model has {known:,}: is data.tokenizer the base's own?"))
     if from_base and data.own_chats == "auto" and OWN_CHATS not in data.evaluation:
         rows.append(("chats to keep", "none: the base is no chat model (a number as data.own_chats measures anyway)"))
     return rows
@@ -184,6 +197,7 @@ def _holding(data: SFTDataModule, pl_module: SFTModule) -> str:
             f"replay of {tokens:,.0f} tokens of {text} a step ({data.replay_ratio:g} of the chats'; "
             f"{len(replay.documents):,} documents{pieces}, none of them measured), {holding.replay_loss} loss of "
             f"weight {holding.replay_weight:g}"
+            + (f", {data.replay_in_chat:.0%} of it in a chat" if data.replay_in_chat else "")
             + (f", which follows a target of {holding.replay_target:g} nats" if holding.replay_target else "")
         )
     others = [term for term in holding.terms if term.name != "replay" and term is not holding.pull]
@@ -207,8 +221,8 @@ def _text_line(text: float, chat: float | None, pl_module: SFTModule, data: SFTD
         return line
     if report.likely_not_pretrained(text, pl_module.model.config.vocab_size):
         return (
-            f"{line}: no better than guessing, so this base looks as if it was not pretrained (or on text framed "
-            "otherwise: data.document_format)"
+            f"{line}: no better than guessing. Either this base was not pretrained, or data.tokenizer is not its own, "
+            "or its text was framed otherwise (data.document_format)"
         )
     if chat is not None and abs(chat - text) < 0.3:
         line += f"; the chats' is within {abs(chat - text):.2f}: text so like the chats can hardly show forgetting"

@@ -35,6 +35,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     stop_ids: Collection[int] = frozenset(),
+    vocab_size: int | None = None,
     batch_size: int = 64,
 ) -> list[list[int]]:
     """Continue every prompt.
@@ -48,6 +49,7 @@ def generate(
         top_p: sample among the likeliest tokens that together reach this probability; None or 1 for all.
         seed: of the sampling.
         stop_ids: a row ends after one of these, and keeps it: an answer without one was cut off.
+        vocab_size: write only ids below this one, where the model has more rows than the tokenizer has tokens.
         batch_size: prompts decoded together; bounds the memory of the caches.
 
     Returns:
@@ -56,7 +58,7 @@ def generate(
     Raises:
         ValueError: an empty prompt, or a sampling setting out of range.
     """
-    sampling = Sampling(temperature, top_k or None, top_p, seed)
+    sampling = Sampling(temperature, top_k or None, top_p, seed, vocab_size)
     answers: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -94,6 +96,7 @@ class Sampling:
     top_k: int | None
     top_p: float | None
     seed: int
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0.0:
@@ -112,6 +115,7 @@ class Sampling:
 
     def choose(self, logits: Tensor, luck: Tensor) -> Tensor:
         """(B, V) logits and (B,) draws -> (B,) token ids, by inverting the cumulative distribution."""
+        logits = logits[:, : self.vocab_size]
         if self.temperature == 0.0:
             return logits.argmax(-1)
         scaled, order = logits.float() / self.temperature, None

@@ -63,7 +63,8 @@ def parser() -> OptionParser:
     add("--heldout_path", metavar="FILE", help="text that the base has not seen")
     add("--pretrain_path", metavar="FILE", help="text of its pretraining, where there is no --heldout_path")
     add("--tokenizer", metavar="FOLDER", help="of both models; by default what lies in or beside TUNED or BASE")
-    add("--alphas", type=float, nargs="+", default=list(ALPHAS), metavar="A", help="where to measure, from 0 to 1")
+    add("--alphas", type=float, nargs="+", default=list(ALPHAS), metavar="A", help="where to measure, from 0 "
+        "(the base, but for control tokens, which stay the fine-tune's) to 1")  # fmt: skip
     add("--tolerance", type=float, default=TOLERANCE, metavar="NATS", help="chat loss that may be given up (0.02)")
     add("--documents", type=int, default=1000, metavar="N", help="documents of text to measure on (1000)")
     add("--own_documents", type=int, default=200, metavar="N", help="documents that the base writes, where no text is "

@@ -33,6 +33,7 @@ from minimind_sft.losses import cross_entropy
 from minimind_sft.memory import checkpoint_bytes
 from minimind_sft.model import Transformer
 from minimind_sft.probes import answer_text
+from minimind_sft.report import aligned
 from minimind_sft.schedule import learning_rate_at
 from minimind_sft.starting import Start
 from minimind_sft.terms import Term, freeze, frozen_copy
@@ -227,6 +228,9 @@ class SFTModule(LightningModule):
 
     def _text_to_read(self, tokens: int) -> Iterator[MicroBatch]:
         assert self.data.spare_text is not None
+        if self.trainer.is_global_zero:
+            told = f"{tokens:,} tokens of the base's text, before the first step"
+            print(aligned([(f"{'reading':<15}", told)]), flush=True)
         for rows in self.data.spare_text.first(tokens):
             yield self.transfer_batch_to_device(pack(rows), self.device, 0)
 
@@ -249,6 +253,9 @@ class SFTModule(LightningModule):
             ValueError: where neither epochs nor steps bound it.
         """
         epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
+        for name, count in (("max_epochs", epochs), ("max_steps", steps)):
+            if count == 0:
+                raise ValueError(f"trainer.{name} is 0, which trains nothing; give at least 1, or -1 for no such bound")
         bounds = [limit for limit in (self.data.plan.windows * (epochs or -1), steps) if limit > 0]
         if not bounds:
             raise ValueError("the run has no end: set trainer.max_epochs or trainer.max_steps")

@@ -1,4 +1,4 @@
-"""What `predict` writes."""
+"""What `validate` prints and `predict` writes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,17 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+
+from minimind_sft.report import aligned
+
+
+class PrintReading(Callback):
+    """One line per measure, by the names that `fit` logs."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            rows = [(name, f"{value.item():.6f}") for name, value in trainer.callback_metrics.items()]
+            print(aligned(rows), flush=True)
 
 
 class WritePredictions(Callback):

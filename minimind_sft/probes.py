@@ -50,10 +50,10 @@ def load_probes(path: Path) -> list[Probe]:
     for line in read_lines([path]):
         try:
             row = load(line.text)
-            fields = [row[name] for name in ("prompt", "question", "answer")]
-            if not all(isinstance(value, str) and value for value in fields):
-                raise ValueError("prompt, question and answer must be text")
-            prompt, question, answer = fields
+            fields = {name: row.get(name) for name in ("prompt", "question", "answer")}
+            if wrong := [name for name, value in fields.items() if not (isinstance(value, str) and value)]:
+                raise ValueError(f"no text as {' and '.join(wrong)}")
+            prompt, question, answer = fields.values()
             name, in_sft = str(row.get("name", prompt)), bool(row.get("in_sft", False))
             probes.append(Probe(prompt, question, answer, name, in_sft))
         except (ValueError, KeyError, TypeError, Rejected) as error:

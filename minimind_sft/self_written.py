@@ -189,6 +189,7 @@ class Author:
                 temperature=1.0,
                 seed=self.seed + STREAMS[stream] + begun,
                 stop_ids=stops,
+                vocab_size=self.template.vocab_size,
             )
 
     @contextmanager

@@ -308,7 +308,11 @@ class Stores:
             raise ValueError(
                 f"{key}: {bad} of {lines} lines cannot be used ({counts}), more than data.max_bad_ratio = "
                 f"{self.max_bad_ratio:g} allows. The first: {first['file']}:{first['line']}: {first['detail']}. "
-                "Correct these lines, or raise data.max_bad_ratio"
+                + (
+                    "Correct these lines, or raise data.max_bad_ratio"
+                    if len(store)
+                    else 'A line of text is {"text": "..."}; README.md lists the formats of chats'
+                )
             )
         return store
 

@@ -164,7 +164,7 @@ def test_groups_for_evaluation_hold_every_document_once_within_the_bound() -> No
 
 def test_no_document_to_learn_from_is_an_error(tmp_path: Path) -> None:
     documents = Documents(store_of(tmp_path / "s", [chat(5, 5)]), max_length=3)
-    with pytest.raises(ValueError, match="nothing can be learned"):
+    with pytest.raises(ValueError, match="nothing can be learned.*data.max_length 3: raise it"):
         Plan(documents, batch_size=1)
 
 

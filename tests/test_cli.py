@@ -15,6 +15,9 @@ import wandb
 from wandb.proto import wandb_internal_pb2
 
 from minimind_sft.__main__ import main
+from minimind_sft.model import Transformer
+from minimind_sft.model_config import ModelConfig
+from minimind_sft.weights import export_minimind
 
 PROJECT = Path(__file__).resolve().parents[1]
 GOOD = '{"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there."}]}\n'
@@ -204,6 +207,36 @@ def test_validate_and_predict_read_a_checkpoint(
     assert len(rows) == 12
     assert rows[0].keys() == {"where", "messages", "reference", "answer"}
     assert rows[0]["reference"] == "Hello there." and rows[0]["where"].endswith("val.jsonl:1")
+
+
+def test_data_that_look_like_a_mistake_are_told_on_the_first_screen(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Transformer(ModelConfig.minimind3(hidden_size=16, num_hidden_layers=1, vocab_size=4000))
+    model.initialise(0)
+    export_minimind(model, tmp_path / "base.pth")
+    found = {}
+    settings = settings | {"model.weights": tmp_path / "base.pth", "data.own_chats": 0}
+    text, train, val = (tmp_path / f"{name}.jsonl" for name in ("text", "train", "val"))
+    for name, more in (
+        ("plain", {}),
+        ("chats as text", {"data.heldout_path": train, "data.train_path": val, "data.val_path": text}),
+        ("text as chats", {"data.train_path": text, "data.heldout_path": "null", "data.own_documents": 4}),
+    ):
+        options = ["--overwrite", "--data.max_overlap=1", "--model.hidden_size=null", "--model.num_hidden_layers=null"]
+        assert run("fit", settings | more, *options) == 0
+        found[name] = capsys.readouterr().out
+    assert "2,560 tokens, where the model has 4,000: is data.tokenizer the base's own?" in found["plain"]
+    assert "not text" not in found["plain"] and "plain text" not in found["plain"]
+    assert "are chats, not text" in found["chats as text"]
+    assert "all of it is plain text, without a turn" in found["text as chats"]
+
+
+@pytest.mark.parametrize("name", ["max_steps", "max_epochs"])
+def test_a_run_of_no_step_is_refused(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert f"trainer.{name} is 0, which trains nothing" in refused(capsys, "fit", settings | {f"trainer.{name}": 0})
 
 
 def test_a_run_directory_with_checkpoints_is_not_written_over(

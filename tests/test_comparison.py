@@ -232,7 +232,13 @@ def test_heads_that_tensors_do_not_tell_can_be_given(material: dict[str, Path], 
         old = tmp_path / "old.pth"
         compare(material, tmp_path / "out", old, old, f"--num_attention_heads={heads}")
         assert f"{heads} heads" in read(tmp_path / "out")["base"]["description"]
-    assert any("no better than guessing" in note for note in read(tmp_path / "out")["notes"])
+    notes = read(tmp_path / "out")["notes"]
+    assert any("no better than guessing" in note for note in notes) and not any("are chats" in note for note in notes)
+
+
+def test_chats_given_as_text_are_told(material: dict[str, Path], tmp_path: Path) -> None:
+    compare(material, tmp_path / "out", BASE, BASE, f"--heldout_path={DATA}/sft_val.jsonl", "--own_chats=0")
+    assert any("are chats, not text" in note for note in read(tmp_path / "out")["notes"])
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,15 @@ def test_sampling_repeats_with_its_seed_and_ignores_company() -> None:
     assert twins[0] != twins[1]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_that_no_token_has_are_not_written(temperature: float) -> None:
+    free, bound = (
+        generate(random_model(), PROMPTS, max_new_tokens=12, temperature=temperature, vocab_size=size)
+        for size in (None, 20)
+    )
+    assert max(map(max, free)) >= 20 > max(map(max, bound))
+
+
 @pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
 def test_narrow_sampling_is_greedy(narrow: dict[str, float]) -> None:
     model = random_model()
