@@ -178,9 +178,10 @@ def _data_rows(data: SFTDataModule, pl_module: SFTModule) -> list[tuple[str, str
             f"data.heldout_path or data.pretrain_path: {text.store.chats:,} of {len(text.store):,} are chats, not "
             "text: what is held on to, or called forgotten, is then how to chat",
         ))
-    size, known = data.template.vocab_size, pl_module.model.config.vocab_size
-    if from_base and size < 0.9 * known:
-        rows.append(("tokenizer", f"{size:,} tokens, where the model has {known:,}: is data.tokenizer the base's own?"))
+    tokens_known, rows_of_model = data.template.vocab_size, pl_module.model.config.vocab_size
+    if from_base and tokens_known < 0.9 * rows_of_model:
+        sizes = f"{tokens_known:,} tokens, where the model has {rows_of_model:,}"
+        rows.append(("tokenizer", f"{sizes}: is data.tokenizer the base's own?"))
     if from_base and data.own_chats == "auto" and OWN_CHATS not in data.evaluation:
         rows.append(("chats to keep", "none: the base is no chat model (a number as data.own_chats measures anyway)"))
     return rows
