@@ -30,7 +30,7 @@ class PowerLaw(NamedTuple):
         """
         logs = [(math.log(x), math.log(y)) for x, y in points if x > 0 and y > 0]
         if len(logs) < FEWEST:
-            raise ValueError(f"it takes {FEWEST} or more points above 0, there are {len(logs)}")
+            raise ValueError(f"it takes {FEWEST} or more points above 0, and there are {len(logs)}")
         count = len(logs)
         middle_x, middle_y = (sum(values) / count for values in zip(*logs, strict=True))
         spread = sum((x - middle_x) ** 2 for x, _ in logs)
