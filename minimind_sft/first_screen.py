@@ -171,13 +171,14 @@ def _data_rows(data: SFTDataModule, pl_module: SFTModule) -> list[tuple[str, str
             rows.append((what, f"{len(found):,} documents{known}; rejected: {report.rejected(found.rejected)}"))
     if from_base and not documents.store.chats:
         rows.append(("", "data.train_path: all of it is plain text, without a turn; nothing teaches a model to chat"))
-    text = data.evaluation.get(PRETRAIN)
-    if from_base and text is not None and 2 * text.store.chats > len(text.store):
-        rows.append((
-            "",
-            f"data.heldout_path or data.pretrain_path: {text.store.chats:,} of {len(text.store):,} are chats, not "
-            "text: what is held on to, or called forgotten, is then how to chat",
-        ))
+    measured = "data.heldout_path" if data.text == UNSEEN else "data.pretrain_path"
+    for key, text, what in (
+        (measured, data.evaluation.get(PRETRAIN), "called forgotten"),
+        ("data.pretrain_path", data.spare_text, "held on to"),
+    ):
+        if from_base and text is not None and 2 * text.store.chats > len(text.store):
+            share = f"{text.store.chats:,} of {len(text.store):,} are chats, not text"
+            rows.append(("", f"{key}: {share}: what is {what} is then how to chat"))
     tokens_known, rows_of_model = data.template.vocab_size, pl_module.model.config.vocab_size
     if from_base and tokens_known < 0.9 * rows_of_model:
         sizes = f"{tokens_known:,} tokens, where the model has {rows_of_model:,}"

@@ -229,7 +229,7 @@ class SFTModule(LightningModule):
     def _text_to_read(self, tokens: int) -> Iterator[MicroBatch]:
         assert self.data.spare_text is not None
         if self.trainer.is_global_zero:
-            told = f"{tokens:,} tokens of the base's text, before the first step"
+            told = f"up to {tokens:,} tokens of the base's text, before the first step"
             print(aligned([(f"{'reading':<15}", told)]), flush=True)
         for rows in self.data.spare_text.first(tokens):
             yield self.transfer_batch_to_device(pack(rows), self.device, 0)

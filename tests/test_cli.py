@@ -221,6 +221,7 @@ def test_data_that_look_like_a_mistake_are_told_on_the_first_screen(
     for name, more in (
         ("plain", {}),
         ("chats as text", {"data.heldout_path": train, "data.train_path": val, "data.val_path": text}),
+        ("chats to replay", {"data.pretrain_path": val, "data.replay_ratio": 0.5}),
         ("text as chats", {"data.train_path": text, "data.heldout_path": "null", "data.own_documents": 4}),
     ):
         options = ["--overwrite", "--data.max_overlap=1", "--model.hidden_size=null", "--model.num_hidden_layers=null"]
@@ -228,7 +229,8 @@ def test_data_that_look_like_a_mistake_are_told_on_the_first_screen(
         found[name] = capsys.readouterr().out
     assert "2,560 tokens, where the model has 4,000: is data.tokenizer the base's own?" in found["plain"]
     assert "not text" not in found["plain"] and "plain text" not in found["plain"]
-    assert "are chats, not text" in found["chats as text"]
+    assert "data.heldout_path: 12 of 12 are chats, not text: what is called forgotten" in found["chats as text"]
+    assert "are chats, not text: what is held on to is then how to chat" in found["chats to replay"]
     assert "all of it is plain text, without a turn" in found["text as chats"]
 
 
