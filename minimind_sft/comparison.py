@@ -26,7 +26,7 @@ from minimind_sft.files import resolve, write_whole
 from minimind_sft.measures import Section
 from minimind_sft.pairs import Pair, find_tokenizer, open_pair
 from minimind_sft.probes import load_probes
-from minimind_sft.report import likely_not_pretrained, no_more_output, printable
+from minimind_sft.report import chats_for_text, likely_not_pretrained, no_more_output, printable
 from minimind_sft.retained import LossLog, load_log, retained
 from minimind_sft.sampling import Line, read_lines
 from minimind_sft.stores import SELF_WRITTEN, Stores
@@ -204,11 +204,8 @@ def _notes(result: Section, vocab_size: int) -> list[str]:
             "no text was given, so the base wrote what forgetting is judged on; what it knows but seldom says hardly "
             "counts there: --heldout_path and --pretrain_path tell more"
         )
-    if 2 * text["chats"] > text["documents"]:
-        notes.append(
-            f"{text['chats']:,} of the documents that forgetting is judged on are chats, not text: what is called "
-            "forgotten is then how to chat"
-        )
+    if told := chats_for_text(text["chats"], text["documents"]):
+        notes.append(f"of the documents judged, {told}: what is called forgotten is then how to chat")
     if likely_not_pretrained(text["before"], vocab_size):
         notes.append(
             f"the base's loss of {text['before']:.2f} nats is no better than guessing among {vocab_size:,} tokens: "

@@ -160,17 +160,21 @@ class Documents:
 
     def first(self, tokens: int) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
         """Rows of the first documents, until they have so many tokens; short ones together."""
-        read, rows = 0, []
-        for number in range(len(self)):
-            if read >= tokens:
-                break
+        rows, held = [], 0
+        for number, length in enumerate(self.lengths_of_first(tokens).tolist()):
             rows.append(self.row(number, True))
-            read += len(rows[-1][0])
-            if sum(len(ids) for ids, _ in rows) >= TOGETHER:
+            held += length
+            if held >= TOGETHER:
                 yield rows
-                rows = []
+                rows, held = [], 0
         if rows:
             yield rows
+
+    def lengths_of_first(self, tokens: int) -> np.ndarray:
+        """Tokens of each of the first documents, as many of these as it takes to have so many."""
+        lengths, _ = self.sizes(np.ones(len(self), bool))
+        before = lengths.cumsum() - lengths
+        return lengths[before < tokens]
 
     def row(self, number: int, keep_optional: bool, prompt: int = NO_PROMPT) -> tuple[np.ndarray, np.ndarray]:
         """Token ids (L,) and supervised flags (L,) of what is used of document `number` of `index`."""

@@ -118,7 +118,7 @@ class FirstScreen(Callback):
             return
         if trainer.global_step:
             after = f"after step {trainer.global_step:,}; the next is {trainer.global_step + 1:,}"
-            print(report.aligned([(f"{'resumed':<15}", after)]), flush=True)
+            print(report.later_rows([("resumed", after)]), flush=True)
             return
         reading = self.measure.readings[0]
         if pl_module.from_scratch:
@@ -135,14 +135,14 @@ class FirstScreen(Callback):
             rows.append(("", "as an earlier run of this base measured on the same documents"))
         tokens = evaluation_tokens(data.evaluation)
         if self.measure.seconds and tokens:
-            # a token trained costs about as much as three looked at
-            step = 3 * self.measure.seconds / tokens * float(data.plan.epoch(0).window_tokens.mean())
-            looks = pl_module.total_steps / self.measure.intervals.val_every * self.measure.seconds
-            looks *= self.measure.intervals.live_share
-            read = 0.0 if pl_module.holding.pull else 3 * self.measure.seconds / tokens * pl_module.tokens_to_read
-            rows.append(("time", f"about {duration(pl_module.total_steps * step + looks + read)}"))
+            # a token trained costs about as much as three looked at; so does one read for the basis
+            trained = pl_module.total_steps * float(data.plan.epoch(0).window_tokens.mean())
+            to_read = 0 if pl_module.holding.pull else pl_module.tokens_to_read  # with a pull, it was read by now
+            looks = pl_module.total_steps / self.measure.intervals.val_every * self.measure.intervals.live_share
+            seconds = self.measure.seconds * (3 * (trained + to_read) / tokens + looks)
+            rows.append(("time", f"about {duration(seconds)}"))
         if rows:
-            print(report.aligned([(f"{name:<15}", value) for name, value in rows]), flush=True)
+            print(report.later_rows(rows), flush=True)
 
 
 def _live(share: float) -> str:
@@ -150,7 +150,6 @@ def _live(share: float) -> str:
 
 
 def _data_rows(data: SFTDataModule, pl_module: SFTModule) -> list[tuple[str, str]]:
-    from_base = not pl_module.from_scratch
     documents, epoch = data.plan.documents, data.plan.epoch(0)
     tokens, targets = int(epoch.lengths.sum()), int(epoch.targets.sum())
     rows = [
@@ -169,22 +168,30 @@ def _data_rows(data: SFTDataModule, pl_module: SFTModule) -> list[tuple[str, str
         if name in data.evaluation:
             found = data.evaluation[name]
             rows.append((what, f"{len(found):,} documents{known}; rejected: {report.rejected(found.rejected)}"))
-    if from_base and not documents.store.chats:
+    if pl_module.from_scratch:
+        return rows
+    rows += _doubts(data, pl_module)
+    if data.own_chats == "auto" and OWN_CHATS not in data.evaluation:
+        rows.append(("chats to keep", "none: the base is no chat model (a number as data.own_chats measures anyway)"))
+    return rows
+
+
+def _doubts(data: SFTDataModule, pl_module: SFTModule) -> list[tuple[str, str]]:
+    """What looks as if it was given by mistake."""
+    rows = []
+    if not data.plan.documents.store.chats:
         rows.append(("", "data.train_path: all of it is plain text, without a turn; nothing teaches a model to chat"))
     measured = "data.heldout_path" if data.text == UNSEEN else "data.pretrain_path"
     for key, text, what in (
         (measured, data.evaluation.get(PRETRAIN), "called forgotten"),
         ("data.pretrain_path", data.spare_text, "held on to"),
     ):
-        if from_base and text is not None and 2 * text.store.chats > len(text.store):
-            share = f"{text.store.chats:,} of {len(text.store):,} are chats, not text"
-            rows.append(("", f"{key}: {share}: what is {what} is then how to chat"))
+        if text is not None and (told := report.chats_for_text(text.store.chats, len(text.store))):
+            rows.append(("", f"{key}: {told}: what is {what} is then how to chat"))
     tokens_known, rows_of_model = data.template.vocab_size, pl_module.model.config.vocab_size
-    if from_base and tokens_known < 0.9 * rows_of_model:
+    if tokens_known < 0.9 * rows_of_model:
         sizes = f"{tokens_known:,} tokens, where the model has {rows_of_model:,}"
         rows.append(("tokenizer", f"{sizes}: is data.tokenizer the base's own?"))
-    if from_base and data.own_chats == "auto" and OWN_CHATS not in data.evaluation:
-        rows.append(("chats to keep", "none: the base is no chat model (a number as data.own_chats measures anyway)"))
     return rows
 
 
@@ -204,14 +211,14 @@ def _holding(data: SFTDataModule, pl_module: SFTModule) -> str:
         )
     others = [term for term in holding.terms if term.name != "replay" and term is not holding.pull]
     said += [f"{term.name}, weight {term.weight:g}" for term in others]
-    if holding.pull is not None and not pl_module.from_scratch:
+    if holding.pull is not None:
         said.append(
             f"a pull towards the base as if by {holding.prior_tokens:,.0f} tokens of its text beside the "
             f"{data.plan.most_targets:,} supervised ones of the sample (weight {holding.pull.weight:.3g})"
         )
     if holding.fisher_tokens and not pl_module.from_scratch:
         assert data.spare_text is not None
-        tokens = sum(len(ids) for rows in data.spare_text.first(holding.fisher_tokens) for ids, _ in rows)
+        tokens = data.spare_text.lengths_of_first(holding.fisher_tokens).sum()
         said.append(f"AdamW's moments in a basis read from {tokens:,} tokens of such text")
     said += [f"frozen: {', '.join(pl_module.frozen)}"] if pl_module.frozen else []
     return "; ".join(said) or "by nothing but the little data"

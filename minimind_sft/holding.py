@@ -34,7 +34,7 @@ class Holding:
 
     Attributes:
         terms: those at work, in the order in which they are logged.
-        pull: the one that `prior_tokens` asks for, or None.
+        pull: the one that `prior_tokens` asks for, once `choose` took it; else None.
 
     Raises:
         ValueError: settings that make no sense.
@@ -75,7 +75,7 @@ class Holding:
         self.replay_loss, self.replay_weight, self.replay_target = replay_loss, replay_weight, replay_target
         self.l2_sp, self.fisher_tokens, self.prior_tokens = l2_sp, fisher_tokens, prior_tokens
         self._seed, self._more = seed, more or []
-        self.pull = EKFAC(tokens=fisher_tokens, seed=seed) if prior_tokens else None
+        self.pull: EKFAC | None = None
         self.terms: list[Term] = []
         self._base: Transformer | None = None
         self._chosen = False
@@ -124,9 +124,12 @@ class Holding:
             self.terms.append(
                 ReplayKL(self.replay_weight, self.replay_target) if kl else ReplayNextToken(self.replay_weight)
             )
-        if self.pull is not None:
-            self.pull.weight = self.prior_tokens / chat_tokens
-        self.terms += [*([L2SP(self.l2_sp)] if self.l2_sp else []), *([self.pull] if self.pull else []), *self._more]
+        if self.l2_sp:
+            self.terms.append(L2SP(self.l2_sp))
+        if self.prior_tokens:
+            self.pull = EKFAC(self.prior_tokens / chat_tokens, self.fisher_tokens, self._seed)
+            self.terms.append(self.pull)
+        self.terms += self._more
         if self.terms or self.fisher_tokens:
             self._base = frozen_copy(model, head)
 

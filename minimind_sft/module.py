@@ -33,7 +33,7 @@ from minimind_sft.losses import cross_entropy
 from minimind_sft.memory import checkpoint_bytes
 from minimind_sft.model import Transformer
 from minimind_sft.probes import answer_text
-from minimind_sft.report import aligned
+from minimind_sft.report import later_rows
 from minimind_sft.schedule import learning_rate_at
 from minimind_sft.starting import Start
 from minimind_sft.terms import Term, freeze, frozen_copy
@@ -230,7 +230,7 @@ class SFTModule(LightningModule):
         assert self.data.spare_text is not None
         if self.trainer.is_global_zero:
             told = f"up to {tokens:,} tokens of the base's text, before the first step"
-            print(aligned([(f"{'reading':<15}", told)]), flush=True)
+            print(later_rows([("reading", told)]), flush=True)
         for rows in self.data.spare_text.first(tokens):
             yield self.transfer_batch_to_device(pack(rows), self.device, 0)
 

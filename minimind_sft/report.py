@@ -39,6 +39,11 @@ def aligned(rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
+def later_rows(rows: Sequence[tuple[str, str]]) -> str:
+    """Rows that follow the first screen, as wide as its own."""
+    return aligned([(f"{name:<15}", value) for name, value in rows])
+
+
 def _width(text: str) -> int:
     """Columns on a terminal; a Chinese character takes two."""
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
@@ -226,6 +231,11 @@ def ratio(sft_bytes: float, pretrain_bytes: int | None, rule: tuple[int, int]) -
         return f"unknown (set data.pretrain_path or data.pretrain_mb); {thumb}"
     parts = pretrain_bytes / sft_bytes
     return f"1 : {parts:,.0f}; {thumb}" if parts >= 10 else f"1 : {parts:.2g}; {thumb}"
+
+
+def chats_for_text(chats: int, documents: int) -> str | None:
+    """What to say of text that is chats for the most part."""
+    return f"{chats:,} of {documents:,} are chats, not text" if 2 * chats > documents else None
 
 
 def likely_not_pretrained(loss: float, vocab_size: int) -> bool:

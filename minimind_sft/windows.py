@@ -132,12 +132,11 @@ class Plan:
     ) -> None:
         if not len(documents):
             counts = ", ".join(f"{count} {reason}" for reason, count in documents.rejected.items())
-            cut = f"; none has a supervised token within data.max_length {documents.max_length}: raise it, or set "
-            cut += "data.too_long to truncate_left or truncate_turns"
-            raise ValueError(
-                f"nothing can be learned: no document is left to train on ({counts or 'there was none'})"
-                + (cut if documents.rejected.get(NOTHING_TO_LEARN) else "")
-            )
+            said = f"nothing can be learned: no document is left to train on ({counts or 'there was none'})"
+            if documents.rejected.get(NOTHING_TO_LEARN):
+                said += f"; none has a supervised token within data.max_length {documents.max_length}: raise it, or "
+                said += "set data.too_long to truncate_left or truncate_turns"
+            raise ValueError(said)
         if batch_size < 1:
             raise ValueError(f"data.batch_size is {batch_size}; it counts conversations and must be at least 1")
         for name, ratio in (("empty_think_ratio", empty_think_ratio), ("system_ratio", system_ratio)):
