@@ -23,6 +23,7 @@ from minimind_sft.first_screen import FirstScreen, Record
 from minimind_sft.guard import Guard
 from minimind_sft.last_screen import LastScreen
 from minimind_sft.measuring import Measure
+from minimind_sft.messages import plainly
 from minimind_sft.module import SFTModule
 from minimind_sft.predictions import PrintReading, WritePredictions
 from minimind_sft.records import MetricsFile
@@ -237,6 +238,8 @@ def run(verb: str, argv: list[str]) -> int:
                 load_from_checkpoint_support=False,
                 args=find_config([verb, *argv]),
             )
+    except ValueError as error:  # jsonargparse makes the classes of `model.terms`, and wraps what they raise
+        raise ValueError(plainly(str(error))) from error
     finally:
         if SFTCLI.lock is not None:
             SFTCLI.lock.close()

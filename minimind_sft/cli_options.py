@@ -13,6 +13,8 @@ from typing import Literal, NoReturn, Union
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from minimind_sft.messages import plainly
+
 NOT_OFFERED = {
     "precision": "precision",
     "logger": "wandb",
@@ -47,7 +49,7 @@ class Parser(LightningArgumentParser):
     """Errors in one line, with the nearest key."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ValueError(self._explained(" ".join(str(message).split())))
+        raise ValueError(self._explained(plainly(str(message))))
 
     def _explained(self, message: str) -> str:
         for name, instead in NOT_OFFERED.items():

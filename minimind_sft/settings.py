@@ -22,6 +22,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from minimind_sft.files import PROJECT
+from minimind_sft.messages import plainly
 
 
 def find_config(argv: list[str]) -> list[str]:
@@ -71,7 +72,7 @@ class SettingsParser(ArgumentParser):
         )
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        message = " ".join(str(message).split())
+        message = plainly(str(message))
         wrong = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
         if wrong is not None:
             known = [action.dest for action in self._actions if "." in action.dest or action.option_strings]

@@ -20,6 +20,7 @@ from minimind_sft.model_config import ModelConfig
 from minimind_sft.weights import export_minimind
 
 PROJECT = Path(__file__).resolve().parents[1]
+EWC = '[{"class_path": "minimind_sft.terms.EWC", "init_args": {"weight": %s}}]'
 GOOD = '{"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there."}]}\n'
 
 
@@ -296,6 +297,13 @@ def test_a_damaged_checkpoint_is_named_with_the_whole_ones_beside_it(
         ({"data.max_length": "1"}, "data.max_length"),
         ({"data.document_format": "odd"}, "minimind3"),
         ({"config": "nowhere.yaml"}, "sft.yaml"),
+        ({"data.max_mb": "lots"}, "data.max_mb is 'lots'; it takes a number or null"),
+        ({"model.learning_rate": "fast"}, "model.learning_rate is 'fast'; it takes a number"),
+        ({"model.replay_loss": "mse"}, "it takes 'kl' or 'ntp'"),
+        ({"model.terms": "EWC"}, "model.terms is 'EWC'; it takes a list of classes, as in [{class_path:"),
+        ({"model.terms": '[{"class_path": "nowhere.Term"}]'}, "nowhere.Term': No module named 'nowhere'"),
+        ({"model.terms": EWC % '"much"'}, "weight is 'much'; it takes a number"),
+        ({"model.terms": EWC % "-1"}, "error: the weight of ewc is -1"),
     ],
 )
 def test_mistakes_are_told_in_one_line_with_a_remedy(
