@@ -103,6 +103,7 @@ class FirstScreen(Callback):
                 f"{windows:,} per epoch, {total:,} in all; a step learns from {data.plan.window_size:,} documents, "
                 f"{data.plan.epoch(0).window_tokens.mean():,.0f} tokens in the mean",
             ),
+            ("learning rate", f"{pl_module.learning_rate:.3g} at its peak{_by_width(pl_module)}"),
             (
                 "log, look, save",
                 f"every {intervals.log_every}, {intervals.val_every} and {intervals.save_every} steps, and "
@@ -143,6 +144,11 @@ class FirstScreen(Callback):
             rows.append(("time", f"about {duration(seconds)}"))
         if rows:
             print(report.later_rows(rows), flush=True)
+
+
+def _by_width(pl_module: SFTModule) -> str:
+    width = pl_module.model.config.hidden_size
+    return f", for {width:,} channels (model.learning_rate auto)" if pl_module.rate_by_width else ""
 
 
 def _live(share: float) -> str:

@@ -34,7 +34,7 @@ from minimind_sft.memory import checkpoint_bytes
 from minimind_sft.model import Transformer
 from minimind_sft.probes import answer_text
 from minimind_sft.report import later_rows
-from minimind_sft.schedule import learning_rate_at
+from minimind_sft.schedule import learning_rate_at, peak_for
 from minimind_sft.starting import Start
 from minimind_sft.terms import Term, freeze, frozen_copy
 
@@ -51,7 +51,7 @@ class SFTModule(LightningModule):
     Args:
         weights: the base: a `.pth`, `.safetensors` or `.ckpt` file, a folder that holds one, or `scratch` for a seeded
             random initialisation (pretraining; nothing to forget yet).
-        learning_rate: peak of the schedule.
+        learning_rate: peak of the schedule; auto: by the model's width, see `schedule.peak_for`.
         warmup_ratio: share of the steps over which the learning rate rises to its peak.
         min_lr_ratio: share of the peak that the cosine ends at.
         weight_decay: AdamW's decoupled decay, on matrices.
@@ -95,7 +95,7 @@ class SFTModule(LightningModule):
     def __init__(
         self,
         weights: str,
-        learning_rate: float = 5e-4,
+        learning_rate: float | Literal["auto"] = 5e-4,
         warmup_ratio: float = 0.0,
         min_lr_ratio: float = 0.1,
         weight_decay: float = 0.01,
@@ -130,7 +130,7 @@ class SFTModule(LightningModule):
             raise ValueError(f"model.warmup_ratio is {warmup_ratio}; it is a share of the steps, from 0 to below 1")
         if not 0.0 <= min_lr_ratio <= 1.0:
             raise ValueError(f"model.min_lr_ratio is {min_lr_ratio}; it is a share of model.learning_rate, from 0 to 1")
-        if not learning_rate > 0.0:
+        if not isinstance(learning_rate, str) and not learning_rate > 0.0:
             raise ValueError(f"model.learning_rate is {learning_rate}; it must be above 0")
         self.holding = Holding(
             replay_loss=replay_loss,
@@ -142,7 +142,8 @@ class SFTModule(LightningModule):
             seed=seed,
             more=terms,
         )
-        self.learning_rate, self.warmup_ratio, self.min_lr_ratio = learning_rate, warmup_ratio, min_lr_ratio
+        self._peak = None if isinstance(learning_rate, str) else learning_rate  # None: by the width
+        self.warmup_ratio, self.min_lr_ratio = warmup_ratio, min_lr_ratio
         self.weight_decay, self.decay_all, self.seed = weight_decay, decay_all, seed
         self.activation_checkpointing, self.aux_scope = activation_checkpointing, aux_scope
         self.frozen = [freeze] if isinstance(freeze, str) else freeze or []
@@ -321,6 +322,16 @@ class SFTModule(LightningModule):
             assert self.last_step is not None
             for term in self.holding.losses:
                 term.observe(self.last_step.terms[term.name])
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak of the schedule."""
+        return peak_for(self.model.config.hidden_size) if self._peak is None else self._peak
+
+    @property
+    def rate_by_width(self) -> bool:
+        """Whether the peak follows from the model's width."""
+        return self._peak is None
 
     def learning_rate_now(self) -> float:
         """Learning rate of the step that comes next."""

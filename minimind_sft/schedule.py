@@ -7,6 +7,17 @@ from __future__ import annotations
 
 import math
 
+HIGHEST, REFERENCE_WIDTH = 1e-3, 256  # measured at widths from 48 to 256, see docs/forgetting.md
+
+
+def peak_for(width: int) -> float:
+    """Peak learning rate for a model of so many channels that is pulled towards the base: 1e-3 up to 256 channels, in
+    proportion to 1 / width beyond, which is 5e-4 at MiniMind's 512.
+
+    Source of the proportion, for AdamW and matrices within a model: arXiv 2203.03466 (muP).
+    """
+    return HIGHEST * min(1.0, REFERENCE_WIDTH / width)
+
 
 def learning_rate_at(step: int, total: int, *, peak: float, warmup_ratio: float, min_lr_ratio: float) -> float:
     """Learning rate of optimizer step number `step`, counted from 1 to `total`.

@@ -17,6 +17,7 @@ from wandb.proto import wandb_internal_pb2
 from minimind_sft.__main__ import main
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
+from minimind_sft.readings import read_metrics
 from minimind_sft.weights import export_minimind
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -235,6 +236,17 @@ def test_data_that_look_like_a_mistake_are_told_on_the_first_screen(
     assert "all of it is plain text, without a turn" in found["text as chats"]
 
 
+@pytest.mark.parametrize(("width", "peak"), [(16, 1e-3), (512, 5e-4)])
+def test_the_peak_of_the_learning_rate_may_follow_from_the_width(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str], width: int, peak: float
+) -> None:
+    changed = settings | {"model.hidden_size": width, "trainer.max_steps": 1, "model.min_lr_ratio": 1.0}
+    assert run("fit", changed, "--model.learning_rate=auto") == 0
+    assert f"{peak:g} at its peak, for {width} channels" in capsys.readouterr().out
+    (row,) = [row for row in read_metrics(settings["run_dir"] / "metrics.csv") if "lr" in row]
+    assert row["lr"] == pytest.approx(peak)
+
+
 @pytest.mark.parametrize("name", ["max_steps", "max_epochs"])
 def test_a_run_of_no_step_is_refused(
     settings: dict[str, Any], capsys: pytest.CaptureFixture[str], name: str
@@ -298,7 +310,7 @@ def test_a_damaged_checkpoint_is_named_with_the_whole_ones_beside_it(
         ({"data.document_format": "odd"}, "minimind3"),
         ({"config": "nowhere.yaml"}, "sft.yaml"),
         ({"data.max_mb": "lots"}, "data.max_mb is 'lots'; it takes a number or null"),
-        ({"model.learning_rate": "fast"}, "model.learning_rate is 'fast'; it takes a number"),
+        ({"model.learning_rate": "fast"}, "model.learning_rate is 'fast'; it takes a number or 'auto'"),
         ({"model.replay_loss": "mse"}, "it takes 'kl' or 'ntp'"),
         ({"model.terms": "EWC"}, "model.terms is 'EWC'; it takes a list of classes, as in [{class_path:"),
         ({"model.terms": '[{"class_path": "nowhere.Term"}]'}, "nowhere.Term': No module named 'nowhere'"),

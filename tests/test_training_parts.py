@@ -21,7 +21,7 @@ from minimind_sft.probes import Probe, Reply, begins_with, compare, contains, lo
 from minimind_sft.readings import read_metrics
 from minimind_sft.records import MetricsFile
 from minimind_sft.report import forgetting_table, ratio
-from minimind_sft.schedule import learning_rate_at
+from minimind_sft.schedule import learning_rate_at, peak_for
 from minimind_sft.weights import export_minimind
 
 
@@ -36,6 +36,10 @@ def test_warm_up_rises_in_even_steps_to_the_peak_and_the_cosine_ends_at_the_mini
     assert rates[6] == pytest.approx(0.6)
     assert rates[-1] == pytest.approx(0.2)
     assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_wider_models_get_a_lower_peak() -> None:
+    assert [peak_for(width) for width in (48, 256, 512, 768)] == pytest.approx([1e-3, 1e-3, 5e-4, 1e-3 / 3])
 
 
 def test_cross_entropy_is_a_sum_over_the_targets_only() -> None:
