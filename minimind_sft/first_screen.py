@@ -123,7 +123,7 @@ class FirstScreen(Callback):
             return
         reading = self.measure.readings[0]
         if pl_module.from_scratch:
-            print("from scratch: there is no base, so no baseline, no forgetting and no replay", flush=True)
+            print("from scratch: there is no base, so no baseline, no forgetting and nothing to hold on to", flush=True)
         rows = []
         if reading.chat_loss is not None:
             rows.append(("chats now", f"{reading.chat_loss:.4f} nats per token"))

@@ -96,12 +96,12 @@ class Holding:
         return [term.name for term in self._more if _has_loss(term)]
 
     def refuse_scratch(self) -> None:
-        """Without a base there is nothing to hold on to.
+        """Without a base there is nothing to hold on to; what `sft.yaml` has on is left out.
 
         Raises:
-            ValueError: settings that ask for it by more than the defaults.
+            ValueError: settings that ask for more than that.
         """
-        asked = {"model.l2_sp": self.l2_sp, "model.prior_tokens": self.prior_tokens, "model.terms": len(self._more)}
+        asked = {"model.l2_sp": self.l2_sp, "model.terms": len(self._more)}
         if on := [name for name, value in asked.items() if value]:
             raise ValueError(
                 f"{' and '.join(on)} hold on to a base, and model.weights is scratch; leave them out, or give a base"

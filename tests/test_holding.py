@@ -604,6 +604,11 @@ def test_from_scratch_there_is_nothing_to_hold_on_to(
     with pytest.raises(AssertionError):
         fit(tmp_path / "run", cache, "--model.weights=scratch", "--model.l2_sp=1")
     assert "model.l2_sp hold on to a base, and model.weights is scratch" in capsys.readouterr().err
+    # what sft.yaml has on is left out
+    plain = fit(tmp_path / "plain", cache, "--model.weights=scratch", "--trainer.max_steps=1")
+    rows = fit(tmp_path / "left", cache, REPLAY, BASIS, PULL, "--model.weights=scratch", "--trainer.max_steps=1")
+    assert "nothing to hold on to" in capsys.readouterr().out
+    assert rows[1]["train/loss"] == plain[1]["train/loss"] and not rows[1].get("train/ekfac")
 
 
 def test_with_nothing_but_a_new_output_layer_to_train_a_pull_is_nothing(cache: Path, tmp_path: Path) -> None:
