@@ -10,6 +10,7 @@ from typing import Any
 from minimind_sft.caps import described
 from minimind_sft.dealing import Dealt
 from minimind_sft.documents import Documents
+from minimind_sft.report import rejected
 from minimind_sft.selection import MEBIBYTE
 
 
@@ -28,9 +29,8 @@ def used(dealt: Dealt) -> str:
     """`10 trained, 2 validated on, 3 rejected: 2 duplicate, 1 not_json`."""
     assert dealt.train is not None
     split = f"{dealt.split_off:,} validated on, " if dealt.split_off else ""
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in dealt.rejected.items())
-    rejected = f"{sum(dealt.rejected.values()):,} rejected: {reasons}" if reasons else "0 rejected: none"
-    return f"{len(dealt.train):,} trained, {split}{rejected}"
+    lost = f"{sum(dealt.rejected.values()):,} rejected: {rejected(dealt.rejected)}"
+    return f"{len(dealt.train):,} trained, {split}{lost}"
 
 
 def too_long(documents: Documents) -> str:

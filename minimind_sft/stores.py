@@ -22,6 +22,7 @@ from minimind_sft.documents import TOO_LONG, Documents
 from minimind_sft.files import Files, default_cache, resolve
 from minimind_sft.mixture import Part, parts_of
 from minimind_sft.progress import track
+from minimind_sft.report import rejected
 from minimind_sft.sampling import Line, read_lines, select
 from minimind_sft.selection import MEBIBYTE
 from minimind_sft.system_prompts import find_prompts, read_prompts
@@ -303,11 +304,10 @@ class Stores:
         if lines == 0:
             raise ValueError(f"{key}: no line in {', '.join(store.meta['files']) or 'the files'}; nothing to use")
         if bad > self.max_bad_ratio * lines:
-            counts = ", ".join(f"{count} {reason}" for reason, count in store.rejected.items())
             first = next(store.rejections())
             raise ValueError(
-                f"{key}: {bad} of {lines} lines cannot be used ({counts}), more than data.max_bad_ratio = "
-                f"{self.max_bad_ratio:g} allows. The first: {first['file']}:{first['line']}: {first['detail']}. "
+                f"{key}: {bad} of {lines} lines cannot be used ({rejected(store.rejected)}), more than "
+                f"data.max_bad_ratio = {self.max_bad_ratio:g} allows. The first: {first['file']}:{first['line']}: {first['detail']}. "
                 + (
                     "Correct these lines, or raise data.max_bad_ratio"
                     if len(store)

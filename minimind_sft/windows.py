@@ -24,6 +24,7 @@ import numpy as np
 from minimind_sft.batching import MicroBatch, pack
 from minimind_sft.documents import NO_PROMPT, NOTHING_TO_LEARN, Documents
 from minimind_sft.replay import ReplayStream
+from minimind_sft.report import rejected
 
 
 class Share(NamedTuple):
@@ -131,8 +132,8 @@ class Plan:
         replay: ReplayStream | None = None,
     ) -> None:
         if not len(documents):
-            counts = ", ".join(f"{count} {reason}" for reason, count in documents.rejected.items())
-            said = f"nothing can be learned: no document is left to train on ({counts or 'there was none'})"
+            lost = rejected(documents.rejected)
+            said = f"nothing can be learned: no document is left to train on (rejected: {lost})"
             if documents.rejected.get(NOTHING_TO_LEARN):
                 said += f"; none has a supervised token within data.max_length {documents.max_length}: raise it, or "
                 said += "set data.too_long to truncate_left or truncate_turns"

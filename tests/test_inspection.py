@@ -343,7 +343,7 @@ def test_what_fit_would_refuse_is_shown_and_said(
     assert "fit will refuse this: 1 of 2 lines are rejected" in said and "⟦Hello" in said
     train.write_text("{x\n", encoding="utf-8")
     said = shown(capsys, settings | {"data.train_path": train})
-    assert "nothing can be learned: no document is left to train on (1 not_json)" in said
+    assert "nothing can be learned: no document is left to train on (rejected: 1 not_json)" in said
     assert "data.max_tokens_per_batch is 5" in shown(capsys, settings, "--data.max_tokens_per_batch=5")
 
 
