@@ -307,7 +307,8 @@ class Stores:
             first = next(store.rejections())
             raise ValueError(
                 f"{key}: {bad} of {lines} lines cannot be used ({rejected(store.rejected)}), more than "
-                f"data.max_bad_ratio = {self.max_bad_ratio:g} allows. The first: {first['file']}:{first['line']}: {first['detail']}. "
+                f"data.max_bad_ratio = {self.max_bad_ratio:g} allows. "
+                f"The first: {first['file']}:{first['line']}: {first['detail']}. "
                 + (
                     "Correct these lines, or raise data.max_bad_ratio"
                     if len(store)
