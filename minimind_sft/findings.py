@@ -145,6 +145,9 @@ def _notable(view: View) -> list[Notable]:
     if seen.word is not None:
         word = seen.word.text if len(seen.word.text) <= 32 else seen.word.text[:32] + "..."
         found.append(("longest word", f"{seen.word.length:,} characters: {word}", seen.word.document))
+    if seen.silent:
+        value = f"{seen.silent.total():,} of them, in {len(seen.silent):,} rows"
+        found.append(("answers that say nothing", value, min(seen.silent)))
     totals: Counter[int] = Counter()
     for (number, _), count in seen.hidden.items():
         totals[number] += count

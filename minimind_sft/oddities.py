@@ -18,6 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from minimind_sft.corpus import Store
+from minimind_sft.packing import SUPERVISED
 from minimind_sft.words import byte_letters
 
 SCANNED_TOKENS = 20_000_000
@@ -83,18 +84,21 @@ class Scan(NamedTuple):
         repeated: The longest repetition of one token; None where no token follows itself.
         word: The longest run of ASCII without white space.
         hidden: Control strings spelled out in plain text, counted by (document, control string).
+        silent: Documents with an answer that says nothing, counted by how many.
     """
 
     documents: int
     repeated: Extreme | None
     word: Extreme | None
     hidden: Counter[tuple[int, str]]
+    silent: Counter[int]
 
 
 def scan(store: Store, texts: TokenTexts, *, most_tokens: int = SCANNED_TOKENS) -> Scan:
     """Look for extremes in the first `most_tokens` tokens (at least one document)."""
     plain = texts.plain()
-    documents, repeated, word, hidden = 0, None, None, Counter[tuple[int, str]]()
+    says = np.array([bool(text.strip(b"\0 \t\r\n")) for text in plain])
+    documents, repeated, word, hidden, silent = 0, None, None, Counter[tuple[int, str]](), Counter[int]()
     for first, last in _pieces(store, most_tokens):
         ids = np.asarray(store.ids[store.offsets[first] : store.offsets[last]])
         starts = np.asarray(store.offsets[first : last + 1]) - store.offsets[first]
@@ -112,8 +116,23 @@ def scan(store: Store, texts: TokenTexts, *, most_tokens: int = SCANNED_TOKENS) 
         if length and (word is None or length > word.length):
             word = Extreme(length, owner(at), data[at : at + length].decode())
         hidden.update((owner(at), control) for at, control in _spelled(data, texts.controls))
+        spans = slice(store.span_offsets[first], store.span_offsets[last])
+        supervised = np.repeat((store.span_flags[spans] & SUPERVISED) != 0, store.span_lengths[spans])
+        silent.update(_silent(says[ids], supervised, starts, first))
         documents = last
-    return Scan(documents, repeated, word, hidden)
+    return Scan(documents, repeated, word, hidden, silent)
+
+
+def _silent(says: np.ndarray, supervised: np.ndarray, starts: np.ndarray, first: int) -> list[int]:
+    """The document of every run of supervised tokens none of which says anything."""
+    before = np.concatenate([[False], supervised[:-1]])
+    before[starts[:-1]] = False
+    begins = np.flatnonzero(supervised & ~before)
+    if not len(begins):
+        return []
+    said = np.add.reduceat(supervised & says, begins, dtype=np.int64)
+    documents: list[int] = (first + np.searchsorted(starts, begins[said == 0], side="right") - 1).tolist()
+    return documents
 
 
 def _pieces(store: Store, most_tokens: int) -> Iterator[tuple[int, int]]:

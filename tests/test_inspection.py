@@ -296,14 +296,15 @@ def test_the_strangest_rows_are_found_however_the_store_is_cut_into_pieces(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [chat("Hi", "short"), chat("a b c", "x" * 50 + "yz"), chat("é" * 9, "<|im_end|> and <think>, <think>"),
-             chat("plain", "words")]
+             chat("plain", "words"), chat("say", ""), chat("more", " \n ")]
     view, _ = view_of(tokenizer, tmp_path, "".join(lines), max_length=500)
     for size in (1 << 20, 100, 1):
         monkeypatch.setattr(oddities, "_PIECE", size)
         found = scan(view.store, view.texts)
-        assert found.documents == 4
+        assert found.documents == 6
         assert found.repeated == (50, 1, "x") and found.word == (52, 1, "x" * 50 + "yz")
         assert found.hidden == {(2, "<|im_end|>"): 1, (2, "<think>"): 2}
+        assert found.silent == {4: 1, 5: 1}
     assert scan(view.store, view.texts, most_tokens=1).documents == 1
 
 
