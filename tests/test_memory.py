@@ -315,7 +315,9 @@ def test_qwen3_is_planned_from_its_config_alone(plan: Callable[..., str], tmp_pa
     found = rows(plan("--model.weights=qwen", "--data.max_tokens_per_batch=2048"))
     assert found["parameters"][0].startswith("596,049,920 (28 layers of 1024")
     assert found["micro-batch"][0].startswith("at most 2,048 tokens (data.max_tokens_per_batch)")
-    assert found["activation_checkpointing"] == ["does not", "fits", "fits", "fits"]
+    assert found["activation_checkpointing"] == ["does not", "does not", "fits", "fits"]
+    unpulled = rows(plan("--model.weights=qwen", "--data.max_tokens_per_batch=2048", "--model.prior_tokens=0"))
+    assert unpulled["activation_checkpointing"] == ["does not", "fits", "fits", "fits"]
 
 
 def test_the_demo_is_planned_as_it_then_runs(plan: Callable[..., str]) -> None:
