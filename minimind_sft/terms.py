@@ -184,6 +184,7 @@ class EWC(Term):
             raise ValueError(f"the tokens of {self.name} are {tokens}; it needs at least 1")
         self.tokens, self.seed = tokens, seed
         self.bases: dict[str, Basis] = {}
+        self._draws: list[Tensor] = []  # what another pass drew from the text that is read
         self._pull: tuple[Tensor, list[Tensor]] | None = None
 
     def start(self, base: Transformer, control_ids: list[int], *, half: torch.dtype | None) -> None:
@@ -196,7 +197,7 @@ class EWC(Term):
         weights = list(self._base.values())
         sums, targets = [torch.zeros_like(weight) for weight in weights], 0
         base.requires_grad_(True)
-        for score, drawn in scores(base, text, self.seed):
+        for score, drawn in scores(base, text, self.seed, self._draws or None):
             gradients = torch.autograd.grad(score, weights, allow_unused=True)
             for name, total, gradient in zip(self._base, sums, gradients, strict=True):
                 if gradient is not None:  # an expert that was not asked
@@ -268,8 +269,10 @@ class EKFAC(EWC):
 
     def read(self, base: Transformer, text: Iterable[MicroBatch]) -> None:
         text = list(text)
-        self.bases = bases_of(base, text, self.seed)
+        self._draws = []
+        self.bases = bases_of(base, text, self.seed, self._draws)
         super().read(base, text)
+        self._draws = []
 
 
 def freeze(model: Transformer, patterns: Sequence[str]) -> None:

@@ -89,6 +89,23 @@ def test_drawn_tokens_follow_the_seed() -> None:
     assert torch.equal(fishers[0], fishers[1]) and not torch.equal(fishers[0], fishers[2])
 
 
+def test_both_passes_over_the_text_see_the_same_tokens_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Transformer(ModelConfig.minimind3(vocab_size=40, hidden_size=H, num_hidden_layers=1))
+    base.initialise(0)
+    base.requires_grad_(False)
+    text = [document(9), document(5)]
+    drawn, multinomial = [], torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda *args, **more: drawn.append(1) or multinomial(*args, **more))
+    term, anew = EKFAC(), EKFAC()
+    term.start(base, [], half=None)
+    term.read(base, text)
+    assert len(drawn) == len(text)
+    anew.start(base, [], half=None)
+    anew.bases = term.bases
+    EWC.read(anew, base, text)
+    assert all(torch.equal(term.fisher[name], anew.fisher[name]) for name in term.fisher)
+
+
 def test_in_the_basis_the_loss_is_the_kl_along_a_direction_that_the_text_depends_on() -> None:
     base = Transformer(ModelConfig.minimind3(vocab_size=40, hidden_size=H, num_hidden_layers=1))
     base.initialise(0)
