@@ -1,4 +1,4 @@
-"""What jsonargparse says of a value that it refuses, in words: its own name every type that it has tried.
+"""What jsonargparse says of a value that it refuses, in words; its own messages name every type that it has tried.
 
     Parser key "data.max_mb": Does not validate against any of the Union subtypes Subtypes: [<class 'float'>, ...
     data.max_mb is 'foo'; it takes a number or null

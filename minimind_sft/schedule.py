@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-HIGHEST, REFERENCE_WIDTH = 1e-3, 256  # measured at widths from 48 to 256, see docs/forgetting.md
+HIGHEST, REFERENCE_WIDTH = 1e-3, 256  # measured at widths from 48 to 384, see docs/forgetting.md
 
 
 def peak_for(width: int) -> float:
