@@ -18,7 +18,7 @@ from minimind_sft.checkpoint_files import read_record, sha256_file
 from minimind_sft.files import resolve
 from minimind_sft.hub import PREFIX
 from minimind_sft.origins import Origin, find_origin
-from minimind_sft.report import megabytes
+from minimind_sft.report import megabytes, rejected
 from minimind_sft.stores import SELF_WRITTEN
 from minimind_sft.weights import Loaded
 
@@ -142,8 +142,8 @@ def _data(sample: Mapping[str, Any]) -> list[str]:
     try:
         cap = "no cap" if sample["max_mb"] is None else f"cap {sample['max_mb']:g} MB"
         chosen = f"{sample['selected']:,} of {sample['lines_seen'] - sample['blank']:,} lines"
-        rejected = ", ".join(f"{count:,} {reason}" for reason, count in sample["rejected"].items()) or "none"
-        said = f"{chosen}, {megabytes(sample['bytes'])} ({cap}, seed {sample['seed']}); rejected: {rejected}"
+        said = f"{chosen}, {megabytes(sample['bytes'])} ({cap}, seed {sample['seed']})"
+        said += f"; rejected: {rejected(sample['rejected'])}"
         files = [(_last_part(row["name"]), f"{row['size']:,}", row["sha256"]) for row in sample["inputs"]]
     except (KeyError, TypeError, ValueError):
         return []

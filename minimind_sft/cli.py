@@ -96,8 +96,12 @@ class SFTCLI(LightningCLI):
         return bool(self.config[self.subcommand]["plan"])
 
     def instantiate_classes(self) -> None:
-        if not self._planning:
+        if self._planning:
+            return
+        try:
             super().instantiate_classes()
+        except ValueError as error:  # jsonargparse makes the classes of `model.terms`, and wraps what they raise
+            raise ValueError(plainly(str(error))) from error
 
     def _run_subcommand(self, subcommand: str) -> None:
         if not self._planning:
@@ -238,8 +242,6 @@ def run(verb: str, argv: list[str]) -> int:
                 load_from_checkpoint_support=False,
                 args=find_config([verb, *argv]),
             )
-    except ValueError as error:  # jsonargparse makes the classes of `model.terms`, and wraps what they raise
-        raise ValueError(plainly(str(error))) from error
     finally:
         if SFTCLI.lock is not None:
             SFTCLI.lock.close()

@@ -56,48 +56,44 @@ class Basis(NamedTuple):
         return matrix if self.right is None else matrix @ self.right.t()
 
 
-def scores(
-    base: Transformer, text: Iterable[MicroBatch], seed: int, draws: list[Tensor] | None = None
-) -> Iterator[tuple[Tensor, int]]:
-    """The log-probability () of tokens that are drawn from the base at the targets of some documents, and their number.
+class Scores:
+    """For each batch of a text, the log-probability () of tokens that are drawn from the base at its targets, and their
+    number.
 
     It is the Fisher information's expectation over the model's own answers, not over those that stand in the text. The
     scores of different positions are independent with mean 0, so the squared gradient of all of them is, in the mean,
-    the sum of the tokens'.
+    the sum of the tokens'. Every time through the text scores the same tokens, drawn the first time: on a CPU, drawing
+    takes a quarter of a pass.
 
     Args:
         base: as it was loaded.
-        text: in the base's own framing.
+        text: in the base's own framing; a sequence, where it is gone through more than once.
         seed: of the drawn tokens.
-        draws: the tokens (M, 1) that another call drew from the same text; filled where it is empty. On a CPU, drawing
-            takes a quarter of a pass over the text.
     """
-    generator = torch.Generator().manual_seed(seed)
-    known = list(draws or ())
-    for place, some in enumerate(text):
-        flat = some.batch
-        hidden = base.hidden(flat.input_ids, flat.positions, flat.cu_seqlens, flat.max_length)
-        log_p = base.logits(hidden[some.targets]).float().log_softmax(-1)  # (M, V)
-        if known:
-            drawn = known[place]
-        else:
-            drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
-            if draws is not None:
-                draws.append(drawn)
-        yield log_p.gather(-1, drawn).sum(), len(drawn)
+
+    def __init__(self, base: Transformer, text: Iterable[MicroBatch], seed: int) -> None:
+        self.base, self._text = base, text
+        self._generator = torch.Generator().manual_seed(seed)
+        self._drawn: list[Tensor] = []  # (M, 1) of each batch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        for place, some in enumerate(self._text):
+            flat = some.batch
+            hidden = self.base.hidden(flat.input_ids, flat.positions, flat.cu_seqlens, flat.max_length)
+            log_p = self.base.logits(hidden[some.targets]).float().log_softmax(-1)  # (M, V)
+            if place == len(self._drawn):
+                drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=self._generator)
+                self._drawn.append(drawn.to(log_p.device))
+            yield log_p.gather(-1, self._drawn[place]).sum(), len(self._drawn[place])
 
 
-def bases_of(
-    base: Transformer, text: Iterable[MicroBatch], seed: int, draws: list[Tensor] | None = None
-) -> dict[str, Basis]:
+def bases_of(scores: Scores) -> dict[str, Basis]:
     """The basis of every matrix that multiplies, by the name of its parameter.
 
     Args:
-        base: frozen; it is left as it was.
-        text: in the base's own framing.
-        seed: of the drawn tokens.
-        draws: as in `scores`.
+        scores: of the base, which is frozen and left as it was.
     """
+    base = scores.base
     names: dict[Tensor, str] = {weight: name for name, weight in chain(base.named_parameters(), base.named_buffers())}
     layers = {names[layer.weight]: layer for layer in base.modules() if isinstance(layer, nn.Linear)}
     rights = {name: _zeros(layer.weight, layer.in_features, base) for name, layer in layers.items()}
@@ -105,7 +101,7 @@ def bases_of(
     hooks = [layer.register_forward_hook(_adding(rights[name], lefts[name])) for name, layer in layers.items()]
     embedding = base.model.embed_tokens.weight.requires_grad_(True)  # every output is on the way back to it
     try:
-        for score, _ in scores(base, text, seed, draws):
+        for score, _ in scores:
             torch.autograd.grad(score, embedding)
     finally:
         embedding.requires_grad_(False)

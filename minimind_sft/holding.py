@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minimind_sft.batching import MicroBatch
-from minimind_sft.fisher import Basis, bases_of
+from minimind_sft.fisher import Basis, Scores, bases_of
 from minimind_sft.model import Transformer
 from minimind_sft.terms import EKFAC, L2SP, ReplayKL, ReplayNextToken, Term, frozen_copy
 
@@ -149,7 +149,7 @@ class Holding:
             return {}
         if self.pull is not None:
             return self.pull.bases
-        return bases_of(self._base, read(self.fisher_tokens), self._seed)
+        return bases_of(Scores(self._base, read(self.fisher_tokens), self._seed))
 
     def release(self) -> None:
         """Let go of the base, once it was shown and read: terms that look at it in training have it, or a copy in

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minimind_sft.batching import MicroBatch
-from minimind_sft.fisher import Basis, bases_of, scores
+from minimind_sft.fisher import Basis, Scores, bases_of
 from minimind_sft.losses import cross_entropy, kl_divergence
 from minimind_sft.model import Transformer
 from minimind_sft.weight_control import adapted
@@ -165,7 +165,7 @@ class EWC(Term):
 
         1/2 * sum over weights of F * (w - w_base)^2
 
-    F is the diagonal of the base's Fisher information, per token, on text to replay (`fisher.scores`). Near the base,
+    F is the diagonal of the base's Fisher information, per token, on text to replay (`fisher.Scores`). Near the base,
     the loss is KL(base || model) per token, but for the terms off the diagonal; `weight` is thus on the scale of
     `model.replay_weight`. A backward pass over the text, once; no text in training.
     Source: arXiv 1612.00796.
@@ -184,7 +184,6 @@ class EWC(Term):
             raise ValueError(f"the tokens of {self.name} are {tokens}; it needs at least 1")
         self.tokens, self.seed = tokens, seed
         self.bases: dict[str, Basis] = {}
-        self._draws: list[Tensor] = []  # what another pass drew from the text that is read
         self._pull: tuple[Tensor, list[Tensor]] | None = None
 
     def start(self, base: Transformer, control_ids: list[int], *, half: torch.dtype | None) -> None:
@@ -194,10 +193,13 @@ class EWC(Term):
         return self.bases.get(name, Basis(None, None))
 
     def read(self, base: Transformer, text: Iterable[MicroBatch]) -> None:
-        weights = list(self._base.values())
+        self._estimate(Scores(base, text, self.seed))
+
+    def _estimate(self, scores: Scores) -> None:
+        base, weights = scores.base, list(self._base.values())
         sums, targets = [torch.zeros_like(weight) for weight in weights], 0
         base.requires_grad_(True)
-        for score, drawn in scores(base, text, self.seed, self._draws or None):
+        for score, drawn in scores:
             gradients = torch.autograd.grad(score, weights, allow_unused=True)
             for name, total, gradient in zip(self._base, sums, gradients, strict=True):
                 if gradient is not None:  # an expert that was not asked
@@ -268,11 +270,9 @@ class EKFAC(EWC):
     name = "ekfac"
 
     def read(self, base: Transformer, text: Iterable[MicroBatch]) -> None:
-        text = list(text)
-        self._draws = []
-        self.bases = bases_of(base, text, self.seed, self._draws)
-        super().read(base, text)
-        self._draws = []
+        scores = Scores(base, list(text), self.seed)
+        self.bases = bases_of(scores)
+        self._estimate(scores)
 
 
 def freeze(model: Transformer, patterns: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from minimind_sft.__main__ import main
 from minimind_sft.batching import MicroBatch, pack
-from minimind_sft.fisher import bases_of
+from minimind_sft.fisher import Scores, bases_of
 from minimind_sft.losses import kl_divergence
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
@@ -115,7 +115,7 @@ def test_in_the_basis_the_loss_is_the_kl_along_a_direction_that_the_text_depends
     draws = np.random.default_rng(3)
     text = [pack([(draws.integers(0, 40, 40), np.ones(40, bool))]) for _ in range(60)]
     name, losses = "model.layers.0.self_attn.o_proj.weight", []
-    basis, moved = bases_of(base, text, 0)[name], copy.deepcopy(base).requires_grad_(True)
+    basis, moved = bases_of(Scores(base, text, 0))[name], copy.deepcopy(base).requires_grad_(True)
     assert basis.left is not None and basis.right is not None
     with torch.no_grad():  # the last eigenvectors are the text's largest
         moved.get_parameter(name).add_(torch.outer(basis.left[:, -1], basis.right[:, -1]), alpha=0.02)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from minimind_sft.batching import MicroBatch, pack
-from minimind_sft.fisher import Basis, RotatedAdamW, bases_of, scores
+from minimind_sft.fisher import Basis, RotatedAdamW, Scores, bases_of
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 
@@ -55,7 +55,7 @@ def test_a_matrix_is_turned_and_turned_back() -> None:
 def test_in_the_basis_what_goes_into_the_output_layer_is_uncorrelated() -> None:
     base = random_model()
     before = copy.deepcopy(base.state_dict())
-    bases = bases_of(base, documents(20), seed=0)
+    bases = bases_of(Scores(base, documents(20), seed=0))
     states = torch.cat([hidden_states(base, document)[document.targets] for document in documents(20)])
     right = bases["model.embed_tokens.weight"].right
     assert right is not None and bases["model.embed_tokens.weight"].left is None  # V rows would be a basis of V x V
@@ -70,13 +70,13 @@ def test_in_the_basis_what_goes_into_the_output_layer_is_uncorrelated() -> None:
 
 def test_in_the_basis_the_gradients_at_an_output_are_uncorrelated() -> None:
     base = random_model()
-    bases = bases_of(base, documents(20), seed=5)
+    bases = bases_of(Scores(base, documents(20), seed=5))
     outputs: list[Tensor] = []
     base.get_submodule("model.layers.1.self_attn.o_proj").register_forward_hook(
         lambda _, __, output: outputs.append(output)
     )
     base.requires_grad_(True)
-    scored = list(scores(base, documents(20), seed=5))
+    scored = list(Scores(base, documents(20), seed=5))
     assert [drawn for _, drawn in scored] == [39] * 20
     seen = torch.autograd.grad([score for score, _ in scored], outputs)
     left = bases["model.layers.1.self_attn.o_proj.weight"].left
@@ -88,7 +88,7 @@ def test_in_the_basis_the_gradients_at_an_output_are_uncorrelated() -> None:
 
 def test_every_matrix_has_a_basis_but_no_side_wider_than_the_model() -> None:
     base = random_model(num_attention_heads=4, num_key_value_heads=2)
-    bases = bases_of(base, documents(3), seed=0)
+    bases = bases_of(Scores(base, documents(3), seed=0))
     assert set(bases) == {name for name, parameter in base.named_parameters() if parameter.ndim > 1}
     for name, basis in bases.items():
         for side, size in zip(basis, base.get_parameter(name).shape, strict=True):
@@ -99,14 +99,14 @@ def test_every_matrix_has_a_basis_but_no_side_wider_than_the_model() -> None:
 
 def test_in_half_precision_the_basis_is_whole_all_the_same() -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        basis = bases_of(random_model(), documents(3), seed=0)["model.layers.0.self_attn.q_proj.weight"]
+        basis = bases_of(Scores(random_model(), documents(3), seed=0))["model.layers.0.self_attn.q_proj.weight"]
     for side in basis:
         assert side is not None and side.dtype == torch.float32
         torch.testing.assert_close(side.t() @ side, torch.eye(len(side)), atol=1e-5, rtol=0)
 
 
 def test_an_expert_that_no_token_is_sent_to_keeps_its_axes() -> None:
-    bases = bases_of(random_model(num_experts=8), documents(1, length=3), seed=0)  # 3 tokens, one expert each
+    bases = bases_of(Scores(random_model(num_experts=8), documents(1, length=3), seed=0))  # 3 tokens, one expert each
     rights = [basis.right for name, basis in bases.items() if "layers.0.mlp.experts" in name and "gate_proj" in name]
     assert sum(torch.equal(right, torch.eye(H)) for right in rights if right is not None) >= 5
 

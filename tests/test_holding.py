@@ -21,7 +21,7 @@ from minimind_sft.batching import MicroBatch, pack
 from minimind_sft.chat import ChatTemplate
 from minimind_sft.comparison import compare
 from minimind_sft.documents import Documents
-from minimind_sft.fisher import bases_of
+from minimind_sft.fisher import Scores, bases_of
 from minimind_sft.forgetting import Reading
 from minimind_sft.holding import Holding
 from minimind_sft.losses import kl_divergence
@@ -329,7 +329,7 @@ def test_a_new_output_layer_is_not_pulled_to_the_old_one(term: Term) -> None:
             term.after_step(model, 0.2)
         assert torch.equal(model.lm_head.weight, moved["lm_head.weight"])
         assert not torch.equal(model.model.embed_tokens.weight, moved["model.embed_tokens.weight"])
-    assert base.lm_head.weight.equal(head) and "lm_head.weight" in bases_of(base, text, 0)
+    assert base.lm_head.weight.equal(head) and "lm_head.weight" in bases_of(Scores(base, text, 0))
 
 
 # ---- through `fit`

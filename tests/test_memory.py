@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from minimind_sft import losses, module
 from minimind_sft.__main__ import main
 from minimind_sft.batching import pack
-from minimind_sft.fisher import bases_of
+from minimind_sft.fisher import Scores, bases_of
 from minimind_sft.memory import basis_bytes, basis_flops, footprint, layer_bytes, parameters, training_flops
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
@@ -72,7 +72,7 @@ def test_parameters_are_those_of_the_model(config: ModelConfig) -> None:
 def test_bases_take_what_they_are_planned_to(config: ModelConfig) -> None:
     model = Transformer(config)
     model.initialise(seed=1)
-    found = bases_of(model.requires_grad_(False), [pack([(np.arange(9), np.ones(9, bool))])], seed=0)
+    found = bases_of(Scores(model.requires_grad_(False), [pack([(np.arange(9), np.ones(9, bool))])], seed=0))
     assert basis_bytes(config) == sum(side.nbytes for basis in found.values() for side in basis if side is not None)
 
 
