@@ -75,6 +75,9 @@ class Holding:
         self.replay_loss, self.replay_weight, self.replay_target = replay_loss, replay_weight, replay_target
         self.l2_sp, self.fisher_tokens, self.prior_tokens = l2_sp, fisher_tokens, prior_tokens
         self._seed, self._more = seed, more or []
+        for term in self._more:
+            if _overrides(term, "loss") and _overrides(term, "pull"):
+                raise ValueError(f"model.terms: {type(term).__name__} has both a loss and a pull; make two terms of it")
         self.pull: EKFAC | None = None
         self.terms: list[Term] = []
         self._base: Transformer | None = None
@@ -87,13 +90,18 @@ class Holding:
 
     @property
     def losses(self) -> list[Term]:
-        """The terms that add to the loss."""
-        return [term for term in self.terms if _has_loss(term)]
+        """The terms that add to a micro-batch's loss."""
+        return [term for term in self.terms if _overrides(term, "loss")]
+
+    @property
+    def pulls(self) -> list[Term]:
+        """The terms that add to the gradient."""
+        return [term for term in self.terms if _overrides(term, "pull")]
 
     @property
     def own_losses(self) -> list[str]:
-        """The names of the user's terms that do."""
-        return [term.name for term in self._more if _has_loss(term)]
+        """The names of the user's terms that do either."""
+        return [term.name for term in self._more if _overrides(term, "loss") or _overrides(term, "pull")]
 
     def refuse_scratch(self) -> None:
         """Without a base there is nothing to hold on to; what `sft.yaml` has on is left out.
@@ -157,5 +165,5 @@ class Holding:
         self._base = None
 
 
-def _has_loss(term: Term) -> bool:
-    return type(term).loss is not Term.loss
+def _overrides(term: Term, method: str) -> bool:
+    return getattr(type(term), method) is not getattr(Term, method)

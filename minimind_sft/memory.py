@@ -58,7 +58,7 @@ class Footprint(NamedTuple):
     gradients: int
     optimizer: int  # two moments
     bases: int  # that the moments are kept in (`fisher.py`)
-    pull: int  # towards the base in these: Fisher information, gradient, and the base in fp32 beside a half copy
+    pull: int  # towards the base in these: Fisher information in bf16, and the base in fp32 beside a half copy
     buckets: int  # of gradients, where several processes share them
     copies: int  # half-precision copies of the matrices, under autocast
     activations: int  # kept between forward and backward pass
@@ -210,7 +210,7 @@ def footprint(
         "the optimizer's step": _step_bytes(count, precision, cuda) + bases * FP32 * (count.total - count.vectors),
     }
     phase = max(phases, key=lambda name: phases[name])
-    pulling = (3 if half else 2) * gradients * pull
+    pulling = (2 + FP32 * half) * count.total * pull
     fixed = gradients, gradients, 2 * gradients, bases * basis_bytes(config), pulling, gradients * (processes > 1)
     return Footprint(
         *fixed,

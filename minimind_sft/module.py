@@ -320,7 +320,7 @@ class SFTModule(LightningModule):
                 for term in self.holding.terms:
                     term.after_step(self.model, optimizer.param_groups[0]["lr"])
             assert self.last_step is not None
-            for term in self.holding.losses:
+            for term in self.holding.losses + self.holding.pulls:
                 term.observe(self.last_step.terms[term.name])
 
     @property
@@ -346,25 +346,28 @@ class SFTModule(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip, and look at the step before it is taken: the only place where training asks the device.
+        """Pull, clip, and look at the step before it is taken: the only place where training asks the device.
 
         Raises:
             ValueError: loss or gradient is not finite; the weights have not changed yet.
         """
+        losses, pulls = self.holding.losses, self.holding.pulls
+        with torch.no_grad():
+            pulled = [term.pull(self.model).double().view(1) for term in pulls]
         if gradient_clip_algorithm == "value":  # not by Lightning, which refuses it for any optimizer that is fused
             if gradient_clip_val:
                 torch.nn.utils.clip_grad_value_(self.model.parameters(), gradient_clip_val)
             gradient_clip_val = None
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val or math.inf)
         sums = self.trainer.strategy.reduce(self._window, reduce_op="sum")
-        nats, grad_norm, *shares = torch.cat([sums[:1], norm.double()[None], sums[1:]]).tolist()
+        nats, grad_norm, *shares = torch.cat([sums[:1], norm.double()[None], sums[1:], *pulled]).tolist()
         self.last_step = StepResult(
             step=self.trainer.global_step + 1,
             loss=nats / self._window_targets,
             grad_norm=grad_norm,
             learning_rate=optimizer.param_groups[0]["lr"],
-            terms={term.name: share for term, share in zip(self.holding.losses, shares, strict=True)},
-            weights={term.name: term.weight for term in self.holding.losses},
+            terms={term.name: share for term, share in zip(losses + pulls, shares, strict=True)},
+            weights={term.name: term.weight for term in losses + pulls},
         )
         if not self.guard.takes(self.last_step, self._window_documents, scaled=self._scaler is not None):
             optimizer.zero_grad(set_to_none=True)  # nothing to step with: weights and moments stay

@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minimind_sft.batching import MicroBatch
 from minimind_sft.fisher import Basis, Scores, bases_of
@@ -69,6 +67,17 @@ class Term:
             model: as it is now.
             hidden: (N, C) its states for the micro-batch, after the final norm.
             batch: the micro-batch, with chats and replay text.
+        """
+        raise NotImplementedError
+
+    def pull(self, model: Transformer) -> Tensor:
+        """Of a loss of the weights alone: add its gradient, times the weight, to `grad` of what is trained.
+
+        Called without autograd once a window, behind the backward pass and before clipping, on every rank alike. Not
+        asked where it is not overridden; a term has this or a `loss`.
+
+        Returns:
+            The loss, (), before the weight.
         """
         raise NotImplementedError
 
@@ -184,7 +193,6 @@ class EWC(Term):
             raise ValueError(f"the tokens of {self.name} are {tokens}; it needs at least 1")
         self.tokens, self.seed = tokens, seed
         self.bases: dict[str, Basis] = {}
-        self._pull: tuple[Tensor, list[Tensor]] | None = None
 
     def start(self, base: Transformer, control_ids: list[int], *, half: torch.dtype | None) -> None:
         self._base = dict(base.named_parameters())
@@ -207,48 +215,23 @@ class EWC(Term):
                         total += self._basis(name).turned(gradient).square()
             targets += drawn
         base.requires_grad_(False)
-        self.fisher = {name: total / max(1, targets) for name, total in zip(self._base, sums, strict=True)}
-
-    def loss(self, model: Transformer, hidden: Tensor, batch: MicroBatch) -> Tensor:
-        pulled = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if name in self._base and parameter.requires_grad
+        # an estimate that half of the bits are enough for; of bf16, as it spans more than fp16 does
+        self.fisher = {
+            name: (total / max(1, targets)).bfloat16() for name, total in zip(self._base, sums, strict=True)
         }
-        if not pulled:  # all that is trained is new
-            return hidden.new_zeros((), dtype=torch.float32)
-        if self._pull is None:  # once a window: its micro-batches pull alike
-            self._pull = self._quadratic(pulled)
-        return _Known.apply(*self._pull, *pulled.values()) * len(batch.targets) / batch.window_targets
 
-    def after_step(self, model: Transformer, learning_rate: float) -> None:
-        self._pull = None
-
-    @torch.no_grad()
-    def _quadratic(self, pulled: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The loss of these parameters, (), and its gradients."""
-        nats, gradients = [], []
-        with torch.autocast(next(iter(pulled.values())).device.type, enabled=False):
-            for name, parameter in pulled.items():
-                distance = self._basis(name).turned(parameter - self._base[name])
-                force = self.fisher[name] * distance
-                nats.append(0.5 * (force * distance).sum())
-                gradients.append(self._basis(name).back(force))
-        return torch.stack(nats).sum(), gradients
-
-
-class _Known(torch.autograd.Function):
-    """A loss whose gradients came with it."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *weights: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *(gradient * known for known in ctx.gradients))
+    def pull(self, model: Transformer) -> Tensor:
+        nats = model.lm_head.weight.new_zeros(())
+        for name, parameter in model.named_parameters():
+            if name not in self._base or not parameter.requires_grad:  # a new output layer has no base
+                continue
+            basis = self._basis(name)
+            distance = basis.turned(parameter - self._base[name])
+            force = self.fisher[name] * distance
+            nats += 0.5 * torch.sum(force * distance)
+            gradient = basis.back(force).mul_(self.weight)
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return nats
 
 
 class EKFAC(EWC):
