@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
@@ -127,3 +128,29 @@ def test_every_document_s_losses_are_published_by_its_hash(tmp_path: Path) -> No
     assert head == 'document,source,tokens,base,"held, seed 1","held, seed 2"'
     digest = hashlib.sha256(text.read_bytes().splitlines()[1]).hexdigest()[:16]
     assert first == f"{digest},s,7,4.0000,6.0000,6.0000"
+
+
+def test_the_trial_called_after_sft_yaml_is_sft_yaml() -> None:
+    """A trial overlays the plan's configs, and cannot name one of its own: it has to say the same in options."""
+    root = Path(__file__).resolve().parents[1]
+    plan = yaml.safe_load((root / "tests" / "benchmarks" / "study_real.yaml").read_text(encoding="utf-8"))
+    shipped, overlay = (
+        yaml.safe_load((root / "configs" / name).read_text(encoding="utf-8")) for name in plan["configs"]
+    )
+    trial = {section: shipped[section] | overlay[section] for section in ("model", "data", "trainer")}
+    words = (plan["fit"] + " " + plan["trials"]["sft.yaml"]["fit"]).split()
+    for option, value in zip(words[::2], words[1::2], strict=True):
+        section, _, key = option.removeprefix("--").partition(".")
+        if key:
+            trial[section][key] = yaml.safe_load(value)
+
+    def said(settings: dict[str, Any]) -> dict[str, Any]:
+        """Without what is null, and with numbers, where YAML takes 4e6 for a word."""
+        return {
+            key: float(value) if str(value)[0].isdigit() else value
+            for key, value in settings.items()
+            if value is not None
+        }
+
+    for section, settings in trial.items():
+        assert said(settings) == said(shipped[section])
