@@ -138,7 +138,8 @@ class FirstScreen(Callback):
         if self.measure.seconds and tokens:
             # a token trained costs about as much as three looked at; so does one read for the basis
             trained = pl_module.total_steps * float(data.plan.epoch(0).window_tokens.mean())
-            to_read = 0 if pl_module.holding.pull else pl_module.tokens_to_read  # with a pull, it was read by now
+            read_by_now = pl_module.from_scratch or pl_module.holding.prior is not None  # as any text for terms is
+            to_read = 0 if read_by_now else pl_module.holding.fisher_tokens
             looks = pl_module.total_steps / self.measure.intervals.val_every * self.measure.intervals.live_share
             seconds = self.measure.seconds * (3 * (trained + to_read) / tokens + looks)
             rows.append(("time", f"about {duration(seconds)}"))
@@ -215,12 +216,12 @@ def _holding(data: SFTDataModule, pl_module: SFTModule) -> str:
             + (f", {data.replay_in_chat:.0%} of it in a chat" if data.replay_in_chat else "")
             + (f", which follows a target of {holding.replay_target:g} nats" if holding.replay_target else "")
         )
-    others = [term for term in holding.terms if term.name != "replay" and term is not holding.pull]
+    others = [term for term in holding.terms if term.name != "replay" and term is not holding.prior]
     said += [f"{term.name}, weight {term.weight:g}" for term in others]
-    if holding.pull is not None:
+    if holding.prior is not None:
         said.append(
             f"a pull towards the base as if by {holding.prior_tokens:,.0f} tokens of its text beside the "
-            f"{data.plan.most_targets:,} supervised ones of the sample (weight {holding.pull.weight:.3g})"
+            f"{data.plan.most_targets:,} supervised ones of the sample (weight {holding.prior.weight:.3g})"
         )
     if holding.fisher_tokens and not pl_module.from_scratch:
         assert data.spare_text is not None

@@ -110,6 +110,13 @@ def bases_of(scores: Scores) -> dict[str, Basis]:
     return {name: Basis(_eigenvectors(lefts[name]), _eigenvectors(rights[name])) for name in layers}
 
 
+def shared_bases(bases: Mapping[str, Basis], broadcast: Callable[[Any], Any]) -> dict[str, Basis]:
+    """The first process's, where several have read: rounding is not the same on all devices, and turns eigenvectors."""
+    device = {side.device for basis in bases.values() for side in basis if side is not None}.pop()
+    found = broadcast({name: basis.to("cpu") for name, basis in bases.items()})
+    return {name: basis.to(device) for name, basis in found.items()}
+
+
 def _zeros(weight: Tensor, side: int, base: Transformer) -> Tensor | None:
     return weight.new_zeros(side, side) if side <= base.config.hidden_size else None
 
@@ -137,7 +144,8 @@ def _eigenvectors(moment: Tensor | None) -> Tensor | None:
 
 
 @contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Multiply fp32 matrices so, see `torch.set_float32_matmul_precision`."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -179,13 +187,13 @@ class RotatedAdamW(AdamW):
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None and weight in self._bases:
-                    with _matmul_precision(self._precision):
+                    with matmul_precision(self._precision):
                         weight.grad.copy_(self._bases[weight].turned(weight.grad))
                     kept.append((weight, weight.clone(), 1.0 - group["lr"] * group["weight_decay"]))
                     weight.zero_()
         super().step()
         for weight, before, decay in kept:
-            with _matmul_precision(self._precision):
+            with matmul_precision(self._precision):
                 turned_back = self._bases[weight].back(weight)
             weight.copy_(turned_back.add_(before, alpha=decay))
         return loss

@@ -94,7 +94,8 @@ def forecast(
     ]
     if known and steps:
         epochs = steps / math.ceil(known.documents / window)
-        turning = steps * memory.basis_flops(config) * (bases + pull)
+        turns = bases + pull  # AdamW's and the pull's
+        turning = steps * turns * memory.basis_flops(config)
         parts.append(_time(config, known, epochs, on, tflops, replay, turning))
     return "\n\n".join(parts)
 

@@ -69,13 +69,16 @@ class Guard:
         """
         self.overflows = self.overflows + 1 if scaled and not math.isfinite(result.grad_norm) else 0
         overflow_is_normal = scaled and self.overflows <= MAX_OVERFLOWS
-        if math.isfinite(result.loss) and (overflow_is_normal or math.isfinite(result.grad_norm)):
+        losses = {"loss": result.loss, **result.terms}
+        bad = {name: value for name, value in losses.items() if not math.isfinite(value)}
+        if not bad and (overflow_is_normal or math.isfinite(result.grad_norm)):
             self.skipped = 0
             self._watch(result, documents)
             return True
         names = documents()
         self._note("nonfinite.jsonl", result, names)
-        said = f"step {result.step}: loss {result.loss}, gradient norm {result.grad_norm}"
+        shown = {"loss": result.loss, **bad, "gradient norm": result.grad_norm}
+        said = f"step {result.step}: {', '.join(f'{name} {value}' for name, value in shown.items())}"
         if self.on_nonfinite == "skip" and self.skipped < self.max_skipped:
             self.skipped += 1
             print(f"{said}: skipped ({self.skipped} in a row); documents {_listed(names)}", flush=True)

@@ -7,16 +7,18 @@ the first step gets documents of pretraining, or by the base, that nobody measur
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minimind_sft.batching import MicroBatch
-from minimind_sft.fisher import Basis, Scores, bases_of
+from minimind_sft.fisher import Basis, Scores, bases_of, shared_bases
 from minimind_sft.model import Transformer
 from minimind_sft.terms import EKFAC, L2SP, ReplayKL, ReplayNextToken, Term, frozen_copy
 
 Read = Callable[[int], Iterable[MicroBatch]]  # whole documents of so many tokens, on the device
+Broadcast = Callable[[Any], Any]  # what the first process has, on the CPU
 
 
 class Holding:
@@ -34,7 +36,9 @@ class Holding:
 
     Attributes:
         terms: those at work, in the order in which they are logged.
-        pull: the one that `prior_tokens` asks for, once `choose` took it; else None.
+        losses: those of them that add to a micro-batch's loss.
+        pulls: those that add to a step's gradient.
+        prior: the pull that `prior_tokens` asks for, once `choose` took it; else None.
 
     Raises:
         ValueError: settings that make no sense.
@@ -78,8 +82,10 @@ class Holding:
         for term in self._more:
             if _overrides(term, "loss") and _overrides(term, "pull"):
                 raise ValueError(f"model.terms: {type(term).__name__} has both a loss and a pull; make two terms of it")
-        self.pull: EKFAC | None = None
+        self.prior: EKFAC | None = None
         self.terms: list[Term] = []
+        self.losses: list[Term] = []
+        self.pulls: list[Term] = []
         self._base: Transformer | None = None
         self._chosen = False
 
@@ -87,16 +93,6 @@ class Holding:
     def tokens_to_read(self) -> int:
         """How much text is read before the first step."""
         return max(self.fisher_tokens, *(term.tokens for term in self._more), 0)
-
-    @property
-    def losses(self) -> list[Term]:
-        """The terms that add to a micro-batch's loss."""
-        return [term for term in self.terms if _overrides(term, "loss")]
-
-    @property
-    def pulls(self) -> list[Term]:
-        """The terms that add to the gradient."""
-        return [term for term in self.terms if _overrides(term, "pull")]
 
     @property
     def own_losses(self) -> list[str]:
@@ -123,6 +119,9 @@ class Holding:
             head: the base's output layer (V, C), where the model has another.
             chat_tokens: supervised ones of the sample, which the base's prior tokens are weighed against.
             replay: whether there is text to replay.
+
+        Raises:
+            ValueError: two terms of one name, under which both would be logged.
         """
         if self._chosen:
             return
@@ -135,14 +134,31 @@ class Holding:
         if self.l2_sp:
             self.terms.append(L2SP(self.l2_sp))
         if self.prior_tokens:
-            self.pull = EKFAC(self.prior_tokens / chat_tokens, self.fisher_tokens, self._seed)
-            self.terms.append(self.pull)
+            self.prior = EKFAC(self.prior_tokens / chat_tokens, self.fisher_tokens, self._seed)
+            self.terms.append(self.prior)
         self.terms += self._more
+        names = [term.name for term in self.terms]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(
+                f"model.terms: {' and '.join(sorted(twice))} would be logged twice under one name; leave one out, or "
+                "give its class another name"
+            )
+        self.losses = [term for term in self.terms if _overrides(term, "loss")]
+        self.pulls = [term for term in self.terms if _overrides(term, "pull")]
         if self.terms or self.fisher_tokens:
             self._base = frozen_copy(model, head)
 
-    def start(self, device: torch.device, control_ids: list[int], *, half: torch.dtype | None, read: Read) -> None:
-        """Show the base to the terms, and text to those that ask for it; arguments as in `Term.start`."""
+    def start(
+        self,
+        device: torch.device,
+        control_ids: list[int],
+        *,
+        half: torch.dtype | None,
+        read: Read,
+        broadcast: Broadcast | None,
+    ) -> None:
+        """Show the base to the terms, and text to those that ask for it; arguments as in `Term.start` and `Term.share`,
+        None where there is one process."""
         if self._base is None:
             return
         self._base.to(device)
@@ -150,14 +166,18 @@ class Holding:
             term.start(self._base, control_ids, half=half)
             if term.tokens:
                 term.read(self._base, read(term.tokens))
+                if broadcast is not None:
+                    term.share(broadcast)
 
-    def bases(self, read: Read) -> Mapping[str, Basis]:
-        """What the optimizer's moments are to be kept in, by parameter; empty where that is off."""
+    def bases(self, read: Read, broadcast: Broadcast | None) -> Mapping[str, Basis]:
+        """What the optimizer's moments are to be kept in, by parameter, the same in every process; empty where that is
+        off. With a pull, its own tensors."""
         if self._base is None or not self.fisher_tokens:
             return {}
-        if self.pull is not None:
-            return self.pull.bases
-        return bases_of(Scores(self._base, read(self.fisher_tokens), self._seed))
+        if self.prior is not None:
+            return self.prior.bases
+        found = bases_of(Scores(self._base, read(self.fisher_tokens), self._seed))
+        return found if broadcast is None else shared_bases(found, broadcast)
 
     def release(self) -> None:
         """Let go of the base, once it was shown and read: terms that look at it in training have it, or a copy in

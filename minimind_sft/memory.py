@@ -33,7 +33,7 @@ from typing import NamedTuple
 from minimind_sft.chunks import rows_at_once
 from minimind_sft.model_config import ModelConfig
 
-FP32 = 4
+FP32, BF16 = 4, 2
 
 
 class Parameters(NamedTuple):
@@ -58,7 +58,7 @@ class Footprint(NamedTuple):
     gradients: int
     optimizer: int  # two moments
     bases: int  # that the moments are kept in (`fisher.py`)
-    pull: int  # towards the base in these: Fisher information in bf16, and the base in fp32 beside a half copy
+    pull: int  # towards the base in these: Fisher information in bf16, and the base in fp32 where replay has none
     buckets: int  # of gradients, where several processes share them
     copies: int  # half-precision copies of the matrices, under autocast
     activations: int  # kept between forward and backward pass
@@ -210,7 +210,8 @@ def footprint(
         "the optimizer's step": _step_bytes(count, precision, cuda) + bases * FP32 * (count.total - count.vectors),
     }
     phase = max(phases, key=lambda name: phases[name])
-    pulling = (2 + FP32 * half) * count.total * pull
+    shares_base = replayed and not half  # with the KL, whose copy of the base is not counted here
+    pulling = pull * count.total * (BF16 if shares_base else BF16 + FP32)
     fixed = gradients, gradients, 2 * gradients, bases * basis_bytes(config), pulling, gradients * (processes > 1)
     return Footprint(
         *fixed,

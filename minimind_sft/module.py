@@ -28,7 +28,7 @@ from minimind_sft.fisher import RotatedAdamW
 from minimind_sft.forgetting import PRETRAIN, Meter, Reading
 from minimind_sft.generate import generate
 from minimind_sft.guard import Guard, StepResult
-from minimind_sft.holding import Holding
+from minimind_sft.holding import Broadcast, Holding
 from minimind_sft.losses import cross_entropy
 from minimind_sft.memory import checkpoint_bytes
 from minimind_sft.model import Transformer
@@ -73,7 +73,7 @@ class SFTModule(LightningModule):
         l2_sp: decay towards the base, decoupled as AdamW's; 0 is off.
         freeze: patterns of parameters that are not trained, as in a shell: "*.mlp.*", or a list of them.
         max_forgetting: nats per token of forgetting above which no reading is the best; null for no bound.
-        terms: further losses, as `class_path` and `init_args`; see `terms.py`.
+        terms: further losses and pulls, as `class_path` and `init_args`; see `terms.py`.
         family: minimind3 or minimind2; null to tell it from the weights (minimind3 for `scratch`).
         hidden_size: width; for `scratch`, else only checked against the weights.
         num_hidden_layers: depth; likewise.
@@ -205,7 +205,13 @@ class SFTModule(LightningModule):
 
     def on_fit_start(self) -> None:
         with self.trainer.precision_plugin.forward_context():
-            self.holding.start(self.device, self.data.template.control_ids, half=self._half, read=self._text_to_read)
+            self.holding.start(
+                self.device,
+                self.data.template.control_ids,
+                half=self._half,
+                read=self._text_to_read,
+                broadcast=self._broadcast,
+            )
 
     def on_train_start(self) -> None:
         if not self.trainer.global_step:
@@ -217,10 +223,12 @@ class SFTModule(LightningModule):
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, RotatedAdamW)
         with self.trainer.precision_plugin.forward_context():
-            found = self.holding.bases(self._text_to_read)
-        if self.trainer.world_size > 1:
-            found = self.trainer.strategy.broadcast({name: basis.to("cpu") for name, basis in found.items()})
-        optimizer.turn({self.model.get_parameter(name): basis.to(self.device) for name, basis in found.items()})
+            found = self.holding.bases(self._text_to_read, self._broadcast)
+        optimizer.turn({self.model.get_parameter(name): basis for name, basis in found.items()})
+
+    @property
+    def _broadcast(self) -> Broadcast | None:
+        return self.trainer.strategy.broadcast if self.trainer.world_size > 1 else None
 
     @property
     def tokens_to_read(self) -> int:
@@ -351,23 +359,23 @@ class SFTModule(LightningModule):
         Raises:
             ValueError: loss or gradient is not finite; the weights have not changed yet.
         """
-        losses, pulls = self.holding.losses, self.holding.pulls
         with torch.no_grad():
-            pulled = [term.pull(self.model).double().view(1) for term in pulls]
+            pulled = [term.pull(self.model).double().view(1) for term in self.holding.pulls]
         if gradient_clip_algorithm == "value":  # not by Lightning, which refuses it for any optimizer that is fused
             if gradient_clip_val:
                 torch.nn.utils.clip_grad_value_(self.model.parameters(), gradient_clip_val)
             gradient_clip_val = None
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val or math.inf)
         sums = self.trainer.strategy.reduce(self._window, reduce_op="sum")
+        terms = self.holding.losses + self.holding.pulls
         nats, grad_norm, *shares = torch.cat([sums[:1], norm.double()[None], sums[1:], *pulled]).tolist()
         self.last_step = StepResult(
             step=self.trainer.global_step + 1,
             loss=nats / self._window_targets,
             grad_norm=grad_norm,
             learning_rate=optimizer.param_groups[0]["lr"],
-            terms={term.name: share for term, share in zip(losses + pulls, shares, strict=True)},
-            weights={term.name: term.weight for term in losses + pulls},
+            terms={term.name: share for term, share in zip(terms, shares, strict=True)},
+            weights={term.name: term.weight for term in terms},
         )
         if not self.guard.takes(self.last_step, self._window_documents, scaled=self._scaler is not None):
             optimizer.zero_grad(set_to_none=True)  # nothing to step with: weights and moments stay

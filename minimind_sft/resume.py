@@ -88,7 +88,9 @@ def settings(module: SFTModule) -> dict[str, Any]:
         "model.freeze": module.frozen,
         "model.aux_scope": module.aux_scope,
         "model.max_forgetting": module.max_forgetting,
-        "model.terms": [type(term).__name__ for term in module.holding.terms],
+        "model.terms": [
+            term.name if term.adapts else f"{term.name} of weight {term.weight:g}" for term in module.holding.terms
+        ],
         "trainer.max_epochs": trainer.max_epochs,
         "trainer.max_steps": trainer.max_steps,
         "trainer.gradient_clip_val": trainer.gradient_clip_val,

@@ -1,4 +1,4 @@
-"""Terms: what is added to a window's loss, or done after a step, so that the model holds on to what it knew.
+"""Terms: what is added to a window's loss or gradient, or done after a step, to hold on to what the model knew.
 
 A term gets a frozen copy of the base before training, which lives outside the module and is neither trained nor
 saved. Losses are sums over the window's own count, as everywhere (`losses.py`), so a term splits over
@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minimind_sft.batching import MicroBatch
-from minimind_sft.fisher import Basis, Scores, bases_of
+from minimind_sft.fisher import Basis, Scores, bases_of, matmul_precision, shared_bases
 from minimind_sft.losses import cross_entropy, kl_divergence
 from minimind_sft.model import Transformer
 from minimind_sft.weight_control import adapted
@@ -59,6 +60,11 @@ class Term:
 
     def read(self, base: Transformer, text: Iterable[MicroBatch]) -> None:
         """Called behind `start` where `tokens` asks for text, in the base's own framing, short documents together."""
+
+    def share(self, broadcast: Callable[[Any], Any]) -> None:
+        """Called behind `read` where several processes train: take what `broadcast` gives for what was read, which is
+        what the first process read. Rounding is not the same on all devices, and differing pulls would go unseen.
+        """
 
     def loss(self, model: Transformer, hidden: Tensor, batch: MicroBatch) -> Tensor:
         """The micro-batch's share of the window's loss, (), before the weight. Not asked where it is not overridden.
@@ -193,9 +199,18 @@ class EWC(Term):
             raise ValueError(f"the tokens of {self.name} are {tokens}; it needs at least 1")
         self.tokens, self.seed = tokens, seed
         self.bases: dict[str, Basis] = {}
+        self.fisher: dict[str, Tensor] = {}
 
     def start(self, base: Transformer, control_ids: list[int], *, half: torch.dtype | None) -> None:
         self._base = dict(base.named_parameters())
+        cores = half is not None and base.lm_head.weight.is_cuda  # as `RotatedAdamW` turns
+        self._precision = "high" if cores else torch.get_float32_matmul_precision()
+
+    def share(self, broadcast: Callable[[Any], Any]) -> None:
+        fisher = broadcast({name: values.to("cpu") for name, values in self.fisher.items()})
+        self.fisher = {name: values.to(self._base[name].device) for name, values in fisher.items()}
+        if self.bases:
+            self.bases = shared_bases(self.bases, broadcast)
 
     def _basis(self, name: str) -> Basis:
         return self.bases.get(name, Basis(None, None))
@@ -226,10 +241,11 @@ class EWC(Term):
             if name not in self._base or not parameter.requires_grad:  # a new output layer has no base
                 continue
             basis = self._basis(name)
-            distance = basis.turned(parameter - self._base[name])
-            force = self.fisher[name] * distance
+            with matmul_precision(self._precision):
+                distance = basis.turned(parameter - self._base[name])
+                force = self.fisher[name] * distance
+                gradient = self.weight * basis.back(force)
             nats += 0.5 * torch.sum(force * distance)
-            gradient = basis.back(force).mul_(self.weight)
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         return nats
 

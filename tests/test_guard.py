@@ -105,6 +105,9 @@ def test_an_infinite_gradient_is_left_to_a_gradient_scaler() -> None:
     assert Guard().takes(step, list, scaled=True)
     with pytest.raises(ValueError, match="gradient norm inf"):
         Guard().takes(step, list)
+    pulled = step._replace(terms={"replay": 0.1, "ekfac": float("nan")})  # it adds to gradients that were looked at
+    with pytest.raises(ValueError, match="loss 1.0, ekfac nan, gradient norm inf"):
+        Guard().takes(pulled, list, scaled=True)
 
 
 def test_gradients_are_clipped_by_value_for_a_fused_optimizer_too(

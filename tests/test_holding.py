@@ -5,6 +5,7 @@ import gc
 import math
 import re
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -192,22 +193,72 @@ def test_a_share_of_the_replay_comes_in_a_chat_and_the_stream_knows_its_lengths(
 # ---- the terms
 
 
-@pytest.mark.parametrize(("half", "kept"), [(None, True), (torch.bfloat16, False)])
-def test_the_base_is_kept_only_where_a_term_looks_at_it(half: torch.dtype | None, kept: bool) -> None:
-    holding = Holding(
+def holding_of(*, prior_tokens: float = 0.0, seed: int = 0, more: list[Term] | None = None) -> Holding:
+    return Holding(
         replay_loss="kl",
         replay_weight=1.0,
         replay_target=None,
         l2_sp=0.0,
         fisher_tokens=1,
-        prior_tokens=0.0,
-        seed=0,
-        more=None,
+        prior_tokens=prior_tokens,
+        seed=seed,
+        more=more,
     )
+
+
+@pytest.mark.parametrize("prior_tokens", [0.0, 100.0])
+def test_processes_hold_on_by_what_the_first_one_read(prior_tokens: float) -> None:
+    sent: list[Any] = []
+
+    def first(found: Any) -> Any:
+        sent.append(found)
+        return found
+
+    def started(seed: int, broadcast: Callable[[Any], Any] | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The bases, and the gradient of the pull on a model that has moved."""
+        holding, model = holding_of(prior_tokens=prior_tokens, seed=seed), small_model()
+        holding.choose(model, None, chat_tokens=1, replay=False)
+        text = [with_replay(3)]
+        holding.start(torch.device("cpu"), [], half=None, read=lambda count: text, broadcast=broadcast)
+        bases = dict(holding.bases(lambda count: text, broadcast))
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += 0.1
+            for term in holding.pulls:
+                term.pull(model)
+        return bases, {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+    one, alone = started(0, first), started(1, None)
+    other = started(1, lambda found: sent.pop(0))
+    assert not sent and bool(one[1]) == bool(prior_tokens)
+    torch.testing.assert_close(other, one, rtol=0, atol=0)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(alone, one)
+
+
+class Both(Term):
+    def loss(self, model: Transformer, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        return hidden.sum()
+
+    def pull(self, model: Transformer) -> Tensor:
+        return model.lm_head.weight.sum()
+
+
+def test_terms_that_could_not_be_told_apart_in_the_log_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"model\.terms: Both has both a loss and a pull"):
+        holding_of(more=[Both()])
+    holding = holding_of(prior_tokens=1.0, more=[EKFAC()])
+    with pytest.raises(ValueError, match=r"model\.terms: ekfac would be logged twice"):
+        holding.choose(small_model(), None, chat_tokens=1, replay=True)
+
+
+@pytest.mark.parametrize(("half", "kept"), [(None, True), (torch.bfloat16, False)])
+def test_the_base_is_kept_only_where_a_term_looks_at_it(half: torch.dtype | None, kept: bool) -> None:
+    holding = holding_of()
     holding.choose(small_model(), None, chat_tokens=1, replay=True)
     base = weakref.ref(holding._base)
-    holding.start(torch.device("cpu"), [], half=half, read=lambda count: [])
-    assert holding.bases(lambda count: []) and base() is not None
+    holding.start(torch.device("cpu"), [], half=half, read=lambda count: [], broadcast=None)
+    assert holding.bases(lambda count: [], None) and base() is not None
     holding.release()
     gc.collect()
     assert (base() is not None) == kept
@@ -409,15 +460,15 @@ def test_how_a_window_is_dealt_does_not_change_a_run_with_replay(
             assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-4, abs=1e-5)
 
 
-def test_two_processes_with_replay_in_a_basis_train_as_one(cache: Path, tmp_path: Path) -> None:
-    options = [REPLAY, BASIS, "--trainer.max_steps=6", "--data.batch_size=8"]
+def test_two_processes_that_replay_and_are_pulled_in_a_basis_train_as_one(cache: Path, tmp_path: Path) -> None:
+    options = [REPLAY, BASIS, PULL, "--trainer.max_steps=6", "--data.batch_size=8"]
     one = fit(tmp_path / "one", cache, *options, "--trainer.accumulate_grad_batches=2")
     ddp = ["--trainer.strategy=ddp", "--trainer.devices=2"]
     done = run_verb("fit", [*arguments(tmp_path / "two", cache), *options, *ddp], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     two = metrics(tmp_path / "two")
     for row, expected in zip(two[1:], one[1:], strict=True):
-        for name in ("train/loss", "train/replay"):
+        for name in ("train/loss", "train/replay", "train/ekfac"):
             # threads differ in number, and rounding turns the basis where eigenvalues are alike
             assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-3, abs=1e-5)
 
