@@ -46,8 +46,9 @@ data
              python -m minimind_sft inspect --config sft.yaml --rows 5
 
 `VERB --help` lists a verb's options. A config that is not in the current folder is looked for in configs/:
-sft.yaml (the demo; start from it), original.yaml (MiniMind's settings), max_retention.yaml (the least forgetting),
-pretrain.yaml (a base from text), minimind2_2048x20.yaml (the original 0.9 B command line)."""
+sft.yaml (the demo; start from it) and pretrain.yaml (a base from text). The others overlay sft.yaml, as in
+--config sft.yaml --config original.yaml: original.yaml (MiniMind's settings), max_retention.yaml (the least
+forgetting), minimind2_2048x20.yaml (the original 0.9 B command line)."""
 
 TRAINING_VERBS = ("fit", "validate", "predict")
 MODULES = {  # of the other verbs; each has a `main`

@@ -28,7 +28,7 @@ from minimind_sft.module import SFTModule
 from minimind_sft.predictions import PrintReading, WritePredictions
 from minimind_sft.records import MetricsFile
 from minimind_sft.rundir import find_checkpoint, is_rank_zero, prepare_run_dir, refuse_own_weights, wandb_logger
-from minimind_sft.settings import find_config
+from minimind_sft.settings import find_config, read_configs
 from minimind_sft.step_log import StepLog
 
 
@@ -36,6 +36,11 @@ class SFTCLI(LightningCLI):
     """Our top-level settings, and a Trainer built from them."""
 
     command: list[str]
+    descriptions = {
+        "fit": "Fine-tune a base on chats, hold on to what it knew, and measure what it forgets.",
+        "validate": "Measure a model on the validation chats and the pretraining text.",
+        "predict": "Answer the validation chats, as JSON lines.",
+    }
     lock: IO[str] | None = None  # on the run directory, while it is trained in
 
     @staticmethod
@@ -45,6 +50,13 @@ class SFTCLI(LightningCLI):
             "validate": {"model", "dataloaders", "datamodule", "verbose", "weights_only"},
             "predict": {"model", "dataloaders", "datamodule", "return_predictions", "weights_only"},
         }
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        (option,) = (action for action in parser._actions if action.dest == "ckpt_path")
+        what = "go on from" if subcommand == "fit" else "load"
+        option.help = f"checkpoint to {what}: last or best of run_dir, a file, or auto for last where there is one"
+        return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """The command line as given to us, whatever `sys.argv` holds (Lightning would warn)."""
@@ -229,7 +241,10 @@ def quiet() -> Iterator[None]:
 def run(verb: str, argv: list[str]) -> int:
     """Run a training verb; see `__main__.main`."""
     SFTCLI.command = [verb, *argv]
+    words = find_config([verb, *argv])
+    Parser.configs = read_configs(words)
     no_abbreviations = {"allow_abbrev": False}
+    verbs = {name: no_abbreviations | {"description": told} for name, told in SFTCLI.descriptions.items()}
     try:
         with quiet():
             SFTCLI(
@@ -237,10 +252,10 @@ def run(verb: str, argv: list[str]) -> int:
                 SFTDataModule,
                 save_config_callback=None,
                 parser_class=Parser,
-                parser_kwargs=no_abbreviations | dict.fromkeys(SFTCLI.subcommands(), no_abbreviations),
+                parser_kwargs=no_abbreviations | {"prog": "minimind_sft"} | verbs,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
-                args=find_config([verb, *argv]),
+                args=words,
             )
     finally:
         if SFTCLI.lock is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Literal, NoReturn, Union
+from typing import Any, Literal, NoReturn, Union
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -46,7 +46,13 @@ Precision = Literal["auto", "32", "bf16-mixed", "16-mixed"]
 
 
 class Parser(LightningArgumentParser):
-    """Errors in one line, with the nearest key."""
+    """Errors in one line, with the nearest key.
+
+    Attributes:
+        configs: the YAMLs of this command line, by their files, to say in which of them a key stands.
+    """
+
+    configs: dict[str, Any] = {}
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ValueError(self._explained(plainly(str(message))))
@@ -55,6 +61,14 @@ class Parser(LightningArgumentParser):
         for name, instead in NOT_OFFERED.items():
             if re.search(rf"trainer\.{name}\b|[\"']trainer[\"'].*\b{name}\b|\b{name}\b.*[\"']trainer[\"']", message):
                 return f"trainer.{name} is not offered here; use {instead}"
+        if "arguments are required" in message:
+            keys = re.findall(r"\b(?:model|data)\.\w+", message)
+            return (
+                f"{', '.join(keys)}: not set. sft.yaml has every setting; an overlay comes behind it: "
+                "--config sft.yaml --config original.yaml"
+            )
+        if word := re.fullmatch(r"unrecognized arguments: ([^-].*)", message):
+            return f"{word[1]}: settings are given as --KEY VALUE, and files of settings as --config FILE"
         wrong = re.search(r"--([\w.]+)", message) if "nrecognized" in message else None
         wrong = wrong or re.search(
             r"[\"']([\w.]+)[\"'] is not expected|does not accept.*?[\"']([\w.]+)[\"']|nested key '([\w.]+)'", message
@@ -66,14 +80,28 @@ class Parser(LightningArgumentParser):
         near = difflib.get_close_matches(key, known, 1, 0.5) or difflib.get_close_matches(
             key.split(".")[-1], [name.split(".")[-1] for name in known], 1, 0.6
         )
+        if files := [file for file, content in self.configs.items() if _has(content, key)]:
+            message = f"{' and '.join(files)}: {key} is not a setting"
         return message + (f". The nearest setting is {near[0]}" if near else "")
 
     def _keys(self) -> list[str]:
+        verbs = self._subcommands_action
+        parsers = [self] if verbs is None else [self, *verbs._name_parser_map.values()]
         return [
             action.dest
-            for action in self._actions
+            for parser in parsers
+            for action in parser._actions
             if action.dest not in ("help", "config") and "." in action.dest or action.option_strings
         ]
+
+
+def _has(content: Any, key: str) -> bool:
+    """Whether a YAML has this key, a.b for b within a."""
+    for name in key.split("."):
+        if not isinstance(content, dict) or name not in content:
+            return False
+        content = content[name]
+    return True
 
 
 def add_run_options(parser: LightningArgumentParser) -> None:

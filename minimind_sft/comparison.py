@@ -51,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
         result, documents = compare(**options)
     result["command"] = ["compare", *argv]
     write_whole(out / "compare.json", json.dumps(_finite(result), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    (out / "documents.jsonl").unlink(missing_ok=True)
     if documents:
         write_whole(
             out / "documents.jsonl", "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in documents)

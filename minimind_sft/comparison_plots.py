@@ -14,6 +14,7 @@ from minimind_sft.significance import LEVEL
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.6"
 MOST_SOURCES = 40
+SOURCES, DOCUMENTS, FACTS = "sources.png", "documents.png", "facts.png"
 WAYS = {"raw": "raw text", "chat": "as a chat", "in_sft": "in the chats", "not_in_sft": "not in the chats"}
 
 
@@ -31,15 +32,17 @@ def draw(result: dict[str, Any], documents: Sequence[dict[str, Any]], folder: Pa
     import matplotlib
 
     matplotlib.use("Agg")
+    for name in (SOURCES, DOCUMENTS, FACTS):  # an earlier comparison's would be taken for this one's
+        (folder / name).unlink(missing_ok=True)
     drawn = []
     if documents:
         text = result["text"][result["judged"]]
-        _sources(text, result["verdict"]["max_forgetting"], folder / "sources.png")
-        _documents(documents, text, folder / "documents.png")
-        drawn += ["sources.png", "documents.png"]
+        _sources(text, result["verdict"]["max_forgetting"], folder / SOURCES)
+        _documents(documents, text, folder / DOCUMENTS)
+        drawn += [SOURCES, DOCUMENTS]
     if "facts" in result:
-        _facts(result["facts"]["groups"], folder / "facts.png")
-        drawn.append("facts.png")
+        _facts(result["facts"]["groups"], folder / FACTS)
+        drawn.append(FACTS)
     return drawn
 
 

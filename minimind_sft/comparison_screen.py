@@ -39,7 +39,7 @@ def verdict_line(verdict: dict[str, Any]) -> str:
     sure = f" ({LEVEL:.0%} interval {_interval(interval, ' to ')})" if interval else ""
     said = "more than" if verdict["exceeded"] else "within"
     line = f"forgot {verdict['forgetting']:+.4f} nats per token of {verdict['judged']} text{sure}: {said} the "
-    line += f"--max_forgetting of {limit:g}"
+    line += f"limit of {limit:g} (--max_forgetting)"
     if interval and interval[0] <= limit < interval[1]:
         line += (
             "\nthe limit lies within the interval: the point estimate decides, and more documents would make it surer"

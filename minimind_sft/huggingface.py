@@ -99,6 +99,8 @@ def export_hf(
     try:
         save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
         _write_json(temporary / "config.json", content)
+        # safetensors writes for the owner alone
+        (temporary / "model.safetensors").chmod((temporary / "config.json").stat().st_mode)
         _write_json(temporary / "generation_config.json", special)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         for name in TOKENIZER_FILES if tokenizer else ():

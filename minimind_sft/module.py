@@ -204,6 +204,8 @@ class SFTModule(LightningModule):
             self.meter = Meter(list(data.evaluation), sources_of(text).names if text else [""])
 
     def on_fit_start(self) -> None:
+        if self.data.start_step >= self.total_steps:  # nothing to train, or to hold on in
+            return
         with self.trainer.precision_plugin.forward_context():
             self.holding.start(
                 self.device,
@@ -238,7 +240,8 @@ class SFTModule(LightningModule):
     def _text_to_read(self, tokens: int) -> Iterator[MicroBatch]:
         assert self.data.spare_text is not None
         if self.trainer.is_global_zero:
-            told = f"up to {tokens:,} tokens of the base's text, before the first step"
+            step = f"step {self.data.start_step + 1:,}" if self.data.start_step else "the first step"
+            told = f"up to {tokens:,} tokens of the base's text, before {step}"
             print(later_rows([("reading", told)]), flush=True)
         for rows in self.data.spare_text.first(tokens):
             yield self.transfer_batch_to_device(pack(rows), self.device, 0)

@@ -42,13 +42,15 @@ class Origin:
             return None  # a record that was edited by hand is no reason to refuse weights
 
     def tokenizer(self, given: str | None = None) -> Path:
-        """Folder of the tokenizer: the given one, else the Hugging Face folder's own, else the run's.
+        """Folder of the tokenizer: the given one, else the run's, else what `tokenizer_beside` finds.
 
         Raises:
-            ValueError: nothing tells.
+            ValueError: nothing tells, or there are no weights.
         """
         if given is not None:
             return hub.local(resolve(given))
+        if not self.path.exists():
+            raise ValueError(f"{self.path} does not exist; it is a run, a weights file, or a Hugging Face folder")
         if (self.path / "tokenizer.json").is_file():
             return self.path
         named = self.setting("data", "tokenizer")
@@ -59,10 +61,18 @@ class Origin:
                 f"the run {self.run_dir} was trained with the tokenizer in {named}, which is not there; say where it "
                 "is with --tokenizer FOLDER"
             )
+        if (beside := tokenizer_beside(self.path)) is not None:
+            return beside
         raise ValueError(
-            f"which tokenizer belongs to {self.path}? It is not in a Hugging Face folder or a run directory that tell; "
-            "name the folder that holds its tokenizer.json with --tokenizer FOLDER"
+            f"which tokenizer belongs to {self.path}? There is no tokenizer.json in or beside it, and no run around it "
+            "that tells; name the folder that holds its tokenizer.json with --tokenizer FOLDER"
         )
+
+
+def tokenizer_beside(path: Path) -> Path | None:
+    """The folder of the tokenizer that lies in, beside, or in `tokenizer/` beside weights; None where there is none."""
+    beside = path if path.is_dir() else path.parent
+    return next((f for f in (beside, beside / "tokenizer") if (f / "tokenizer.json").is_file()), None)
 
 
 def find_origin(source: str | Path) -> Origin:

@@ -21,6 +21,7 @@ from minimind_sft.documents import Documents
 from minimind_sft.evaluation import EvaluationBatches, bytes_of_tokens
 from minimind_sft.files import resolve
 from minimind_sft.model import Transformer
+from minimind_sft.origins import tokenizer_beside
 from minimind_sft.progress import track
 from minimind_sft.sampling import Line
 from minimind_sft.scoring import Row, Scores, losses, score
@@ -120,7 +121,7 @@ def open_pair(
             f"BASE has a vocabulary of {sizes[0]:,} tokens ({found[0].path}) and TUNED of {sizes[1]:,} "
             f"({found[1].path}); they can only be compared token by token with the same one"
         )
-    weights.check_vocab(template.vocab_size, found[0].config)
+    weights.check_vocab(template.vocab_size, found[0].config, key="--tokenizer")
     models = [weights.build(loaded).to(where) for loaded in found]
     about = {
         name: {"path": str(loaded.path), "sha256": loaded.sha256, "description": loaded.describe()}
@@ -137,7 +138,7 @@ def find_tokenizer(base: str, tuned: str, given: str | None) -> Path:
     """
     if given is not None:
         return resolve(given)
-    folders = [folder for folder in (_tokenizer_of(resolve(path)) for path in (tuned, base)) if folder is not None]
+    folders = [found for path in (tuned, base) if (found := tokenizer_beside(resolve(path))) is not None]
     if not folders:
         raise ValueError(f"no tokenizer.json in or beside {tuned} or {base}; give --tokenizer FOLDER")
     vocabularies = [Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab() for folder in folders]
@@ -147,11 +148,6 @@ def find_tokenizer(base: str, tuned: str, given: str | None) -> Path:
             "compared token by token with the same one. Where both models mean the same ids, give --tokenizer FOLDER"
         )
     return folders[0]
-
-
-def _tokenizer_of(path: Path) -> Path | None:
-    beside = path if path.is_dir() else path.parent
-    return next((f for f in (beside, beside / "tokenizer") if (f / "tokenizer.json").is_file()), None)
 
 
 def _load(name: str, path: str, num_attention_heads: int | None) -> weights.Loaded:

@@ -77,10 +77,10 @@ class Run(NamedTuple):
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Median over the log, so that looks and breaks do not count."""
+        """Median over the log (of two the lower one), so that looks and breaks do not count."""
         rows = [(row["step"], row["seconds"]) for row in self.metrics if "seconds" in row]
         steps = [(end - start, after - before) for (before, start), (after, end) in zip(rows, rows[1:], strict=False)]
-        return statistics.median(seconds / count for seconds, count in steps if count > 0) if steps else None
+        return statistics.median_low(seconds / count for seconds, count in steps if count > 0) if steps else None
 
     @property
     def epochs(self) -> float | None:

@@ -44,6 +44,29 @@ def find_config(argv: list[str]) -> list[str]:
     return found
 
 
+def read_configs(words: list[str]) -> dict[str, Any]:
+    """What the files behind `--config` hold, by their names, in order.
+
+    Raises:
+        ValueError: a file that is not there or no YAML.
+    """
+    found = {}
+    for place, word in enumerate(words):
+        option, sign, value = word.partition("=")
+        if option in ("--config", "-c") and (sign or place + 1 < len(words)):
+            name = value if sign else words[place + 1]
+            found[name] = _read_yaml(Path(name))
+    return found
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        told = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+        raise ValueError(f"--config {path}: {told}") from error
+
+
 def data_signature() -> Callable[..., None]:
     """A function that takes what `SFTDataModule` takes, by the same names, types and defaults, and does nothing."""
     tree = ast.parse(Path(__file__).with_name("data.py").read_text(encoding="utf-8"))
@@ -99,10 +122,7 @@ class SettingsParser(ArgumentParser):
 
 def _of_ours(path: Path) -> str:
     """What concerns us of a YAML, as the text that jsonargparse takes in place of a file's name."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: {' '.join(str(error).split())}") from error
+    content = _read_yaml(path)
     content = {} if content is None else content
     sections = [content.get(name) or {} for name in ("data", "trainer")] if isinstance(content, dict) else [content]
     if not all(isinstance(section, dict) for section in sections):

@@ -178,10 +178,10 @@ def check_vocab(tokenizer_vocab_size: int, config: ModelConfig, *, key: str = "d
         ValueError: naming both sizes and the remedy.
     """
     if tokenizer_vocab_size > config.vocab_size:
+        resize = ", or set model.resize_vocab to give the new tokens rows" if key == "data.tokenizer" else ""
         raise ValueError(
             f"the tokenizer has {tokenizer_vocab_size} tokens but the model's vocabulary is {config.vocab_size}; "
-            f"point {key} at the tokenizer that the weights were pretrained with, or set model.resize_vocab to "
-            "give the new tokens rows"
+            f"point {key} at the tokenizer that the weights were pretrained with{resize}"
         )
 
 

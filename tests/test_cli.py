@@ -324,6 +324,42 @@ def test_mistakes_are_told_in_one_line_with_a_remedy(
     assert says in refused(capsys, "fit", settings | change)
 
 
+@pytest.mark.parametrize(
+    ("yaml", "says"),
+    [
+        ("model:\n  replay_wieght: 1\n", "own.yaml: model.replay_wieght is not a setting. The nearest setting is "
+         "model.replay_weight"),
+        ("model:\n  replay_weight: 1\n bad: x\n", "--config own.yaml: while parsing a block mapping at line 1"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_yaml_is_told_with_its_file(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    yaml: str, says: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text(yaml, encoding="utf-8")
+    Path("other.yaml").write_text("patience: null\n", encoding="utf-8")
+    assert says in refused(capsys, "fit", settings, "--config=other.yaml", "--config=own.yaml")
+
+
+def test_what_a_command_lacks_or_has_too_much_is_told(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, "fit", {"config": "original.yaml"})
+    assert "model.weights, data.train_path, data.tokenizer: not set" in said
+    assert "--config sft.yaml --config original.yaml" in said
+    assert "runs/sft: settings are given as --KEY VALUE" in refused(capsys, "validate", settings, "runs/sft")
+
+
+@pytest.mark.parametrize(("verb", "says"), [("validate", "Measure a model on"), ("predict", "Answer the validation")])
+def test_help_of_a_verb_is_of_that_verb(verb: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert says in said and "checkpoint to load: last or best of run_dir, a file, or auto" in said
+    assert "__main__" not in said and "hpc" not in said
+
+
 def test_bad_lines_are_counted_up_to_the_bound_and_named_past_it(
     settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

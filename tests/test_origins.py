@@ -74,6 +74,9 @@ def test_the_tokenizer_is_the_given_one_then_the_folders_then_the_runs(run_dir: 
     shutil.copy(run_dir / "export" / "last_32.pth", tmp_path / "alone.pth")
     with pytest.raises(ValueError, match=r"which tokenizer belongs to .*alone.pth.* --tokenizer FOLDER"):
         find_origin(tmp_path / "alone.pth").tokenizer()
+    with pytest.raises(ValueError, match=r"none.pth does not exist"):
+        find_origin(tmp_path / "none.pth").tokenizer()
+    assert find_origin(PROJECT / "data" / "base.pth").tokenizer() == PROJECT / "data" / "tokenizer"  # beside it
     (run_dir / "config.yaml").write_text("data:\n  tokenizer: gone/tokenizer\n")
     with pytest.raises(ValueError, match="trained with the tokenizer in gone/tokenizer, which is not there"):
         find_origin(run_dir).tokenizer()
