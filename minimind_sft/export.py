@@ -63,6 +63,8 @@ def main(argv: Sequence[str]) -> int:
 
     from minimind_sft import huggingface, minimind, weights
 
+    if out.is_file():
+        raise ValueError(f"{out} is a file, but a folder is to be written; name another")
     if options.format == "hf":
         huggingface.check_target(out, overwrite=options.overwrite)  # before minutes are spent on reading
     loaded = weights.load(

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 
 from minimind_sft import account, report
 from minimind_sft.caps import RULE_OF_THUMB
+from minimind_sft.checkpoints import Checkpoints
 from minimind_sft.evaluation import evaluation_tokens
 from minimind_sft.files import write_whole
 from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
@@ -110,7 +111,7 @@ class FirstScreen(Callback):
                 f"after the last; "
                 f"a look reads {evaluation_tokens(data.evaluation):,} tokens{_live(intervals.live_share)}",
             ),
-            ("disk", f"two checkpoints of {checkpoint} in {trainer.default_root_dir}"),
+            ("disk", f"last and best{_milestones(trainer, total)} of {checkpoint} in {trainer.default_root_dir}"),
         ]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -145,6 +146,12 @@ class FirstScreen(Callback):
             rows.append(("time", f"about {duration(seconds)}"))
         if rows:
             print(report.later_rows(rows), flush=True)
+
+
+def _milestones(trainer: pl.Trainer, total: int) -> str:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    every = next(callback.keep_every for callback in callbacks if isinstance(callback, Checkpoints))
+    return f" and {total // every:,} milestones" if every and total >= every else ""
 
 
 def _by_width(pl_module: SFTModule) -> str:

@@ -248,6 +248,7 @@ def test_what_is_there_stays_unless_told_otherwise(
         (["RUN", "OUT", "--format=hf", "--tokenizer=nowhere"], "nowhere has no tokenizer.json"),
         (["nowhere", "OUT", "--format=minimind"], "weights nowhere do not exist"),
         (["FILE", "OUT", "--format=hf"], "--tokenizer FOLDER"),
+        (["RUN", "FILE", "--format=minimind"], "w.pth is a file, but a folder is to be written"),
     ],
 )
 def test_mistakes_are_one_line_with_a_remedy(

@@ -159,8 +159,11 @@ def test_a_loss_that_jumps_is_noted_with_its_documents(tmp_path: Path) -> None:
         Guard(spike_ratio=0.5)
 
 
-def test_milestones_are_kept_beside_last_and_best(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_milestones_are_kept_beside_last_and_best(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fit(settings, "--keep_every_steps=4") == 0
+    assert "last and best and 2 milestones of " in capsys.readouterr().out
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["last.ckpt", "step-000004.ckpt", "step-000008.ckpt"]
     assert weights(tmp_path / "run", "step-000004.ckpt")["global_step"] == 4

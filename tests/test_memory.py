@@ -95,7 +95,7 @@ def test_a_checkpoint_takes_what_is_said_of_it(tmp_path: Path, capsys: pytest.Ca
         "export": "none",
     }
     assert main(["fit", *(f"--{name}={value}" for name, value in settings.items())]) == 0
-    said = float(re.search(r"two checkpoints of ([0-9.]+) MB", capsys.readouterr().out)[1])  # type: ignore[index]
+    said = float(re.search(r"last and best of ([0-9.]+) MB", capsys.readouterr().out)[1])  # type: ignore[index]
     size = (tmp_path / "run" / "checkpoints" / "last.ckpt").stat().st_size / (1 << 20)
     assert size == pytest.approx(said, rel=0.01)
 
