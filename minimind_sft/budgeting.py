@@ -26,7 +26,7 @@ from minimind_sft.fit_process import run_fit
 from minimind_sft.options import OptionParser
 from minimind_sft.power_law import PowerLaw
 from minimind_sft.selection import MEBIBYTE
-from minimind_sft.settings import SettingsParser, find_config
+from minimind_sft.settings import SettingsParser, find_config, named_configs
 from minimind_sft.stores import Stores
 
 OURS = {  # options of fit that this verb sets
@@ -135,13 +135,8 @@ def _claim(folder: Path, caps: Sequence[float], fit_options: Sequence[str], *, o
 
 def _fingerprint(fit_options: Sequence[str]) -> list[str]:
     """The options, and hashes of the configs that they name: a YAML may be edited between two calls."""
-    marks = []
-    for place, word in enumerate(fit_options):
-        option, sign, name = word.partition("=")
-        name = name if sign else (fit_options[place + 1] if place + 1 < len(fit_options) else "")
-        if option in ("-c", "--config") and Path(name).is_file():
-            marks.append(hashlib.sha256(Path(name).read_bytes()).hexdigest())
-    return [*fit_options, *marks]
+    files = [Path(name) for _, _, name in named_configs(fit_options)]
+    return [*fit_options, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file())]
 
 
 def _trial(folder: Path, cap: float, fit_options: Sequence[str]) -> Trial:

@@ -113,6 +113,10 @@ class Checkpoints(Checkpoint):
         self.folder, self.measure, self.keep_every = folder, measure, keep_every
         self.stop = StopRequest()
 
+    def milestones(self, steps: int) -> int:
+        """How many are kept for good of so many steps."""
+        return steps // self.keep_every if self.keep_every else 0
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Clear away what a kill left half written, and refuse a disk that cannot hold the run.
 
@@ -122,7 +126,7 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:  # the run directory is locked: nobody else is writing
             for half in self.folder.glob(".*.tmp"):
                 half.unlink(missing_ok=True)
-        kept = pl_module.total_steps // self.keep_every if self.keep_every else 0
+        kept = self.milestones(pl_module.total_steps)
         need = pl_module.checkpoint_bytes * (3 + kept)  # last and best, and one being written
         there = next(path for path in (self.folder, *self.folder.resolve().parents) if path.exists())
         written = {file.stat().st_ino: file.stat().st_size for file in self.folder.glob("*.ckpt")}

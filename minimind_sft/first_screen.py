@@ -79,7 +79,7 @@ class FirstScreen(Callback):
         if trainer.is_global_zero:
             print(report.aligned(self._rows(trainer, pl_module)), flush=True)
             done, total = trainer.datamodule.start_step, pl_module.total_steps  # type: ignore[attr-defined]
-            if done >= total:  # Lightning then skips training and its hooks
+            if pl_module.nothing_left:  # Lightning then skips training and its hooks
                 print(f"nothing to train: the checkpoint is already at step {done:,} of {total:,}", flush=True)
 
     def _rows(self, trainer: pl.Trainer, pl_module: SFTModule) -> list[tuple[str, str]]:
@@ -150,8 +150,8 @@ class FirstScreen(Callback):
 
 def _milestones(trainer: pl.Trainer, total: int) -> str:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    every = next(callback.keep_every for callback in callbacks if isinstance(callback, Checkpoints))
-    return f" and {total // every:,} milestones" if every and total >= every else ""
+    count = next(callback.milestones(total) for callback in callbacks if isinstance(callback, Checkpoints))
+    return f" and {count:,} milestones" if count else ""
 
 
 def _by_width(pl_module: SFTModule) -> str:

@@ -143,6 +143,11 @@ def _eigenvectors(moment: Tensor | None) -> Tensor | None:
     return None if moment is None else torch.linalg.eigh(moment).eigenvectors
 
 
+def turning_precision(*, tensor_cores: bool) -> str:
+    """What `matmul_precision` takes to turn matrices: TF32 where a GPU trains in half precision, else what is set."""
+    return "high" if tensor_cores else torch.get_float32_matmul_precision()
+
+
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
     """Multiply fp32 matrices so, see `torch.set_float32_matmul_precision`."""
@@ -170,7 +175,7 @@ class RotatedAdamW(AdamW):
     def __init__(self, *args: Any, tensor_cores: bool = False, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self._bases = {}
-        self._precision = "high" if tensor_cores else torch.get_float32_matmul_precision()
+        self._precision = turning_precision(tensor_cores=tensor_cores)
 
     def turn(self, bases: Mapping[Tensor, Basis]) -> None:
         """Take these bases, by parameter; before the first step, as moments do not turn with them."""

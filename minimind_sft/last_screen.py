@@ -59,9 +59,8 @@ class LastScreen(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Say how a run ended that was killed behind its last step."""
-        done = trainer.datamodule.start_step  # type: ignore[attr-defined]
         whole = (self.folder / "forgetting.json").is_file() or not (self.folder / "checkpoints" / LAST).is_file()
-        if done >= pl_module.total_steps and not whole:  # Lightning then skips training and its hooks
+        if pl_module.nothing_left and not whole:  # Lightning then skips training and its hooks
             self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -204,7 +204,7 @@ class SFTModule(LightningModule):
             self.meter = Meter(list(data.evaluation), sources_of(text).names if text else [""])
 
     def on_fit_start(self) -> None:
-        if self.data.start_step >= self.total_steps:  # nothing to train, or to hold on in
+        if self.nothing_left:
             return
         with self.trainer.precision_plugin.forward_context():
             self.holding.start(
@@ -272,6 +272,11 @@ class SFTModule(LightningModule):
         if not bounds:
             raise ValueError("the run has no end: set trainer.max_epochs or trainer.max_steps")
         return min(bounds)
+
+    @property
+    def nothing_left(self) -> bool:
+        """Whether a resumed run already took its last step."""
+        return self.data.start_step >= self.total_steps
 
     def configure_optimizers(self) -> Optimizer:
         # frozen ones too, without a gradient, as a checkpoint knows parameters by their place

@@ -24,23 +24,32 @@ from jsonargparse import ArgumentParser
 from minimind_sft.files import PROJECT
 from minimind_sft.messages import plainly
 
+CONFIG = ("--config", "-c")
+
 
 def find_config(argv: list[str]) -> list[str]:
     """Let `--config NAME` find `configs/NAME` of the project where the current folder has none, and say so."""
-    found = []
-    for place, word in enumerate(argv):
-        option, sign, value = word.partition("=")
-        previous = argv[place - 1] if place else ""
-        is_value = previous in ("--config", "-c")
-        name = value if option in ("--config", "-c") and sign else word if is_value else None
-        shipped = PROJECT / "configs" / name if name else None
-        if name and shipped and not Path(name).exists():
+    words = list(argv)
+    for place, before, name in named_configs(argv):
+        shipped = PROJECT / "configs" / name
+        if name and not Path(name).exists():
             if not shipped.is_file():
                 names = ", ".join(sorted(path.name for path in (PROJECT / "configs").glob("*.yaml")))
                 raise ValueError(f"--config {name}: no such file here, and configs/ holds {names}")
             print(f"using {shipped}", flush=True)
-            word = f"{option}={shipped}" if sign and not is_value else str(shipped)
-        found.append(word)
+            words[place] = f"{before}{shipped}"
+    return words
+
+
+def named_configs(words: Sequence[str]) -> list[tuple[int, str, str]]:
+    """The configs that a command line names: the place of the word, what stands before the name in it, and the name."""
+    found = []
+    for place, word in enumerate(words):
+        option, sign, name = word.partition("=")
+        if place and words[place - 1] in CONFIG:
+            found.append((place, "", word))
+        elif option in CONFIG and sign:
+            found.append((place, f"{option}=", name))
     return found
 
 
@@ -50,13 +59,7 @@ def read_configs(words: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: a file that is not there or no YAML.
     """
-    found = {}
-    for place, word in enumerate(words):
-        option, sign, value = word.partition("=")
-        if option in ("--config", "-c") and (sign or place + 1 < len(words)):
-            name = value if sign else words[place + 1]
-            found[name] = _read_yaml(Path(name))
-    return found
+    return {name: _read_yaml(Path(name)) for _, _, name in named_configs(words)}
 
 
 def _read_yaml(path: Path) -> Any:
@@ -111,12 +114,8 @@ class SettingsParser(ArgumentParser):
             ValueError: for an unknown or missing key, a value of the wrong type, a config that is not there or no YAML.
         """
         words = find_config(list(argv))
-        for place, word in enumerate(words):
-            option, sign, name = word.partition("=")
-            if option in ("--config", "-c") and sign:
-                words[place] = f"{option}={_of_ours(Path(name))}"
-            elif place and words[place - 1] in ("--config", "-c"):
-                words[place] = _of_ours(Path(word))
+        for place, before, name in named_configs(words):
+            words[place] = before + _of_ours(Path(name))
         return self.parse_args(words)
 
 

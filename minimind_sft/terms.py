@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from minimind_sft.batching import MicroBatch
-from minimind_sft.fisher import Basis, Scores, bases_of, matmul_precision, shared_bases
+from minimind_sft.fisher import Basis, Scores, bases_of, matmul_precision, shared_bases, turning_precision
 from minimind_sft.losses import cross_entropy, kl_divergence
 from minimind_sft.model import Transformer
 from minimind_sft.weight_control import adapted
@@ -203,8 +203,7 @@ class EWC(Term):
 
     def start(self, base: Transformer, control_ids: list[int], *, half: torch.dtype | None) -> None:
         self._base = dict(base.named_parameters())
-        cores = half is not None and base.lm_head.weight.is_cuda  # as `RotatedAdamW` turns
-        self._precision = "high" if cores else torch.get_float32_matmul_precision()
+        self._precision = turning_precision(tensor_cores=half is not None and base.lm_head.weight.is_cuda)
 
     def share(self, broadcast: Callable[[Any], Any]) -> None:
         fisher = broadcast({name: values.to("cpu") for name, values in self.fisher.items()})

@@ -525,6 +525,17 @@ def test_a_run_with_replay_resumes_bit_for_bit_and_on_no_other_replay(
     assert "replay was" in capsys.readouterr().err
 
 
+def test_where_nothing_is_left_to_train_no_text_is_read(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [BASIS, PULL, "--trainer.max_steps=2"]
+    fit(tmp_path / "run", cache, *options)
+    assert "tokens of the base's text, before the first step" in capsys.readouterr().out
+    fit(tmp_path / "run", cache, *options, ckpt="last")
+    said = capsys.readouterr().out
+    assert "nothing to train" in said and "tokens of the base's text, before" not in said
+
+
 def test_a_run_in_a_basis_does_not_resume_in_another(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
