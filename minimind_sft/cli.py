@@ -27,7 +27,14 @@ from minimind_sft.messages import plainly
 from minimind_sft.module import SFTModule
 from minimind_sft.predictions import PrintReading, WritePredictions
 from minimind_sft.records import MetricsFile
-from minimind_sft.rundir import find_checkpoint, is_rank_zero, prepare_run_dir, refuse_own_weights, wandb_logger
+from minimind_sft.rundir import (
+    find_checkpoint,
+    is_rank_zero,
+    leave_run_dir,
+    prepare_run_dir,
+    refuse_own_weights,
+    wandb_logger,
+)
 from minimind_sft.settings import find_config, read_configs
 from minimind_sft.step_log import StepLog
 
@@ -259,6 +266,6 @@ def run(verb: str, argv: list[str]) -> int:
             )
     finally:
         if SFTCLI.lock is not None:
-            SFTCLI.lock.close()
+            leave_run_dir(SFTCLI.lock)
             SFTCLI.lock = None
     return 0

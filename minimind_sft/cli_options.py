@@ -7,13 +7,12 @@ documented.
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Any, Literal, NoReturn, Union
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from minimind_sft.messages import plainly
+from minimind_sft.messages import nearest_setting, plainly
 
 NOT_OFFERED = {
     "precision": "precision",
@@ -77,12 +76,9 @@ class Parser(LightningArgumentParser):
             return message
         key = next(group for group in wrong.groups() if group)
         known = [name for name in self._keys() if not name.startswith("trainer.callbacks.")]
-        near = difflib.get_close_matches(key, known, 1, 0.5) or difflib.get_close_matches(
-            key.split(".")[-1], [name.split(".")[-1] for name in known], 1, 0.6
-        )
         if files := [file for file, content in self.configs.items() if _has(content, key)]:
             message = f"{' and '.join(files)}: {key} is not a setting"
-        return message + (f". The nearest setting is {near[0]}" if near else "")
+        return message + nearest_setting(key, known)
 
     def _keys(self) -> list[str]:
         verbs = self._subcommands_action

@@ -26,7 +26,14 @@ from minimind_sft.files import resolve, write_whole
 from minimind_sft.measures import Section
 from minimind_sft.pairs import Pair, find_tokenizer, open_pair
 from minimind_sft.probes import load_probes
-from minimind_sft.report import chats_for_text, likely_not_pretrained, no_more_output, printable
+from minimind_sft.report import (
+    chats_for_text,
+    likely_not_pretrained,
+    likely_swapped,
+    no_more_output,
+    printable,
+    text_for_chats,
+)
 from minimind_sft.retained import LossLog, load_log, retained
 from minimind_sft.sampling import Line, read_lines
 from minimind_sft.stores import SELF_WRITTEN, Stores
@@ -165,7 +172,7 @@ def _measure_texts(
 def _measure_chats(result: Section, pair: Pair, stores: Stores, *, prompts: int, answer_tokens: int) -> None:
     store = stores.open(train=False).validation
     assert store is not None
-    result["chats"] = measures.measure_chats(pair, store)
+    result["chats"] = measures.measure_chats(pair, store) | {"chats": store.chats}
     lines = stores.validation_lines(None)
     result["answers"] = measures.measure_answers(pair, lines, count=prompts, max_new_tokens=answer_tokens)
 
@@ -197,9 +204,15 @@ def _retained(log: LossLog, result: Section) -> Section:
 
 def _notes(result: Section, vocab_size: int) -> list[str]:
     """What a reader of the figures should know."""
+    notes = []
+    if chats := result.get("chats"):
+        if told := text_for_chats(chats["chats"]):
+            notes.append(f"--val_path: {told}; what is called the chats' loss is not that of chatting")
+        elif likely_swapped(chats["before"], chats["after"]):
+            notes.append("TUNED is worse at the chats than BASE: are the two in this order?")
     if "judged" not in result:
-        return ["no text was given, so forgetting was not judged"]
-    text, notes = result["text"][result["judged"]], []
+        return [*notes, "no text was given, so forgetting was not judged"]
+    text = result["text"][result["judged"]]
     if result["judged"] == SELF_WRITTEN:
         notes.append(
             "no text was given, so the base wrote what forgetting is judged on; what it knows but seldom says hardly "

@@ -21,7 +21,8 @@ from minimind_sft.options import OptionParser, language
 
 NAME = "Minnow"  # what the model calls itself in the shipped chats
 KINDS = ("original", "held")
-ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+ALPHAS = (0.0, 0.25, 0.5, 0.75)  # the held run's own last reading is 1
+LOOKS = {"original": 11, "held": 66}  # steps between them; the original's are four times as long
 NAMED = 8  # lost facts spelled out
 DATA = PROJECT / "data"
 
@@ -71,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"{folder} holds an earlier demo ({', '.join(done)}); pass --overwrite, or another --run_dir")
     _rename(name, folder / "chats")
     runs = _train(folder, options.device, options.max_steps, words)
-    between = _interpolated(folder, options.device)
+    between = [*_interpolated(folder, options.device), runs[-1].path[-1]]
     print("\n" + _table(runs, words), flush=True)
     for run in runs:
         print("\n" + _lost(run, words), flush=True)
@@ -109,8 +110,9 @@ def _train(folder: Path, device: str, max_steps: int, words: dict[str, str]) -> 
 def _fit(kind: str, folder: Path, device: str, max_steps: int, tag: str, threads: int) -> float:
     """Train; seconds it took. Its whole output is in `<kind>.log`; its steps are shown."""
     options = ["--config", "sft.yaml"]
-    if kind == "original":  # whose steps are four times as long, so that it is looked at as often
-        options += ["--config", "original.yaml", "--val_every_steps=11"]
+    if kind == "original":
+        options += ["--config", "original.yaml"]
+    options += [f"--val_every_steps={LOOKS[kind]}"]
     options += [f"--data.train_path={folder / 'chats' / 'sft_train.jsonl'}"]
     options += [f"--data.val_path={folder / 'chats' / 'sft_val.jsonl'}", f"--trainer.max_steps={max_steps}"]
     options += [f"--run_dir={folder / kind}", f"--device={device}", "--overwrite", "--export=none"]
@@ -127,7 +129,7 @@ def _read(kind: str, folder: Path, seconds: float) -> Run:
 
 
 def _interpolated(folder: Path, device: str) -> list[tuple[float, float]]:
-    """(chat loss, forgetting) on the line from the base to the held model."""
+    """(chat loss, forgetting) at `ALPHAS` on the line from the base to the held model."""
     from minimind_sft.chat import ChatTemplate
     from minimind_sft.interpolation import curve
     from minimind_sft.pairs import open_pair

@@ -142,6 +142,8 @@ def main(argv: Sequence[str]) -> int:
     write_whole(out.with_name(f"{out.name}.json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     report.plot_interpolation(points, best, out.with_name(f"{out.name}.png"))
     print(_table(points, best))
+    if report.likely_swapped(points[0].chat_loss, points[-1].chat_loss):
+        print("\nnote: TUNED is worse at the chats than BASE: are the two in this order?")
     print(f"\nwritten {out} (alpha {best.alpha:g}), {out.name}.json and {out.name}.png", flush=True)
     return 0
 

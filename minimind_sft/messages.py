@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Sequence
 
 _KEY = r"(?:Parser key \"(?P<key>[^\"]+)\": )?"
 _ONE = re.compile(_KEY + r"Expected an? (?P<kinds>.+?)\. Got value: (?P<value>.*)")
@@ -31,6 +33,14 @@ def plainly(message: str) -> str:
     if reasons:
         return ": ".join(filter(None, [found["key"], "; ".join(reasons)]))
     return f"{found['key'] or 'a value'} is {found['value']!r}; it takes {_kinds(found['kinds'])}"
+
+
+def nearest_setting(key: str, known: Sequence[str]) -> str:
+    """What to add to a message about an unknown key: the known one that it comes nearest to, whole or in its last part;
+    empty where none is near."""
+    near = difflib.get_close_matches(key, known, 1, 0.5)
+    near = near or difflib.get_close_matches(key.split(".")[-1], [name.split(".")[-1] for name in known], 1, 0.6)
+    return f". The nearest setting is {near[0]}" if near else ""
 
 
 def _kinds(kinds: str) -> str:

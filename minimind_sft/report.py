@@ -238,6 +238,16 @@ def chats_for_text(chats: int, documents: int) -> str | None:
     return f"{chats:,} of {documents:,} are chats, not text" if 2 * chats > documents else None
 
 
+def text_for_chats(chats: int) -> str | None:
+    """What to say of chats of which none has a turn."""
+    return None if chats else "all of it is plain text, without a turn"
+
+
+def likely_swapped(before: float, after: float) -> bool:
+    """A fine-tune that chats worse than its base is more often the base, given in the wrong place."""
+    return after > before
+
+
 def likely_not_pretrained(loss: float, vocab_size: int) -> bool:
     """A base no better than guessing among all tokens has learned nothing."""
     return loss >= math.log(vocab_size)

@@ -70,7 +70,7 @@ def prepare_run_dir(run_dir: Path, *, resuming: bool, overwrite: bool) -> IO[str
     """Take the run directory for this process; refuse to write over another run, or clear it away when asked to.
 
     Returns:
-        The lock, which is held until the process ends.
+        The lock, for `leave_run_dir`.
 
     Raises:
         ValueError: the folder holds checkpoints, cannot be written, or another process is using it.
@@ -100,6 +100,15 @@ def prepare_run_dir(run_dir: Path, *, resuming: bool, overwrite: bool) -> IO[str
             else:
                 path.unlink(missing_ok=True)
     return lock
+
+
+def leave_run_dir(lock: IO[str]) -> None:
+    """Let go of a run directory; where nothing is in it, because the run was refused, of the folder, too."""
+    file = Path(lock.name)
+    if list(file.parent.iterdir()) == [file]:
+        file.unlink()
+        file.parent.rmdir()
+    lock.close()
 
 
 def is_rank_zero() -> bool:

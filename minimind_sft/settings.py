@@ -10,7 +10,6 @@ takes 0.1 s.
 from __future__ import annotations
 
 import ast
-import difflib
 import json
 import re
 import typing
@@ -22,7 +21,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from minimind_sft.files import PROJECT
-from minimind_sft.messages import plainly
+from minimind_sft.messages import nearest_setting, plainly
 
 CONFIG = ("--config", "-c")
 
@@ -103,8 +102,7 @@ class SettingsParser(ArgumentParser):
         if wrong is not None:
             known = [action.dest for action in self._actions if "." in action.dest or action.option_strings]
             key = wrong[1] or f"data.{wrong[2]}"
-            near = difflib.get_close_matches(key, known, 1, 0.5)
-            message += f". The nearest setting is {near[0]}" if near else ""
+            message += nearest_setting(key, known)
         raise ValueError(message)
 
     def read(self, argv: Sequence[str]) -> Any:

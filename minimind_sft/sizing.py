@@ -75,7 +75,7 @@ def model_config(model: Mapping[str, Any], tokenizer_vocab: int | None) -> tuple
     if model["resize_vocab"] and tokenizer_vocab is not None and tokenizer_vocab > config.vocab_size:
         config, source = replace(config, vocab_size=tokenizer_vocab), f"{source}; vocabulary resized"
     if tokenizer_vocab is not None:
-        weight_files.check_vocab(tokenizer_vocab, config)
+        weight_files.check_vocab(tokenizer_vocab, config, **weight_files.OF_FIT)
     if model["reset_head"]:
         config = replace(config, tie_word_embeddings=False)
     return config, f"{config.family}, {source}"

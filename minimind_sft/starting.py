@@ -99,4 +99,4 @@ class Start:
                 f"; vocabulary {old} -> {wanted} (model.resize_vocab): "
                 f"each of the {wanted - old} new rows of the {tables} is the mean of the old"
             )
-        weight_files.check_vocab(wanted, model.config)
+        weight_files.check_vocab(wanted, model.config, **weight_files.OF_FIT)

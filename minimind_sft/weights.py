@@ -171,17 +171,26 @@ def load_model(
     return build(loaded), loaded
 
 
-def check_vocab(tokenizer_vocab_size: int, config: ModelConfig, *, key: str = "data.tokenizer") -> None:
-    """Refuse a tokenizer that has ids which the model has no embedding for; `key` is what chose it.
+OF_FIT = {"key": "data.tokenizer", "resize": "model.resize_vocab"}
+
+
+def check_vocab(tokenizer_vocab_size: int, config: ModelConfig, *, key: str, resize: str = "") -> None:
+    """Refuse a tokenizer that has ids which the model has no embedding for.
+
+    Args:
+        tokenizer_vocab_size: ids that it may give.
+        config: of the model.
+        key: what chose the tokenizer.
+        resize: a setting that gives the model rows for new tokens, where there is one.
 
     Raises:
         ValueError: naming both sizes and the remedy.
     """
     if tokenizer_vocab_size > config.vocab_size:
-        resize = ", or set model.resize_vocab to give the new tokens rows" if key == "data.tokenizer" else ""
+        other = f", or set {resize} to give the new tokens rows" if resize else ""
         raise ValueError(
             f"the tokenizer has {tokenizer_vocab_size} tokens but the model's vocabulary is {config.vocab_size}; "
-            f"point {key} at the tokenizer that the weights were pretrained with{resize}"
+            f"point {key} at the tokenizer that the weights were pretrained with{other}"
         )
 
 

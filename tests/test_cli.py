@@ -233,7 +233,8 @@ def test_data_that_look_like_a_mistake_are_told_on_the_first_screen(
     assert "not text" not in found["plain"] and "plain text" not in found["plain"]
     assert "data.heldout_path: 12 of 12 are chats, not text: what is called forgotten" in found["chats as text"]
     assert "are chats, not text: what is held on to is then how to chat" in found["chats to replay"]
-    assert "all of it is plain text, without a turn" in found["text as chats"]
+    assert "data.train_path: all of it is plain text, without a turn" in found["text as chats"]
+    assert "data.val_path: all of it is plain text, without a turn" in found["chats as text"]
 
 
 @pytest.mark.parametrize(("width", "peak"), [(16, 1e-3), (512, 5e-4)])

@@ -238,9 +238,24 @@ def test_heads_that_tensors_do_not_tell_can_be_given(material: dict[str, Path], 
     assert any("no better than guessing" in note for note in notes) and not any("are chats" in note for note in notes)
 
 
-def test_chats_given_as_text_are_told(material: dict[str, Path], tmp_path: Path) -> None:
-    compare(material, tmp_path / "out", BASE, BASE, f"--heldout_path={DATA}/sft_val.jsonl", "--own_chats=0")
-    assert any("are chats, not text" in note for note in read(tmp_path / "out")["notes"])
+@pytest.mark.parametrize(
+    ("base", "tuned", "more", "told"),
+    [
+        (BASE, BASE, {"heldout_path": DATA / "sft_val.jsonl"}, ["are chats, not text"]),
+        (BASE, BASE, {"val_path": DATA / "heldout.jsonl"}, ["all of it is plain text, without a turn"]),
+        (BASE, None, {"val_path": DATA / "sft_val.jsonl"}, []),  # damaged, it is less sure, which is better on chats
+        (None, BASE, {"val_path": DATA / "sft_val.jsonl"}, ["worse at the chats than BASE"]),
+    ],
+)
+def test_what_looks_like_a_mistake_is_noted(
+    base: Path | None, tuned: Path | None, more: dict[str, Path], told: list[str],
+    material: dict[str, Path], tmp_path: Path,
+) -> None:  # fmt: skip
+    words = [f"--{name}={first_lines(path.name, 40, tmp_path)}" for name, path in more.items()]
+    words += ["--own_chats=0", "--prompts=1", "--answer_tokens=1", f"--tokenizer={DATA / 'tokenizer'}"]
+    compare(material, tmp_path / "out", base or material["tuned"], tuned or material["tuned"], *words)
+    notes = read(tmp_path / "out")["notes"]
+    assert len(notes) == len(told) and all(part in note for part, note in zip(told, notes, strict=True))
 
 
 @pytest.mark.parametrize(

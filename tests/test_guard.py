@@ -180,6 +180,15 @@ def test_a_run_directory_in_use_is_refused(
     assert fit(settings) == 0
 
 
+def test_a_run_that_is_refused_leaves_no_folder(settings: dict[str, Any], tmp_path: Path) -> None:
+    assert fit(settings, "--data.train_path=nowhere.jsonl") == 2
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert fit(settings, "--data.train_path=nowhere.jsonl") == 2
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
 def test_a_disk_that_cannot_hold_the_run_is_refused_at_the_start(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

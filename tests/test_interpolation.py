@@ -101,6 +101,20 @@ def test_without_text_the_base_writes_some(command: list[str], tmp_path: Path) -
     assert points[0]["forgetting"] == pytest.approx(0.0, abs=0.2) and points[1]["forgetting"] > 0.3
 
 
+@pytest.mark.parametrize("order", ["as it should be", "swapped"])
+def test_models_in_the_wrong_order_are_told(
+    order: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned, _ = load_model(PROJECT / "data" / "base.pth")
+    with torch.no_grad():  # unsure of everything, which is worse on text and better on chats
+        tuned.model.norm.weight.mul_(0.5)
+    export_minimind(tuned, tmp_path / "tuned.pth")
+    if order == "swapped":
+        command[1:3] = command[2], command[1]
+    assert main([*command, "--alphas", "0.5"]) == 0
+    assert ("are the two in this order?" in capsys.readouterr().out) == (order == "swapped")
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

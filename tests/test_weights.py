@@ -15,7 +15,7 @@ from torch import Tensor
 from minimind_sft.checkpoint_files import sha256_file
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
-from minimind_sft.weights import build, check_vocab, export_minimind, load, load_model
+from minimind_sft.weights import OF_FIT, build, check_vocab, export_minimind, load, load_model
 
 CONFIG = ModelConfig.minimind3(hidden_size=32, num_hidden_layers=2, vocab_size=50, intermediate_size=48)
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -284,10 +284,12 @@ def test_a_path_that_names_no_single_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused() -> None:
-    check_vocab(50, CONFIG)
-    check_vocab(49, CONFIG)
-    with pytest.raises(ValueError, match="tokenizer has 51 tokens but the model's vocabulary is 50; .* data.tokenizer"):
-        check_vocab(51, CONFIG)
+    check_vocab(50, CONFIG, key="--tokenizer")
+    check_vocab(49, CONFIG, key="--tokenizer")
+    with pytest.raises(ValueError, match="has 51 tokens but the model's vocabulary is 50; .* --tokenizer [^,]*$"):
+        check_vocab(51, CONFIG, key="--tokenizer")
+    with pytest.raises(ValueError, match="data.tokenizer .*, or set model.resize_vocab"):
+        check_vocab(51, CONFIG, **OF_FIT)
 
 
 # ---- export
