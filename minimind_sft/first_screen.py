@@ -193,9 +193,10 @@ def _data_rows(data: SFTDataModule, pl_module: SFTModule) -> list[tuple[str, str
 def _doubts(data: SFTDataModule, pl_module: SFTModule) -> list[tuple[str, str]]:
     """What looks as if it was given by mistake."""
     rows = []
-    if told := report.text_for_chats(data.plan.documents.store.chats):
+    train, validation = data.plan.documents.store, data.evaluation.get(CHAT)
+    if told := report.text_for_chats(train.chats):
         rows.append(("", f"data.train_path: {told}; nothing teaches a model to chat"))
-    if CHAT in data.evaluation and (told := report.text_for_chats(data.evaluation[CHAT].store.chats)):
+    elif validation is not None and (told := report.text_for_chats(validation.store.chats)):
         rows.append(("", f"data.val_path: {told}; the chats' loss is not that of chatting"))
     measured = "data.heldout_path" if data.text == UNSEEN else "data.pretrain_path"
     for key, text, what in (

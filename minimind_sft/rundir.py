@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import shutil
 import uuid
@@ -105,9 +106,10 @@ def prepare_run_dir(run_dir: Path, *, resuming: bool, overwrite: bool) -> IO[str
 def leave_run_dir(lock: IO[str]) -> None:
     """Let go of a run directory; where nothing is in it, because the run was refused, of the folder, too."""
     file = Path(lock.name)
-    if list(file.parent.iterdir()) == [file]:
-        file.unlink()
-        file.parent.rmdir()
+    with contextlib.suppress(OSError):  # a folder that somebody removed, or that cannot be removed
+        if list(file.parent.iterdir()) == [file]:
+            file.unlink()
+            file.parent.rmdir()
     lock.close()
 
 
