@@ -35,6 +35,8 @@ class Caps(NamedTuple):
         for name in ("max_rows", "max_tokens"):
             if (cap := getattr(self, name)) is not None and cap < 1:
                 raise ValueError(f"data.{name} is {cap}; give a number of at least 1, or null for no cap")
+        if self.max_ratio is not None and not self.max_ratio > 0:
+            raise ValueError(f"data.max_ratio is {self.max_ratio}; give a ratio above 0, or null for no cap")
         if self.max_ratio is not None and self.pretrain_bytes is None:
             raise ValueError(
                 "data.max_ratio needs the size of the pretraining text: set data.pretrain_path or data.pretrain_mb"

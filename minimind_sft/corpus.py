@@ -35,15 +35,15 @@ from minimind_sft.sampling import Line
 from minimind_sft.tokenization import Document
 from minimind_sft.workers import Tokenization, packed_lines
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _ARRAYS = {
     "offsets": "q",  # (D + 1,) where each document begins in ids
     "span_offsets": "q",  # (D + 1,) where each document's spans begin
     "span_lengths": "i",  # (S,) tokens
     "span_flags": "B",  # (S,) bits, see `packing.py`
-    "line_files": "H",  # (D,) index into meta["files"]
+    "line_files": "I",  # (D,) index into meta["files"]
     "line_numbers": "q",  # (D,) from 1
-    "sources": "H",  # (D,) index into meta["sources"]
+    "sources": "I",  # (D,) index into meta["sources"]
     "takes_system": "B",  # (D,) 1 where it is a chat with neither a system message nor tools
     "hashes": "Q",  # (D,) of the tokens: equal for conversations that are rendered alike
 }

@@ -25,12 +25,19 @@ from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
 from minimind_sft.loading import MicroBatches, Positions, loader
 from minimind_sft.replay import ReplayStream
 from minimind_sft.replay_chat import ChatFrame
+from minimind_sft.report import rejected
 from minimind_sft.self_written import Author
 from minimind_sft.stores import SELF_WRITTEN, Opened, Stores
 from minimind_sft.windows import Plan
 
 if TYPE_CHECKING:
     from minimind_sft.module import SFTModule
+
+MEASURED_ON = {
+    CHAT: "validation chats (data.val_path or data.val_fraction)",
+    PRETRAIN: "documents of text (data.heldout_path, or data.pretrain_path)",
+    OWN_CHATS: "chats by the base (data.own_chats)",
+}
 
 
 class SFTDataModule(LightningDataModule):
@@ -253,6 +260,12 @@ class SFTDataModule(LightningDataModule):
         own = None if opened.own_chats is None else Documents(opened.own_chats, max_length=self.max_length)
         named = ((CHAT, self.dealt.validation), (PRETRAIN, self.dealt.measured), (OWN_CHATS, own))
         self.evaluation = {name: documents for name, documents in named if documents is not None}
+        for name, documents in self.evaluation.items():
+            if not len(documents):
+                raise ValueError(
+                    f"none of the {MEASURED_ON[name]} can be measured on (rejected: {rejected(documents.rejected)}); "
+                    "give others, or a larger data.max_length"
+                )
         if stage == "fit":
             assert self.dealt.train is not None
             self.spare_text = None if opened.replay is None else Documents(opened.replay, max_length=self.max_length)
@@ -344,4 +357,5 @@ class SFTDataModule(LightningDataModule):
         return list(itertools.islice(self._prompts(), count))
 
     def _prompts(self) -> Iterator[dict[str, Any]]:
-        return prompts(self.stores.validation_lines(self.dealt.validation), self.template, self.max_length)
+        lines = self.stores.validation_lines(self.dealt.validation)
+        return prompts(lines, self.template, self.max_length, format=self.stores.format)

@@ -107,23 +107,25 @@ def bytes_of_tokens(template: ChatTemplate) -> np.ndarray:
     return sizes
 
 
-def prompts(lines: Iterator[Line], template: ChatTemplate, max_length: int) -> Iterator[dict[str, Any]]:
+def prompts(
+    lines: Iterator[Line], template: ChatTemplate, max_length: int, *, format: str = "auto"
+) -> Iterator[dict[str, Any]]:
     """What the model is asked in a chat: everything before its last assistant turn.
 
     Yields:
-        `where` (file:line), `messages`, `prompt_ids` and `reference`; chats that cannot be read or that do not fit in
-        `max_length` are left out.
+        `where` (file:line), `messages`, `prompt_ids` and `reference`; chats that cannot be read, that the template
+        refuses, in which nobody asks, or that do not fit in `max_length` are left out.
     """
     for line in lines:
         try:
-            chat = parse(line.text)
+            chat = parse(line.text, format=format)
+            if not isinstance(chat, Conversation):
+                continue
+            last = max(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
+            ids = template.prompt(chat.messages[:last], chat.tools)
         except Rejected:
             continue
-        if not isinstance(chat, Conversation):
-            continue
-        last = max(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
-        ids = template.prompt(chat.messages[:last], chat.tools)
-        if len(ids) < max_length:
+        if last and len(ids) < max_length:
             yield {
                 "where": f"{line.file}:{line.number}",
                 "messages": chat.messages[:last],

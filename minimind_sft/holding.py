@@ -71,6 +71,11 @@ class Holding:
             raise ValueError(
                 f"model.replay_target is a KL, which model.replay_loss {replay_loss} does not take; set it to null"
             )
+        if replay_target is not None and not replay_weight:
+            raise ValueError(
+                "model.replay_target has no effect with model.replay_weight 0, which turns replay off; give the weight "
+                "that it begins with, such as 1"
+            )
         if prior_tokens and not fisher_tokens:
             raise ValueError(
                 f"model.prior_tokens is {prior_tokens:g}, but model.fisher_tokens 0 leaves no text to read the "

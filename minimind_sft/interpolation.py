@@ -131,7 +131,7 @@ def main(argv: Sequence[str]) -> int:
     points = curve(pair, stores, alphas, own=own)
     best = choose(points, options.tolerance)
     model = interpolate(pair.base, pair.tuned, best.alpha, template.control_ids)
-    _write(model, pair, origin, out, tokenizer, best, overwrite=options.overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "command": ["interpolate", *argv],
         **pair.about,
@@ -141,6 +141,8 @@ def main(argv: Sequence[str]) -> int:
     }
     write_whole(out.with_name(f"{out.name}.json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     report.plot_interpolation(points, best, out.with_name(f"{out.name}.png"))
+    heads = options.num_attention_heads
+    _write(model, origin, out, tokenizer, best, num_attention_heads=heads, overwrite=options.overwrite)
     print(_table(points, best))
     if report.likely_swapped(points[0].chat_loss, points[-1].chat_loss):
         print("\nnote: TUNED is worse at the chats than BASE: are the two in this order?")
@@ -216,13 +218,19 @@ def choose(points: Sequence[Point], tolerance: float) -> Point:
 
 
 def _write(
-    model: Transformer, pair: Pair, origin: Origin, out: Path, tokenizer: Path, best: Point, *, overwrite: bool
+    model: Transformer,
+    origin: Origin,
+    out: Path,
+    tokenizer: Path,
+    best: Point,
+    *,
+    num_attention_heads: int | None,
+    overwrite: bool,
 ) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".pth":
         weights.export_minimind(model, out)
         return
-    loaded = weights.load(origin.path)
+    loaded = weights.load(origin.path, num_attention_heads=num_attention_heads)
     title = f"{out.name}: {best.alpha:g} of the way from its base to {origin.path.name}"
     export.write_hf(model, loaded, origin, out, tokenizer, title=title, overwrite=overwrite)
 

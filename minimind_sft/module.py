@@ -369,11 +369,11 @@ class SFTModule(LightningModule):
         """
         with torch.no_grad():
             pulled = [term.pull(self.model).double().view(1) for term in self.holding.pulls]
-        if gradient_clip_algorithm == "value":  # not by Lightning, which refuses it for any optimizer that is fused
-            if gradient_clip_val:
-                torch.nn.utils.clip_grad_value_(self.model.parameters(), gradient_clip_val)
-            gradient_clip_val = None
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val or math.inf)
+        by_value = gradient_clip_algorithm == "value"  # not by Lightning, which refuses it for a fused optimizer
+        limit = math.inf if by_value or not gradient_clip_val else gradient_clip_val
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        if by_value and gradient_clip_val:  # behind the norm: what is clipped is always finite
+            torch.nn.utils.clip_grad_value_(self.model.parameters(), gradient_clip_val)
         sums = self.trainer.strategy.reduce(self._window, reduce_op="sum")
         terms = self.holding.losses + self.holding.pulls
         nats, grad_norm, *shares = torch.cat([sums[:1], norm.double()[None], sums[1:], *pulled]).tolist()

@@ -95,7 +95,8 @@ class Stores:
         self.files = Files(self.cache)
         self.probes = self.files.expand(probes_path, "data.probes_path")[0] if probes_path else None
         self._check()
-        self.caps = Caps(max_mb, max_ratio, max_rows, max_tokens, self.pretrain_bytes if max_ratio else None)
+        size = None if max_ratio is None else self.pretrain_bytes
+        self.caps = Caps(max_mb, max_ratio, max_rows, max_tokens, size)
         self.caps.check()
         self.template = ChatTemplate.from_folder(hub.local(resolve(tokenizer)))
         if not supervise_reasoning:

@@ -180,6 +180,28 @@ def test_a_run_directory_in_use_is_refused(
     assert fit(settings) == 0
 
 
+def test_an_infinite_gradient_is_seen_before_it_is_clipped_by_value(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from minimind_sft.module import SFTModule
+
+    def explode(module: SFTModule) -> None:
+        next(module.model.parameters()).grad[0, 0] = float("inf")  # type: ignore[index]
+
+    monkeypatch.setattr(SFTModule, "on_after_backward", explode)
+    assert fit(settings, "--trainer.gradient_clip_algorithm=value", "--trainer.gradient_clip_val=0.1") == 2
+    assert "gradient norm inf" in capsys.readouterr().err
+
+
+def test_validation_of_which_nothing_is_left_is_refused(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = {"messages": [{"role": "user", "content": "long " * 800}, {"role": "assistant", "content": "x"}]}
+    (tmp_path / "long.jsonl").write_text(json.dumps(chat) + "\n", encoding="utf-8")
+    assert fit(settings, f"--data.val_path={tmp_path / 'long.jsonl'}") == 2
+    assert "none of the validation chats" in capsys.readouterr().err
+
+
 def test_a_run_that_is_refused_leaves_no_folder(settings: dict[str, Any], tmp_path: Path) -> None:
     assert fit(settings, "--data.train_path=nowhere.jsonl") == 2
     assert not (tmp_path / "run").exists()
