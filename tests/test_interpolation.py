@@ -101,6 +101,16 @@ def test_without_text_the_base_writes_some(command: list[str], tmp_path: Path) -
     assert points[0]["forgetting"] == pytest.approx(0.0, abs=0.2) and points[1]["forgetting"] > 0.3
 
 
+def test_heads_that_tensors_do_not_tell_go_into_the_folder(command: list[str], tmp_path: Path) -> None:
+    model = Transformer(ModelConfig.minimind2(hidden_size=64, num_hidden_layers=1, vocab_size=2560,
+                                              num_attention_heads=16, num_key_value_heads=1))  # fmt: skip
+    model.initialise(0)
+    export_minimind(model, tmp_path / "old.pth")
+    command[1:4] = [str(tmp_path / name) for name in ("old.pth", "old.pth", "held")]
+    assert main([*command, "--alphas", "0.5", "--num_attention_heads=16"]) == 0
+    assert json.loads((tmp_path / "held" / "config.json").read_text(encoding="utf-8"))["num_attention_heads"] == 16
+
+
 @pytest.mark.parametrize("order", ["as it should be", "swapped"])
 def test_models_in_the_wrong_order_are_told(
     order: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -15,6 +15,7 @@ from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
 from minimind_sft import account
+from minimind_sft.caps import Caps
 from minimind_sft.dealing import Dealt, content_hash
 from minimind_sft.documents import TOO_LONG, Documents
 from minimind_sft.sampling import Line, rebuild
@@ -271,3 +272,10 @@ def test_leaving_reasoning_out_changes_the_mask_and_no_ids(settings: dict[str, A
     both = [stores(settings, train_path=path, supervise_reasoning=value).train_store() for value in (True, False)]
     assert both[0].ids.tolist() == both[1].ids.tolist()
     assert both[0].folder != both[1].folder  # the cache keeps them apart
+
+
+def test_a_ratio_of_nothing_is_refused() -> None:
+    Caps(None, 0.5, None, None, 100).check()
+    for ratio in (0.0, -1.0):
+        with pytest.raises(ValueError, match="give a ratio above 0"):
+            Caps(None, ratio, None, None, 100).check()
