@@ -63,7 +63,7 @@ class Parser(LightningArgumentParser):
         if "arguments are required" in message:
             keys = re.findall(r"\b(?:model|data)\.\w+", message)
             return (
-                f"{', '.join(keys)}: not set. sft.yaml has every setting; an overlay comes behind it: "
+                f"{', '.join(keys)}: not set. sft.yaml sets them; an overlay comes behind it: "
                 "--config sft.yaml --config original.yaml"
             )
         if word := re.fullmatch(r"unrecognized arguments: ([^-].*)", message):
