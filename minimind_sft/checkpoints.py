@@ -20,6 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from minimind_sft.files import sync_folder
 from minimind_sft.origins import BEST, LAST
+from minimind_sft.rundir import EARLIER
 from minimind_sft.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -130,7 +131,8 @@ class Checkpoints(Checkpoint):
         need = pl_module.checkpoint_bytes * (3 + kept)  # last and best, and one being written
         there = next(path for path in (self.folder, *self.folder.resolve().parents) if path.exists())
         written = {file.stat().st_ino: file.stat().st_size for file in self.folder.glob("*.ckpt")}
-        need -= sum(written.values())
+        earlier = self.folder.parent / EARLIER  # a run that is removed before the first is written
+        need -= sum(written.values()) + sum(file.stat().st_size for file in earlier.rglob("*") if file.is_file())
         free = shutil.disk_usage(there).free
         if free < need:
             raise ValueError(

@@ -25,6 +25,7 @@ from minimind_sft.files import write_whole
 from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
 from minimind_sft.identity import of_training
 from minimind_sft.measuring import Measure
+from minimind_sft.rundir import discard_earlier
 from minimind_sft.step_log import duration
 from minimind_sft.stores import UNSEEN
 
@@ -67,6 +68,10 @@ class Record(Callback):
             write_whole(self.folder / name, text + "\n")
         rejections = (json.dumps(row, ensure_ascii=True) + "\n" for row in data.dealt.rejections())
         write_whole(self.folder / "rejected.jsonl", rejections)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:  # nothing can be refused any more
+            discard_earlier(self.folder)
 
 
 class FirstScreen(Callback):

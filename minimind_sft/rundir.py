@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from minimind_sft.files import resolve
-from minimind_sft.origins import BEST, LAST
+from minimind_sft.origins import BEST, LAST, RECORDS
 
 OUR_FILES = (
     "checkpoints",
@@ -32,6 +32,8 @@ OUR_FILES = (
     "rejected.jsonl",
     "config.yaml",
 )
+OF_OTHER_VERBS = ("predictions.jsonl", "report")  # which may come before there is a run
+EARLIER = ".earlier"  # in a run directory: the run that is being replaced, until the new one trains
 
 
 def find_checkpoint(asked: str | None, run_dir: Path, verb: str) -> str | None:
@@ -68,19 +70,18 @@ def refuse_own_weights(run_dir: Path, weights: str) -> None:
 
 
 def prepare_run_dir(run_dir: Path, *, resuming: bool, overwrite: bool) -> IO[str]:
-    """Take the run directory for this process; refuse to write over another run, or clear it away when asked to.
+    """Take the run directory for this process; refuse to write over another run, or set it aside when asked to.
+
+    What is set aside is removed by `discard_earlier` once the new run trains; a run that is refused before that puts it
+    back (`leave_run_dir`).
 
     Returns:
         The lock, for `leave_run_dir`.
 
     Raises:
-        ValueError: the folder holds checkpoints, cannot be written, or another process is using it.
+        ValueError: the folder holds checkpoints or files that are no run's, cannot be written, or another process is
+            using it.
     """
-    if not resuming and any((run_dir / "checkpoints").glob("*.ckpt")) and not overwrite:
-        raise ValueError(
-            f"{run_dir} holds the checkpoints of a run. Go on with it (--ckpt_path last), choose another folder "
-            "(--run_dir), or replace it (--overwrite)"
-        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / ".lock", "a", encoding="utf-8")  # noqa: SIM115 (held for the life of the process)
@@ -93,20 +94,64 @@ def prepare_run_dir(run_dir: Path, *, resuming: bool, overwrite: bool) -> IO[str
         raise ValueError(f"another process is training in {run_dir}; stop it, or choose another --run_dir") from None
     except OSError:
         pass  # a file system without locks
-    if not resuming:  # what a run without a checkpoint left behind would be taken for this run's
-        for name in OUR_FILES:
-            path = run_dir / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+    _put_back(run_dir)  # of a start that was killed
+    try:
+        if not resuming:
+            _set_aside(run_dir, overwrite=overwrite)
+    except ValueError:
+        leave_run_dir(lock)
+        raise
     return lock
 
 
+def _set_aside(run_dir: Path, *, overwrite: bool) -> None:
+    """Out of the way of a new run goes what an earlier one left, with checkpoints or without."""
+    if any((run_dir / "checkpoints").glob("*.ckpt")) and not overwrite:
+        raise ValueError(
+            f"{run_dir} holds the checkpoints of a run. Go on with it (--ckpt_path last), choose another folder "
+            "(--run_dir), or replace it (--overwrite)"
+        )
+    there = [name for name in OUR_FILES if (run_dir / name).exists()]
+    foreign = [name for name in there if name not in OF_OTHER_VERBS]
+    if foreign and not all((run_dir / name).is_file() for name in RECORDS):
+        raise ValueError(
+            f"{run_dir} has {' and '.join(foreign)}, but is no run's folder, and a run would replace them; choose "
+            "another with --run_dir"
+        )
+    if foreign:
+        (run_dir / EARLIER).mkdir()
+        for name in there:
+            (run_dir / name).rename(run_dir / EARLIER / name)
+
+
+def _put_back(run_dir: Path) -> None:
+    """Undo `_set_aside`: what stands there instead is of a run that never took a step."""
+    if not (run_dir / EARLIER).is_dir():
+        return
+    for name in OUR_FILES:
+        _remove(run_dir / name)
+    for path in (run_dir / EARLIER).iterdir():
+        path.rename(run_dir / path.name)
+    (run_dir / EARLIER).rmdir()
+
+
+def discard_earlier(run_dir: Path) -> None:
+    """Remove the run that was set aside for this one."""
+    _remove(run_dir / EARLIER)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def leave_run_dir(lock: IO[str]) -> None:
-    """Let go of a run directory; where nothing is in it, because the run was refused, of the folder, too."""
+    """Let go of a run directory. Where the run was refused, an earlier one comes back; an empty folder goes."""
     file = Path(lock.name)
     with contextlib.suppress(OSError):  # a folder that somebody removed, or that cannot be removed
+        _put_back(file.parent)
         if list(file.parent.iterdir()) == [file]:
             file.unlink()
             file.parent.rmdir()

@@ -202,6 +202,44 @@ def test_validation_of_which_nothing_is_left_is_refused(
     assert "none of the validation chats" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    ["--data.train_path=nowhere.jsonl", "--model.learning_rate=0", "--model.freeze=zzz", "--data.max_tokens=10"],
+)
+def test_a_run_that_is_refused_replaces_nothing(mistake: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert fit(settings) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert fit(settings, "--overwrite", mistake) == 2
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert fit(settings, "--overwrite") == 0
+    assert (run / "checkpoints" / "last.ckpt").is_file() and not (run / ".earlier").exists()
+
+
+def test_files_that_are_no_runs_are_not_replaced(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    (run / "export").mkdir(parents=True)
+    (run / "export" / "thesis.txt").write_text("mine")
+    for more in ([], ["--overwrite"]):
+        assert fit(settings, *more) == 2
+        assert "has export, but is no run's folder" in capsys.readouterr().err
+    assert (run / "export" / "thesis.txt").read_text() == "mine"
+
+
+def test_what_a_killed_start_set_aside_comes_back(settings: dict[str, Any], tmp_path: Path) -> None:
+    from minimind_sft.rundir import EARLIER, OUR_FILES, prepare_run_dir
+
+    run = tmp_path / "run"
+    assert fit(settings) == 0
+    last = (run / "checkpoints" / "last.ckpt").read_bytes()
+    prepare_run_dir(run, resuming=False, overwrite=True).close()
+    assert (run / EARLIER).is_dir() and not any((run / name).exists() for name in OUR_FILES)
+    assert fit(settings) == 2  # as it would without the killed start
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == last
+
+
 def test_a_run_that_is_refused_leaves_no_folder(settings: dict[str, Any], tmp_path: Path) -> None:
     assert fit(settings, "--data.train_path=nowhere.jsonl") == 2
     assert not (tmp_path / "run").exists()
