@@ -208,8 +208,8 @@ def _notes(result: Section, vocab_size: int) -> list[str]:
     if chats := result.get("chats"):
         if told := text_for_chats(chats["chats"]):
             notes.append(f"--val_path: {told}; what is called the chats' loss is not that of chatting")
-        elif likely_swapped(chats["before"], chats["after"]):
-            notes.append("TUNED is worse at the chats than BASE: are the two in this order?")
+        elif told := likely_swapped(chats["before"], chats["after"]):
+            notes.append(told)
     if "judged" not in result:
         return [*notes, "no text was given, so forgetting was not judged"]
     text = result["text"][result["judged"]]

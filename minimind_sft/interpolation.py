@@ -13,6 +13,7 @@ look at the chats and the text; without text, the base writes some first.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -141,11 +142,10 @@ def main(argv: Sequence[str]) -> int:
     }
     write_whole(out.with_name(f"{out.name}.json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     report.plot_interpolation(points, best, out.with_name(f"{out.name}.png"))
-    heads = options.num_attention_heads
-    _write(model, origin, out, tokenizer, best, num_attention_heads=heads, overwrite=options.overwrite)
+    _write(model, best, origin, tokenizer, options)
     print(_table(points, best))
-    if report.likely_swapped(points[0].chat_loss, points[-1].chat_loss):
-        print("\nnote: TUNED is worse at the chats than BASE: are the two in this order?")
+    if told := report.likely_swapped(points[0].chat_loss, points[-1].chat_loss):
+        print(f"\nnote: {told}")
     print(f"\nwritten {out} (alpha {best.alpha:g}), {out.name}.json and {out.name}.png", flush=True)
     return 0
 
@@ -217,22 +217,14 @@ def choose(points: Sequence[Point], tolerance: float) -> Point:
     return min((point for point in points if point.chat_loss <= tuned + tolerance), key=lambda point: point.alpha)
 
 
-def _write(
-    model: Transformer,
-    origin: Origin,
-    out: Path,
-    tokenizer: Path,
-    best: Point,
-    *,
-    num_attention_heads: int | None,
-    overwrite: bool,
-) -> None:
+def _write(model: Transformer, best: Point, origin: Origin, tokenizer: Path, options: argparse.Namespace) -> None:
+    out = Path(options.out)
     if out.suffix == ".pth":
         weights.export_minimind(model, out)
         return
-    loaded = weights.load(origin.path, num_attention_heads=num_attention_heads)
+    loaded = weights.load(origin.path, num_attention_heads=options.num_attention_heads)
     title = f"{out.name}: {best.alpha:g} of the way from its base to {origin.path.name}"
-    export.write_hf(model, loaded, origin, out, tokenizer, title=title, overwrite=overwrite)
+    export.write_hf(model, loaded, origin, out, tokenizer, title=title, overwrite=options.overwrite)
 
 
 def _table(points: Sequence[Point], best: Point) -> str:

@@ -5,8 +5,8 @@ Lightning (the number of accumulated micro-batches) and DDP (the number of ranks
 x 16 and two processes give the same gradient within rounding; Lightning's own mean of micro-batch means does not.
 
 The device is asked once per optimizer step, for the window's loss and the norm of its gradient together, before the
-weights change: what is logged, and what stops a run whose loss is no longer a number. (Experts
-ask for their counts, and several processes whether to stop, besides.)
+weights change: what is logged, and what stops a run whose loss is no longer a number. Besides, experts ask for their
+counts, and several processes whether to stop.
 """
 
 from __future__ import annotations

@@ -92,6 +92,11 @@ def find_origin(source: str | Path) -> Origin:
 def _run_around(path: Path) -> Path | None:
     """The run directory that is, or holds, this path: RUN, RUN/checkpoints/best.ckpt, RUN/export/best/."""
     for folder in (path.absolute(), *path.absolute().parents[:2]):
-        if all((folder / name).is_file() for name in RECORDS):
+        if is_run(folder):
             return folder
     return None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `fit` began a run in this folder."""
+    return all((folder / name).is_file() for name in RECORDS)

@@ -243,9 +243,9 @@ def text_for_chats(chats: int) -> str | None:
     return None if chats else "all of it is plain text, without a turn"
 
 
-def likely_swapped(before: float, after: float) -> bool:
-    """A fine-tune that chats worse than its base is more often the base, given in the wrong place."""
-    return after > before
+def likely_swapped(before: float, after: float) -> str | None:
+    """What to say of a fine-tune that chats worse than its base: more often it is the base, in the wrong place."""
+    return "TUNED is worse at the chats than BASE: are the two in this order?" if after > before else None
 
 
 def likely_not_pretrained(loss: float, vocab_size: int) -> bool:

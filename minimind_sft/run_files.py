@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from minimind_sft.origins import RECORDS
+from minimind_sft.origins import RECORDS, is_run
 from minimind_sft.readings import read_metrics
 from minimind_sft.run_record import COUNTS, FINISHED, RUNNING, STOPPED, Fact, Facts, Look, Run, Source
 
@@ -54,14 +54,10 @@ def _require_run(path: Path) -> None:
         raise ValueError(f"{path} is a file; name the folder of a run, such as runs/sft")
     if not path.is_dir():
         raise ValueError(f"{path} does not exist; name the folder of a run, such as runs/sft")
-    if not _is_run(path):
-        inside = sorted(str(folder) for folder in path.iterdir() if folder.is_dir() and _is_run(folder))
+    if not is_run(path):
+        inside = sorted(str(folder) for folder in path.iterdir() if folder.is_dir() and is_run(folder))
         holds = f"; it holds runs, so name these: {' '.join(inside[:8])}" if inside else ""
         raise ValueError(f"{path} is no run: it lacks {' or '.join(RECORDS)}, which fit writes when it begins{holds}")
-
-
-def _is_run(path: Path) -> bool:
-    return all((path / name).is_file() for name in RECORDS)
 
 
 def _read_run(folder: Path, name: str) -> Run:

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from minimind_sft.files import resolve
-from minimind_sft.origins import BEST, LAST, RECORDS
+from minimind_sft.origins import BEST, LAST, is_run
 
 OUR_FILES = (
     "checkpoints",
@@ -98,7 +98,7 @@ def prepare_run_dir(run_dir: Path, *, resuming: bool, overwrite: bool) -> IO[str
     try:
         if not resuming:
             _set_aside(run_dir, overwrite=overwrite)
-    except ValueError:
+    except (ValueError, OSError):
         leave_run_dir(lock)
         raise
     return lock
@@ -112,25 +112,25 @@ def _set_aside(run_dir: Path, *, overwrite: bool) -> None:
             "(--run_dir), or replace it (--overwrite)"
         )
     there = [name for name in OUR_FILES if (run_dir / name).exists()]
-    foreign = [name for name in there if name not in OF_OTHER_VERBS]
-    if foreign and not all((run_dir / name).is_file() for name in RECORDS):
+    of_fit = [name for name in there if name not in OF_OTHER_VERBS]
+    if of_fit and not is_run(run_dir):
         raise ValueError(
-            f"{run_dir} has {' and '.join(foreign)}, but is no run's folder, and a run would replace them; choose "
+            f"{run_dir} has {' and '.join(of_fit)}, but is no run's folder, and a run would replace them; choose "
             "another with --run_dir"
         )
-    if foreign:
+    if of_fit:
         (run_dir / EARLIER).mkdir()
         for name in there:
             (run_dir / name).rename(run_dir / EARLIER / name)
 
 
 def _put_back(run_dir: Path) -> None:
-    """Undo `_set_aside`: what stands there instead is of a run that never took a step."""
+    """Undo `_set_aside`, also where it, or this, was killed half-way: only what comes back replaces anything, which is
+    of a run that never took a step."""
     if not (run_dir / EARLIER).is_dir():
         return
-    for name in OUR_FILES:
-        _remove(run_dir / name)
     for path in (run_dir / EARLIER).iterdir():
+        _remove(run_dir / path.name)
         path.rename(run_dir / path.name)
     (run_dir / EARLIER).rmdir()
 

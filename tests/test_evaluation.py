@@ -41,7 +41,6 @@ def test_chats_that_the_template_refuses_are_left_out(tmp_path: Path) -> None:
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": strict}), encoding="utf-8")
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
     twice = said(("user", "A?"), ("user", "B?"), ("assistant", "C."))
     (found,) = asked(tmp_path, ChatTemplate.from_folder(folder), twice, said(("user", "A?"), ("assistant", "C.")))
     assert found["where"].endswith(":2")

@@ -240,6 +240,19 @@ def test_what_a_killed_start_set_aside_comes_back(settings: dict[str, Any], tmp_
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == last
 
 
+def test_what_was_set_aside_or_put_back_only_in_part_is_not_lost(settings: dict[str, Any], tmp_path: Path) -> None:
+    from minimind_sft.rundir import EARLIER
+
+    run = tmp_path / "run"
+    assert fit(settings) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    (run / EARLIER).mkdir()
+    for name in ("checkpoints", "metrics.csv"):
+        (run / name).rename(run / EARLIER / name)
+    assert fit(settings) == 2
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_a_run_that_is_refused_leaves_no_folder(settings: dict[str, Any], tmp_path: Path) -> None:
     assert fit(settings, "--data.train_path=nowhere.jsonl") == 2
     assert not (tmp_path / "run").exists()
