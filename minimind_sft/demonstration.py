@@ -22,7 +22,7 @@ from minimind_sft.options import OptionParser, language
 NAME = "Minnow"  # what the model calls itself in the shipped chats
 KINDS = ("original", "held")
 ALPHAS = (0.0, 0.25, 0.5, 0.75)  # the held run's own last reading is 1
-LOOKS = {"original": 11, "held": 66}  # steps between them; the original's are four times as long
+LOOKS = {"original": 11, "held": 99}  # steps between them; the original's are four times as long
 NAMED = 8  # lost facts spelled out
 DATA = PROJECT / "data"
 

@@ -34,6 +34,8 @@ from torch.optim import AdamW
 from minimind_sft.batching import MicroBatch
 from minimind_sft.model import Transformer
 
+TOKENS_PER_CHANNEL = 64  # of text that a basis is taken from; more turn the directions that matter no further
+
 
 class Basis(NamedTuple):
     """Orthonormal columns; None leaves a side as it is."""
@@ -62,8 +64,7 @@ class Scores:
 
     It is the Fisher information's expectation over the model's own answers, not over those that stand in the text. The
     scores of different positions are independent with mean 0, so the squared gradient of all of them is, in the mean,
-    the sum of the tokens'. Every time through the text scores the same tokens, drawn the first time: on a CPU, drawing
-    takes a quarter of a pass.
+    the sum of the tokens'. Every time through the text scores the same tokens, drawn the first time.
 
     Args:
         base: as it was loaded.
@@ -82,13 +83,20 @@ class Scores:
             hidden = self.base.hidden(flat.input_ids, flat.positions, flat.cu_seqlens, flat.max_length)
             log_p = self.base.logits(hidden[some.targets]).float().log_softmax(-1)  # (M, V)
             if place == len(self._drawn):
-                drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=self._generator)
-                self._drawn.append(drawn.to(log_p.device))
+                self._drawn.append(self._draw(log_p.detach()))
             yield log_p.gather(-1, self._drawn[place]).sum(), len(self._drawn[place])
+
+    def _draw(self, log_p: Tensor) -> Tensor:
+        """(M, 1) tokens of distributions (M, V), by one number each from the CPU: the same on every device."""
+        up_to = log_p.exp().cumsum(-1)
+        heights = torch.rand(len(log_p), 1, generator=self._generator).to(log_p.device) * up_to[:, -1:]
+        return torch.searchsorted(up_to, heights, right=True).clamp_(max=log_p.shape[1] - 1)
 
 
 def bases_of(scores: Scores) -> dict[str, Basis]:
     """The basis of every matrix that multiplies, by the name of its parameter.
+
+    It is taken from the first `TOKENS_PER_CHANNEL` x H tokens: a moment of H x H is known by so many.
 
     Args:
         scores: of the base, which is frozen and left as it was.
@@ -99,12 +107,17 @@ def bases_of(scores: Scores) -> dict[str, Basis]:
     rights = {name: _zeros(layer.weight, layer.in_features, base) for name, layer in layers.items()}
     lefts = {name: _zeros(layer.weight, layer.out_features, base) for name, layer in layers.items()}
     hooks = [layer.register_forward_hook(_adding(rights[name], lefts[name])) for name, layer in layers.items()]
-    embedding = base.model.embed_tokens.weight.requires_grad_(True)  # every output is on the way back to it
+    embedded: list[Tensor] = []  # every output is on the way back to it
+    beginning = base.model.embed_tokens
+    hooks.append(beginning.register_forward_hook(lambda *call: embedded.append(call[-1].requires_grad_())))
+    left = TOKENS_PER_CHANNEL * base.config.hidden_size
     try:
-        for score, _ in scores:
-            torch.autograd.grad(score, embedding)
+        for score, drawn in scores:
+            torch.autograd.grad(score, embedded.pop())
+            left -= drawn
+            if left <= 0:
+                break
     finally:
-        embedding.requires_grad_(False)
         for hook in hooks:
             hook.remove()
     return {name: Basis(_eigenvectors(lefts[name]), _eigenvectors(rights[name])) for name in layers}
@@ -175,11 +188,27 @@ class RotatedAdamW(AdamW):
     def __init__(self, *args: Any, tensor_cores: bool = False, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self._bases = {}
+        self._turned = False
         self._precision = turning_precision(tensor_cores=tensor_cores)
 
     def turn(self, bases: Mapping[Tensor, Basis]) -> None:
         """Take these bases, by parameter; before the first step, as moments do not turn with them."""
         self._bases = dict(bases)
+
+    @torch.no_grad()
+    def turn_gradients(self) -> None:
+        """Turn the gradients into the bases, which `step` does otherwise: for what is to be added or clipped there."""
+        if not self._turned:
+            for weight, basis in self._bases.items():
+                if weight.grad is not None:
+                    with matmul_precision(self._precision):
+                        weight.grad.copy_(basis.turned(weight.grad))
+            self._turned = True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As always; gradients that come next are in the axes of the weights."""
+        super().zero_grad(set_to_none)
+        self._turned = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -188,15 +217,15 @@ class RotatedAdamW(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.turn_gradients()
         kept: list[tuple[Tensor, Tensor, float]] = []
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None and weight in self._bases:
-                    with matmul_precision(self._precision):
-                        weight.grad.copy_(self._bases[weight].turned(weight.grad))
                     kept.append((weight, weight.clone(), 1.0 - group["lr"] * group["weight_decay"]))
                     weight.zero_()
         super().step()
+        self._turned = False
         for weight, before, decay in kept:
             with matmul_precision(self._precision):
                 turned_back = self._bases[weight].back(weight)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minimind_sft.batching import MicroBatch
-from minimind_sft.fisher import Basis, Scores, bases_of, shared_bases
+from minimind_sft.fisher import Basis, RotatedAdamW, Scores, bases_of, shared_bases
 from minimind_sft.model import Transformer
 from minimind_sft.terms import EKFAC, L2SP, ReplayKL, ReplayNextToken, Term, frozen_copy
 
@@ -183,6 +183,16 @@ class Holding:
             return self.prior.bases
         found = bases_of(Scores(self._base, read(self.fisher_tokens), self._seed))
         return found if broadcast is None else shared_bases(found, broadcast)
+
+    def pull(self, model: Transformer, optimizer: RotatedAdamW) -> list[Tensor]:
+        """Let every pull add to the gradients, and turn them into the optimizer's basis.
+
+        Returns:
+            The losses, (), in the order of `pulls`.
+        """
+        first = {term: term.pull(model) for term in self.pulls if term is not self.prior}
+        optimizer.turn_gradients()
+        return [self.prior.pull_turned(model) if term is self.prior else first[term] for term in self.pulls]
 
     def release(self) -> None:
         """Let go of the base, once it was shown and read: terms that look at it in training have it, or a copy in

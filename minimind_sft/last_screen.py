@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from minimind_sft import report
+from minimind_sft.baselines import BaseAnswers
 from minimind_sft.checkpoints import LAST
 from minimind_sft.evaluation import sources_of
 from minimind_sft.export import export_run
@@ -55,7 +56,7 @@ class LastScreen(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.global_step == 0 and not pl_module.from_scratch and trainer.is_global_zero:
-            self.replies, self.answers = self._ask(trainer, pl_module)
+            self.replies, self.answers = self._ask_base(trainer, pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Say how a run ended that was killed behind its last step."""
@@ -111,6 +112,19 @@ class LastScreen(Callback):
                 f"\nuser    {row['question'][:200]}\nbefore  {row['before'][:200]}\nafter   {row['after'][:200]}",
                 flush=True,
             )
+
+    def _ask_base(self, trainer: pl.Trainer, pl_module: SFTModule) -> tuple[list[Reply], list[str]]:
+        asked = {
+            "probes": [asdict(probe) for probe in self.probes],
+            "format": self.document_format,
+            "prompts": [row["prompt_ids"] for row in self._samples(trainer)],
+        }
+        kept = BaseAnswers(trainer.datamodule, pl_module, asked)  # type: ignore[attr-defined]
+        if (found := kept.find()) is not None:
+            return found
+        replies, answers = self._ask(trainer, pl_module)
+        kept.keep(replies, answers)
+        return replies, answers
 
     def _ask(self, trainer: pl.Trainer, pl_module: SFTModule) -> tuple[list[Reply], list[str]]:
         data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]

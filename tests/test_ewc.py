@@ -94,6 +94,25 @@ def test_a_pull_adds_the_weight_times_the_gradient_of_its_loss(kind: type[EWC]) 
     assert 3.0 * (losses[0] - losses[1]) / 2.0 == pytest.approx(gradient.norm().item(), rel=1e-3)
 
 
+def test_a_pull_on_turned_gradients_is_the_same_pull_turned() -> None:
+    base = Transformer(ModelConfig.minimind3(vocab_size=40, hidden_size=H, num_hidden_layers=1))
+    base.initialise(0)
+    base.requires_grad_(False)
+    term, plain = EKFAC(3.0), copy.deepcopy(base).requires_grad_(True)
+    term.start(base, [], half=None)
+    term.read(base, [document(9)])
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        turned = copy.deepcopy(plain)
+        assert torch.equal(term.pull(plain), term.pull_turned(turned))
+        for (name, here), there in zip(plain.named_parameters(), turned.parameters(), strict=True):
+            assert here.grad is not None and there.grad is not None
+            expected = term.bases[name].turned(here.grad) if name in term.bases else here.grad
+            torch.testing.assert_close(there.grad, expected, atol=1e-6, rtol=1e-4)
+    assert len(term.bases) == 8
+
+
 def test_drawn_tokens_follow_the_seed() -> None:
     fishers = [estimated(documents=3, length=9, seed=seed)[0].fisher["lm_head.weight"] for seed in (0, 0, 1)]
     assert torch.equal(fishers[0], fishers[1]) and not torch.equal(fishers[0], fishers[2])
@@ -104,8 +123,8 @@ def test_both_passes_over_the_text_see_the_same_tokens_drawn_once(monkeypatch: p
     base.initialise(0)
     base.requires_grad_(False)
     text = [document(9), document(5)]
-    drawn, multinomial = [], torch.multinomial
-    monkeypatch.setattr(torch, "multinomial", lambda *args, **more: drawn.append(1) or multinomial(*args, **more))
+    drawn, rand = [], torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *args, **more: drawn.append(1) or rand(*args, **more))
     term, anew = EKFAC(), EKFAC()
     term.start(base, [], half=None)
     term.read(base, text)

@@ -97,6 +97,29 @@ def test_every_matrix_has_a_basis_but_no_side_wider_than_the_model() -> None:
                 torch.testing.assert_close(side.t() @ side, torch.eye(size), atol=1e-5, rtol=0)
 
 
+def test_a_basis_is_taken_from_64_tokens_a_channel_and_the_scores_go_on_behind_it() -> None:
+    base, text = random_model(), list(documents(40))
+    enough = -(-64 * H // 39)  # documents of 39 targets
+    assert enough < len(text)
+    of_all, of_enough, of_fewer = (bases_of(Scores(base, text[:count], seed=1)) for count in (None, enough, enough - 1))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(of_all[name].right, of_enough[name].right)  # type: ignore[arg-type]
+    assert not torch.equal(of_all[name].right, of_fewer[name].right)  # type: ignore[arg-type]
+    anew, continued = Scores(base, text, seed=1), Scores(base, text, seed=1)
+    bases_of(continued)
+    assert [float(score) for score, _ in continued] == [float(score) for score, _ in anew]
+
+
+def test_tokens_are_drawn_as_often_as_the_base_expects_them() -> None:
+    scores = Scores(random_model(), [], seed=0)
+    p = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    drawn = scores._draw(p.log().expand(20_000, -1))
+    assert drawn.shape == (20_000, 1)
+    counts = drawn.flatten().bincount(minlength=6) / len(drawn)
+    torch.testing.assert_close(counts, p, atol=0.015, rtol=0)
+    assert counts[[0, 2, 5]].tolist() == [0.0, 0.0, 0.0]
+
+
 def test_in_half_precision_the_basis_is_whole_all_the_same() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         basis = bases_of(Scores(random_model(), documents(3), seed=0))["model.layers.0.self_attn.q_proj.weight"]
@@ -147,6 +170,26 @@ def test_a_step_in_a_basis_is_adamws_step_of_the_turned_matrix() -> None:
     torch.testing.assert_close(steps(rotated, here, gradients), basis.back(expected))
     plain = torch.nn.Parameter(start.clone())
     assert (steps(AdamW([plain], lr=0.1), plain, gradients) - here).abs().max() > 0.05  # the axes do matter to Adam
+
+
+def test_gradients_that_were_turned_already_are_not_turned_again() -> None:
+    basis, gradients, found = Basis(DIAGONAL, QUARTER), some_gradients(4, 2, 2), []
+    for ahead in (False, True):
+        weight = torch.nn.Parameter(torch.ones(2, 2))
+        optimizer = RotatedAdamW([weight], lr=0.1)
+        optimizer.turn({weight: basis})
+        for number, gradient in enumerate(gradients):
+            weight.grad = gradient.clone()
+            if ahead:
+                optimizer.turn_gradients()
+                optimizer.turn_gradients()
+                torch.testing.assert_close(weight.grad, basis.turned(gradient))
+            if number == 1:  # thrown away, as the guard does; the next one comes in the axes again
+                optimizer.zero_grad()
+            else:
+                optimizer.step()
+        found.append(weight.detach())
+    assert torch.equal(*found)
 
 
 def test_on_tensor_cores_only_the_turning_is_less_exact(monkeypatch: pytest.MonkeyPatch) -> None:

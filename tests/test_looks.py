@@ -112,3 +112,24 @@ def test_the_base_is_measured_once_for_the_same_documents(
     for name, other in (("documents", "--data.measure_documents=119"), ("cut", "--data.max_length=40")):
         rows = fit(tmp_path / name, own, *few, other)
         assert rows[0]["val/pretrain/loss"] < first[0]["val/pretrain/loss"] + 0.5, name
+
+
+def test_the_base_is_asked_once_for_the_same_questions(cache: Path, tmp_path: Path) -> None:
+    own, probes = tmp_path / "cache", tmp_path / "probes.jsonl"
+    few = ["--trainer.max_steps=1", "--trainer.max_epochs=1", f"--data.val_path={DATA}/sft_val.jsonl"]
+    probes.write_text((DATA / "probes.jsonl").read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
+
+    def before(name: str, *more: str) -> tuple[list[str], list[str]]:
+        folder = tmp_path / name
+        fit(folder, own, *few, f"--data.probes_path={probes}", *more)
+        asked, answers = (json.loads((folder / f"{file}.json").read_text()) for file in ("probes", "answers"))
+        return [row["before"]["raw"] for row in asked["replies"]], [row["before"] for row in answers]
+
+    first = before("first")
+    (kept,) = own.glob("answers-*.json")
+    found = json.loads(kept.read_text())
+    found["replies"][0]["raw"], found["answers"][0] = "seen", "this too"
+    kept.write_text(json.dumps(found))  # to see that it is taken
+    assert before("second", "--model.learning_rate=1e-9") == (["seen", *first[0][1:]], ["this too", *first[1][1:]])
+    probes.write_text(probes.read_text(encoding="utf-8").replace('"question": "', '"question": "Say: '), "utf-8")
+    assert before("asked otherwise") == first
