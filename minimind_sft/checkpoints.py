@@ -1,7 +1,8 @@
 """Checkpoints that are never half there.
 
 A file is written under a temporary name, forced to disk and then renamed, so whatever `last.ckpt` is, it is whole.
-`best` is the reading with the lowest validation loss after step 0. Where both fall on one step, the state is written
+`best` is the reading with the lowest validation loss after step 0; in a run that resumes under another bound, or from
+an earlier checkpoint, among those whose weights are still there. Where both fall on one step, the state is written
 once and linked. Our own callback instead of Lightning's ModelCheckpoint, which forgets its best score when the folder
 moves and does not know about optimizer steps.
 """
@@ -78,6 +79,13 @@ def _readable(path: Path) -> bool:
     return True
 
 
+def _step_of(path: Path) -> int | None:
+    """The optimizer step that a checkpoint was written after; None where there is none to read."""
+    if not _readable(path):
+        return None
+    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+
+
 def milestone(step: int) -> str:
     """The name of a checkpoint that is kept."""
     return f"step-{step:06d}.ckpt"
@@ -142,6 +150,9 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.stop.listen()
+        if trainer.global_step:
+            lost = {reading.step for reading in self.measure.readings} - {_step_of(self.folder / BEST)}
+            self.measure.lost = trainer.strategy.broadcast(lost)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:

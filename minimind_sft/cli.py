@@ -26,6 +26,7 @@ from minimind_sft.measuring import Measure
 from minimind_sft.messages import plainly
 from minimind_sft.module import SFTModule
 from minimind_sft.predictions import PrintReading, WritePredictions
+from minimind_sft.ranges import check_ranges
 from minimind_sft.records import MetricsFile
 from minimind_sft.rundir import (
     find_checkpoint,
@@ -75,7 +76,9 @@ class SFTCLI(LightningCLI):
     def _set_seed(self) -> None:
         from lightning.pytorch import seed_everything
 
-        seed_everything(self._get(self.config, "data")["seed"], workers=True, verbose=False)
+        seed = self._get(self.config, "data")["seed"]
+        check_ranges("data", seed=seed)
+        seed_everything(seed, workers=True, verbose=False)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(
@@ -97,6 +100,14 @@ class SFTCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint and look at the run directory before anything is loaded."""
         settings = self.config[self.subcommand]
+        trainer = settings["trainer"]
+        check_ranges(
+            "trainer", **{name: trainer[name] for name in ("gradient_clip_val", "accumulate_grad_batches")}
+        )
+        if trainer["gradient_clip_algorithm"] not in (None, "norm", "value"):
+            raise ValueError(
+                f"trainer.gradient_clip_algorithm is {trainer['gradient_clip_algorithm']!r}; choose norm or value"
+            )
         if self._planning:
             return
         self.run_dir = Path(settings["run_dir"])

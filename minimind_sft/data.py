@@ -23,6 +23,7 @@ from minimind_sft.documents import Documents
 from minimind_sft.evaluation import EvaluationBatches, bytes_of_tokens, drawn, prompts
 from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
 from minimind_sft.loading import MicroBatches, Positions, loader
+from minimind_sft.ranges import check_ranges
 from minimind_sft.replay import ReplayStream
 from minimind_sft.replay_chat import ChatFrame
 from minimind_sft.report import rejected
@@ -144,8 +145,15 @@ class SFTDataModule(LightningDataModule):
         self.too_long, self.system_ratio = too_long, system_ratio
         self.max_tokens_per_batch, self.shuffle = max_tokens_per_batch, shuffle
         self.empty_think_ratio, self.document_format = empty_think_ratio, document_format
-        if not replay_ratio >= 0.0:
-            raise ValueError(f"data.replay_ratio is {replay_ratio}; it is replay tokens per chat token, 0 or above")
+        check_ranges(
+            "data",
+            max_bad_ratio=max_bad_ratio,
+            max_overlap=max_overlap,
+            pretrain_mb=pretrain_mb,
+            replay_ratio=replay_ratio,
+            seed=seed,
+            max_length=max_length,
+        )
         for name, number in (("own_documents", own_documents), ("own_chats", own_chats)):
             if number != "auto" and number < 0:
                 raise ValueError(f"data.{name} is {number}; it is a number that the base writes, 0 for none")
@@ -194,7 +202,7 @@ class SFTDataModule(LightningDataModule):
         """What there is in files, and what the base writes itself where there is nothing."""
         assert self.trainer is not None
         fitting, module = self.trainer.state.fn == "fit", self._module
-        wants_text = fitting and (self._replays or module.tokens_to_read > 0)
+        wants_text = fitting and (self._replays or self.reads_text)
         opened = self.stores.open(train=fitting, replay=wants_text and not self.replays_own)
         if module.from_scratch or self.trainer.state.fn == "predict":
             return opened
@@ -251,6 +259,11 @@ class SFTDataModule(LightningDataModule):
         """Whether there is text to replay, and a base whose text it is."""
         module = self._module
         return self.replay_ratio > 0.0 and module.holding.replay_weight > 0.0 and not module.from_scratch
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether text is read before the first step."""
+        return self._module.tokens_to_read > 0
 
     def setup(self, stage: str) -> None:
         """Open the stores and deal their documents; `fit` also plans the windows."""

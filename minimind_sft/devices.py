@@ -18,6 +18,11 @@ def pin_device(device: str, accelerator: str, devices: Any) -> dict[str, Any]:
     if device != "auto" and (devices != "auto" or accelerator != "auto") and not counted:
         raise ValueError(f"device ({device}) and trainer.accelerator/devices are both set; leave one of them out")
     if device == "auto":
+        if accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
+            raise ValueError(
+                f"trainer.accelerator is {accelerator}, and this machine has no GPU that this PyTorch can use; leave "
+                "it out, or set it to cpu"
+            )
         if accelerator == "auto":
             accelerator = "cuda" if torch.cuda.is_available() else "cpu"
         return {"accelerator": accelerator, "devices": 1 if devices == "auto" else devices}

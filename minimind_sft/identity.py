@@ -5,6 +5,7 @@ documents than the base's would make up a forgetting. Documents are known by the
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
@@ -12,6 +13,7 @@ from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
 if TYPE_CHECKING:
     from minimind_sft.data import SFTDataModule
 
+READ = "text to read"
 MEASURED = {
     CHAT: "the validation chats (data.val_path, data.val_fraction)",
     PRETRAIN: "the text that forgetting is measured on (data.heldout_path, data.pretrain_path, data.measure_documents, "
@@ -35,6 +37,7 @@ def of_training(data: SFTDataModule) -> dict[str, Any]:
         "too_long": data.too_long,
         "empty_think_ratio": data.empty_think_ratio,
         "replay": _of_replay(data),
+        READ: _of_text_to_read(data),
         "system_prompts": None if prompts is None else prompts.texts,
         "system_ratio": None if prompts is None else data.system_ratio,
     }
@@ -46,6 +49,11 @@ def _of_replay(data: SFTDataModule) -> str | None:
     pieces = f", in pieces of {data.replay_length}" if data.replay_length else ""
     in_chat = f", {data.replay_in_chat:g} of it in a chat" if data.replay_in_chat else ""
     return f"{data.replay_ratio:g} of {data.plan.replay.documents.fingerprint}{pieces}{in_chat}"
+
+
+def _of_text_to_read(data: SFTDataModule) -> str | None:
+    """What the optimizer's basis, the pull and other terms were read from."""
+    return None if data.spare_text is None or not data.reads_text else data.spare_text.fingerprint
 
 
 def of_measured(data: SFTDataModule) -> dict[str, list[Any]]:
@@ -63,15 +71,27 @@ def check_training(data: SFTDataModule, saved: dict[str, Any]) -> None:
         ValueError: naming every difference.
     """
     now = of_training(data)
-    changed = [f"{name} was {saved.get(name)}, is {value}" for name, value in now.items() if saved.get(name) != value]
+    if None in (now[READ], saved.get(READ)):  # a pull may come or go in mid-run; its text may not change
+        del now[READ]
+    changed = [
+        f"{name} was {_short(saved[name])}, is {_short(value)}"
+        for name, value in now.items()
+        if name in saved and saved[name] != value  # older checkpoints do not tell everything
+    ]
     if changed:
         raise ValueError(
             f"cannot resume: the checkpoint's data differs ({'; '.join(changed)}). `sample` stands for what the files "
             "hold, the caps, data.seed, the tokenizer and what leaves training, such as validation chats; `targets` "
-            "for which of their messages are learned; `supervises` for data.supervise and data.supervise_reasoning; "
+            "for which of their messages are learned; `text to read` for the pretraining text that the optimizer's "
+            "basis and the pull are read from; `supervises` for data.supervise and data.supervise_reasoning; "
             "`window_size` is batch_size x accumulate_grad_batches x ranks. Restore these settings, or start a new run "
             "from the checkpoint with model.weights"
         )
+
+
+def _short(value: Any) -> Any:
+    """A fingerprint by its beginning."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", value) if isinstance(value, str) else value
 
 
 def measured_anew(data: SFTDataModule, saved: dict[str, list[Any]]) -> list[str]:

@@ -58,6 +58,7 @@ class Measure(Callback):
         self.readings: list[Reading] = []
         self.live_start: Reading | None = None  # of step 0, on the documents that are looked at in between
         self.by_live: dict[int, Reading] = {}  # what whole looks after step 0 would have been by those alone, by step
+        self.lost: set[int] = set()  # steps of readings whose weights a run that resumed no longer has
         self.seconds = 0.0  # of the last whole look
         self.base_is_known = False  # whether an earlier run looked at the base
         self.intervals: Intervals
@@ -65,9 +66,10 @@ class Measure(Callback):
     @property
     def best(self) -> Reading | None:
         """The reading with the lowest loss after step 0 within `max_forgetting`, the earliest of equals; where none is
-        within it, the one that forgot least. All are judged by the same documents."""
+        within it, the one that forgot least. All are judged by the same documents; `lost` ones are none."""
         judged = {reading.step: self._judged(reading) for reading in self.readings}
-        scored = [reading for reading in self.readings if reading.step and reading.score is not None]
+        there = [reading for reading in self.readings if reading.step and reading.step not in self.lost]
+        scored = [reading for reading in there if reading.score is not None]
         within = [reading for reading in scored if self.within(reading)]
         if within or not scored:
             return min(within, key=lambda reading: (judged[reading.step].score, reading.step), default=None)

@@ -25,7 +25,7 @@ from minimind_sft import resume
 from minimind_sft.attention import attention_backend, needs_device_cu_seqlens
 from minimind_sft.batching import MicroBatch, pack
 from minimind_sft.evaluation import sources_of
-from minimind_sft.fisher import RotatedAdamW
+from minimind_sft.fisher import Basis, RotatedAdamW
 from minimind_sft.forgetting import PRETRAIN, Meter, Reading
 from minimind_sft.generate import generate
 from minimind_sft.guard import Guard, StepResult
@@ -34,6 +34,7 @@ from minimind_sft.losses import cross_entropy
 from minimind_sft.memory import checkpoint_bytes
 from minimind_sft.model import Transformer
 from minimind_sft.probes import answer_text
+from minimind_sft.ranges import check_ranges
 from minimind_sft.report import later_rows
 from minimind_sft.schedule import learning_rate_at, peak_for
 from minimind_sft.starting import Start
@@ -131,8 +132,15 @@ class SFTModule(LightningModule):
             raise ValueError(f"model.warmup_ratio is {warmup_ratio}; it is a share of the steps, from 0 to below 1")
         if not 0.0 <= min_lr_ratio <= 1.0:
             raise ValueError(f"model.min_lr_ratio is {min_lr_ratio}; it is a share of model.learning_rate, from 0 to 1")
-        if not isinstance(learning_rate, str) and not learning_rate > 0.0:
-            raise ValueError(f"model.learning_rate is {learning_rate}; it must be above 0")
+        check_ranges(
+            "model",
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            l2_sp=l2_sp,
+            rope_theta=rope_theta,
+            rms_norm_eps=rms_norm_eps,
+            max_forgetting=max_forgetting,
+        )
         self.holding = Holding(
             replay_loss=replay_loss,
             replay_weight=replay_weight,
@@ -280,10 +288,13 @@ class SFTModule(LightningModule):
         return self.data.start_step >= self.total_steps
 
     def configure_optimizers(self) -> Optimizer:
-        # frozen ones too, without a gradient, as a checkpoint knows parameters by their place
-        parameters = list(self.model.parameters())
-        # always these two groups, whatever is decayed: a checkpoint knows parameters by their place
-        groups = [[p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]]
+        for name, decay in (("weight_decay", self.weight_decay), ("l2_sp", self.holding.l2_sp)):
+            if decay * self.learning_rate >= 1.0:
+                raise ValueError(
+                    f"model.{name} is {decay:g}, which at a learning rate of {self.learning_rate:g} would take the "
+                    f"whole way in one step, or more; it must stay below {1.0 / self.learning_rate:g}"
+                )
+        groups = [[self.model.get_parameter(name) for name in group] for group in self._groups()]
         decays = self._weight_decays()
         # on a CPU too, in a third of the time of torch's own choice; with a gradient scaler, a fused optimizer
         # unscales by itself and Lightning then refuses to clip
@@ -294,6 +305,18 @@ class SFTModule(LightningModule):
             fused=fused or None,  # None: torch picks among the rest
             tensor_cores=self.device.type == "cuda" and self._half is not None,
         )
+
+    def _groups(self) -> tuple[list[str], list[str]]:
+        """The names of matrices and of norms, always in these two groups, and frozen ones, too, whatever is decayed and
+        trained: a checkpoint knows parameters by their place."""
+        named = list(self.model.named_parameters())
+        return [name for name, weight in named if weight.ndim >= 2], [name for name, weight in named if weight.ndim < 2]
+
+    def bases_of(self, optimizer_state: dict[str, Any]) -> dict[str, Basis]:
+        """The bases in an optimizer's state, by parameter."""
+        places = [name for group in self._groups() for name in group]
+        stored = zip(places, optimizer_state.get("bases", ()), strict=False)
+        return {name: Basis(*sides) for name, sides in stored if sides is not None}
 
     def _weight_decays(self) -> tuple[float, float]:
         """Of matrices, and of norms."""

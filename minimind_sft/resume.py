@@ -60,6 +60,7 @@ def take_over(module: SFTModule, checkpoint: dict[str, Any]) -> None:
         check_training(module.data, ours["plan"])
         check_measured(module.data, measured)
         _check_basis(module, ours.get("fisher_tokens", 0))
+        module.holding.go_on_in(module.bases_of(checkpoint["optimizer_states"][0]))
         plan = module.data.plan
         _tell_differences(module, ours["settings"])
         module.guard.load_state_dict(ours["guard"])

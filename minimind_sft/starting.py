@@ -70,6 +70,11 @@ class Start:
             found = getattr(loaded.config, name)
             if wanted is not None and wanted != found:
                 raise ValueError(f"model.{name} is {wanted}, but {loaded.path} has {found}; leave model.{name} out")
+        if self._num_experts_per_tok is not None and not loaded.config.num_experts:
+            raise ValueError(
+                f"model.num_experts_per_tok is {self._num_experts_per_tok}, but {loaded.path} has no experts; leave it "
+                "out"
+            )
         self.sha256, self.description = loaded.sha256, loaded.describe()
         if self.reset_head:
             self.head = model.lm_head.weight

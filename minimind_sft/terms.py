@@ -266,14 +266,14 @@ class EKFAC(EWC):
     Source: arXiv 1806.03884 (EKFAC); a pull with Kronecker factors, arXiv 1805.07810.
 
     Attributes:
-        bases: by parameter, once `read`.
+        bases: by parameter; taken from the text by `read`, where none were given before.
     """
 
     name = "ekfac"
 
     def read(self, base: Transformer, text: Iterable[MicroBatch]) -> None:
         scores = Scores(base, list(text), self.seed)
-        self.bases = bases_of(scores)
+        self.bases = self.bases or bases_of(scores)
         self._estimate(scores)
 
     def pull_turned(self, model: Transformer) -> Tensor:

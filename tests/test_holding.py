@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import json
 import math
 import re
 import weakref
@@ -523,6 +524,46 @@ def test_a_run_with_replay_resumes_bit_for_bit_and_on_no_other_replay(
     with pytest.raises(AssertionError):
         fit(tmp_path / "refused", cache, REPLAY, "--data.replay_length=20", *schedule, ckpt=str(middle))
     assert "replay was" in capsys.readouterr().err
+
+
+def test_a_run_that_resumes_pulls_in_the_bases_of_its_moments(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(tmp_path / "run", cache, BASIS, PULL, "--trainer.max_steps=2")
+
+    def refuse(_: Any) -> Any:
+        raise AssertionError("read anew")
+
+    monkeypatch.setattr("minimind_sft.terms.bases_of", refuse)
+    fit(tmp_path / "run", cache, BASIS, PULL, "--trainer.max_steps=3", ckpt="last")
+    with pytest.raises(AssertionError):
+        fit(tmp_path / "fresh", cache, BASIS, PULL, "--trainer.max_steps=2")
+
+
+def test_a_run_with_a_pull_and_no_replay_resumes_on_no_other_text(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.jsonl"
+    lines = (PROJECT / "data/pretrain.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    text.write_text("".join(lines[:400]), encoding="utf-8")
+    fit(tmp_path / "run", cache, BASIS, PULL, "--trainer.max_steps=2")
+    with pytest.raises(AssertionError):
+        fit(tmp_path / "run", cache, BASIS, PULL, f"--data.pretrain_path={text}", "--trainer.max_steps=3", ckpt="last")
+    said = capsys.readouterr().err
+    assert "text to read was " in said and "`text to read` for the pretraining text" in said
+
+
+def test_the_best_of_a_run_that_goes_on_under_another_bound_is_one_whose_weights_are_there(
+    cache: Path, tmp_path: Path
+) -> None:
+    run, chats = tmp_path / "run", f"--data.val_path={PROJECT}/data/sft_val.jsonl"
+    rows = fit(run, cache, chats, "--val_every_steps=4", "--trainer.max_steps=8")
+    forgotten = {int(row["step"]): float(row["val/forgetting"]) for row in rows if row["val/forgetting"]}
+    best = run / "checkpoints" / "best.ckpt"
+    assert forgotten[4] < forgotten[8] and torch.load(best, weights_only=True)["global_step"] == 8
+    fit(run, cache, chats, "--val_every_steps=4", "--trainer.max_steps=9", "--model.max_forgetting=0", ckpt="last")
+    told = json.loads((run / "forgetting.json").read_text(encoding="utf-8"))["best"]["step"]
+    assert told in (8, 9) and torch.load(best, weights_only=True)["global_step"] == told
 
 
 def test_where_nothing_is_left_to_train_no_text_is_read(

@@ -53,6 +53,8 @@ def test_the_best_reading_is_judged_by_the_documents_that_all_were_read_on() -> 
     assert measure.best == Reading(8, 3.1, 2.2)  # told as it was on everything
     measure.max_forgetting = 0.15
     assert measure.best.step == 4
+    measure.lost = {4}  # of a run that goes on without its weights
+    assert measure.best.step == 8
 
 
 # ---- through `fit`
