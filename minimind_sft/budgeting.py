@@ -208,6 +208,7 @@ def _findings(trials: Sequence[Trial], max_forgetting: float, pretrain_bytes: in
         "trials": [trial._asdict() for trial in trials],
         "max_forgetting": max_forgetting,
         "chosen_mb": chosen and chosen.cap,
+        "taken_mb": chosen and chosen.mb,
         "power_law": law and law._asdict(),
         "no_power_law": why_not,
         "predicted_mb": law and law.reaches(max_forgetting),
@@ -235,6 +236,10 @@ def _told(found: dict[str, Any]) -> str:
     """The choice, the law and the rules of thumb, one line each."""
     law, predicted, bound = found["power_law"], found["predicted_mb"], found["max_forgetting"]
     chosen = "none of these caps" if found["chosen_mb"] is None else f"{found['chosen_mb']:g} MB"
+    if found["chosen_mb"] is not None and found["taken_mb"] < 0.99 * found["chosen_mb"]:
+        chosen += f", which takes all {found['taken_mb']:.3g} MB that there are"
+    if all(trial["forgetting"] is None for trial in found["trials"]):
+        chosen = "unknown: forgetting was not measured (set data.heldout_path or data.pretrain_path)"
     rows = [(f"largest cap within {bound:g} nats", chosen)]
     if law is None:
         rows.append(("power law", f"none of forgetting by MB: {found['no_power_law']}"))

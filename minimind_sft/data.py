@@ -76,7 +76,8 @@ class SFTDataModule(LightningDataModule):
         max_bad_ratio: refuse to start when more than this share of the lines cannot be used.
         max_overlap: refuse held-out documents that share more than this share of their 50-character shingles with the
             training chats.
-        measure_documents: documents of pretraining text to measure on, chosen by content hash.
+        measure_documents: documents of pretraining text to measure on, chosen by content hash; where it is replayed as
+            well, no more than half of them.
         own_documents: without `pretrain_path` and `heldout_path`, measure forgetting on this many documents that the
             base writes itself first; 0 for no such measuring.
         own_chats: measure the forgetting of this many chats that the base writes itself, too; auto for 64 where it is a
@@ -191,6 +192,7 @@ class SFTDataModule(LightningDataModule):
             cache_dir=cache_dir,
             workers=workers,
         )
+        self.stores.replays = replay_ratio > 0 and not self.replays_own
         self.template, self.probes = self.stores.template, self.stores.probes
         self.start_step = 0  # optimizer steps done before this process started; set on resume
 

@@ -5,7 +5,6 @@ documents than the base's would make up a forgetting. Documents are known by the
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
@@ -13,7 +12,7 @@ from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
 if TYPE_CHECKING:
     from minimind_sft.data import SFTDataModule
 
-READ = "text to read"
+READ, FILES = "text to read", "files"  # the latter are told, not compared: they may move
 MEASURED = {
     CHAT: "the validation chats (data.val_path, data.val_fraction)",
     PRETRAIN: "the text that forgetting is measured on (data.heldout_path, data.pretrain_path, data.measure_documents, "
@@ -28,6 +27,7 @@ def of_training(data: SFTDataModule) -> dict[str, Any]:
     return {
         "documents": len(documents),
         "sample": documents.fingerprint,
+        FILES: documents.store.meta["files"],
         "targets": data.plan.most_targets,
         "supervises": data.stores.supervises,
         "window_size": data.plan.window_size,
@@ -74,9 +74,9 @@ def check_training(data: SFTDataModule, saved: dict[str, Any]) -> None:
     if None in (now[READ], saved.get(READ)):  # a pull may come or go in mid-run; its text may not change
         del now[READ]
     changed = [
-        f"{name} was {_short(saved[name])}, is {_short(value)}"
+        f"{name} was {_told(name, saved)}, is {_told(name, now)}"
         for name, value in now.items()
-        if name in saved and saved[name] != value  # older checkpoints do not tell everything
+        if name != FILES and name in saved and saved[name] != value  # older checkpoints do not tell everything
     ]
     if changed:
         raise ValueError(
@@ -89,9 +89,10 @@ def check_training(data: SFTDataModule, saved: dict[str, Any]) -> None:
         )
 
 
-def _short(value: Any) -> Any:
-    """A fingerprint by its beginning."""
-    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", value) if isinstance(value, str) else value
+def _told(name: str, plan: dict[str, Any]) -> str:
+    """A value of a plan; of a sample, the files as well."""
+    files = f" of {', '.join(plan[FILES])}" if name == "sample" and plan.get(FILES) else ""
+    return f"{plan[name]}{files}"
 
 
 def measured_anew(data: SFTDataModule, saved: dict[str, list[Any]]) -> list[str]:

@@ -107,9 +107,10 @@ def _not_utf8(source: Source, data: bytes, *, lines_before: int) -> ValueError:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = lines_before + line_breaks(np.frombuffer(data[: error.start], dtype=np.uint8))[0].size + 1
+        encoding = "UTF-16" if lines_before == 0 and data.startswith((b"\xff\xfe", b"\xfe\xff")) else "GB18030"
         return ValueError(
             f"{source.path}, {source.unit} {line}: byte 0x{data[error.start]:02x} is not valid UTF-8 ({error.reason}). "
-            f"Convert the file (`iconv -f GB18030 -t UTF-8`, say; `-c` drops what cannot be) or remove the line"
+            f"Convert the file (`iconv -f {encoding} -t UTF-8`, say; `-c` drops what cannot be) or remove the line"
         )
     raise AssertionError("is_utf8 refused what Python accepts")
 

@@ -31,6 +31,7 @@ CHUNK = 1 << 20  # bytes read at a time: a quarter of it costs a fifth more time
 BUFFER = CHUNK + 3  # and what is left of the piece before: at most three bytes of a code point
 JSON = (".json", ".json.gz", ".json.zst")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", *JSON, ".parquet")  # what a folder is searched for
+TABLES = (".csv", ".tsv", ".xlsx", ".xls")  # not read, and never lines of JSON
 UNITS = {"array": "element", "parquet": "row"}
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -40,9 +41,10 @@ def expand(paths: str | Path | Sequence[str | Path]) -> list[Path]:
 
     A glob's and a folder's files come sorted by name. Of a folder these are ``*.jsonl`` and ``*.json``, plain, ``.gz``
     or ``.zst``, and ``*.parquet``, but no ``.json`` that is one object: it describes the others, as a manifest does.
+    Folders below it are not searched, and refused where there is something in them.
 
     Raises:
-        ValueError: where a value names no file, or an empty one.
+        ValueError: where a value names no file, an empty one, one of a kind that is not read, or a folder of folders.
     """
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not given:
@@ -52,6 +54,11 @@ def expand(paths: str | Path | Sequence[str | Path]) -> list[Path]:
         if file.is_file() and file.stat().st_size == 0:
             raise ValueError(
                 f"{file} is empty (0 bytes): was its download or export cut off? Make it again or leave it out"
+            )
+        if file.suffix.lower() in TABLES:
+            raise ValueError(
+                f"{file} is a {file.suffix} file; what is read are JSON lines, .json arrays and .parquet: export it as "
+                "one of these (pandas: read_csv(...).to_json(..., orient='records', lines=True))"
             )
     return files
 
@@ -63,6 +70,12 @@ def _expand_one(value: str | Path) -> list[Path]:
     if path.is_dir():
         found = sorted(entry for entry in path.iterdir() if entry.name.endswith(SUFFIXES) and entry.is_file())
         found = [entry for entry in found if Source.of(entry).layout != "object"]
+        for deeper in sorted(path.glob("[!.]*/**/*")):
+            if deeper.name.endswith(SUFFIXES) and not deeper.name.endswith(JSON) and deeper.is_file():
+                raise ValueError(
+                    f"{path} has more in folders below it, such as {deeper}, which its name does not take in: name "
+                    f"'{path}/**/*.jsonl' for all of them, or a list of folders and files"
+                )
         if not found:
             raise ValueError(
                 f"{path} is a folder without {', '.join('*' + suffix for suffix in SUFFIXES)}: name the file"

@@ -8,7 +8,7 @@ what is looked at is what is trained on. Who gets which document is `dealing.py`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +48,7 @@ class Stores:
         template: tokenizer and chat template.
         cache: the folder of all stores.
         probes: the file of fact probes, or None.
+        replays: whether `pretrain_path` is to be replayed, so that not all of it may be measured on.
 
     Raises:
         ValueError: with the setting, file, line, value and remedy.
@@ -91,6 +92,7 @@ class Stores:
         self.seed, self.max_bad_ratio, self.max_overlap = seed, max_bad_ratio, max_overlap
         self.measure_documents, self.replay_documents = measure_documents, replay_documents
         self.format, self.document_format, self.workers = format, document_format, workers
+        self.replays = False
         self.cache = Path(cache_dir) if cache_dir else default_cache()
         self.files = Files(self.cache)
         self.probes = self.files.expand(probes_path, "data.probes_path")[0] if probes_path else None
@@ -235,7 +237,10 @@ class Stores:
 
         def make(folder: Path) -> None:
             with track(f"tokenizing data.{name}") as progress:
-                chosen = choose_by_hash(read_lines(files), self.measure_documents)
+                if self.heldout_path:
+                    chosen = choose_by_hash(read_lines(files), self.measure_documents)
+                else:
+                    chosen = self._measured_and_replayed(read_lines(files))[0]
                 unseen = without(chosen, read_lines(known))
                 note = {"in_pretrain": len(chosen) - len(unseen)}
                 if not unseen:
@@ -246,6 +251,7 @@ class Stores:
                 corpus.build(folder, unseen, progress=progress, note=lambda _: note, **self._tokenization)
 
         key = self._key("measure", files, documents=self.measure_documents, known=self._hashes(known))
+        key |= self._halving
         return self._checked(corpus.open_or_build(self.cache, key, make), f"data.{name}")
 
     def _replay_store(self) -> Store:
@@ -257,24 +263,40 @@ class Stores:
             )
         files = self.files.expand(self.pretrain_path, "data.pretrain_path")
         held_out = self.files.expand(self.heldout_path, "data.heldout_path") if self.heldout_path else []
-        measured = 0 if held_out else self.measure_documents  # of the same text: those with the smallest hashes
 
         def make(folder: Path) -> None:
             with track("tokenizing the text to replay") as progress:
-                chosen = choose_by_hash(read_lines(files), measured + self.replay_documents)[measured:]
+                if held_out:
+                    chosen = choose_by_hash(read_lines(files), self.replay_documents)
+                else:
+                    chosen = self._measured_and_replayed(read_lines(files))[1]
                 corpus.build(folder, without(chosen, read_lines(held_out)), progress=progress, **self._tokenization)
 
+        measured = 0 if held_out else self.measure_documents
         key = self._key(
             "replay", files, documents=self.replay_documents, measured=measured, held_out=self._hashes(held_out)
         )
+        key |= self._halving
         store = corpus.open_or_build(self.cache, key, make)
         if not len(store):
             raise ValueError(
-                f"there is no text to replay: all of data.pretrain_path is measured on (data.measure_documents "
-                f"{self.measure_documents}). Give more text, measure on less, set data.replay_source to self to let "
-                f"the base write it, or {NO_TEXT}"
+                "there is no text to replay or to read: data.pretrain_path has no document that is not measured on. "
+                f"Give more text, set data.replay_source to self to let the base write it, or {NO_TEXT}"
             )
         return self._checked(store, "data.pretrain_path")
+
+    def _measured_and_replayed(self, lines: Iterable[Line]) -> tuple[list[Line], list[Line]]:
+        """Of one text: what is measured on, those with the smallest hashes, and what is replayed."""
+        chosen = choose_by_hash(lines, self.measure_documents + max(self.measure_documents, self.replay_documents))
+        measured = self.measure_documents
+        if self._halving:
+            measured = min(measured, (len(chosen) + 1) // 2)
+        return chosen[:measured], chosen[measured : measured + self.replay_documents]
+
+    @property
+    def _halving(self) -> dict[str, bool]:
+        """Whether no more than a half of the pretraining text may be measured on, for a store's key."""
+        return {"halves": True} if self.replays and self.heldout_path is None else {}
 
     @property
     def _tokenization(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import json
 import re
 from typing import Any, NoReturn
 
+BYTE_ORDER_MARK = "\ufeff"
 _MAX_DEPTH = 100
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -31,7 +32,7 @@ class Rejected(Exception):
 
 
 def load(text: str) -> Any:
-    """Parse a JSON text.
+    """Parse a JSON text; a byte order mark before it, which some editors put in front of a file, is no part of it.
 
     Raises:
         Rejected: `empty`, `not_json`, `duplicate_key`, `not_a_number`, `lone_surrogate` or `too_deep`.
@@ -41,7 +42,7 @@ def load(text: str) -> Any:
     if not text.isascii() and (found := _SURROGATE.search(text)):
         raise Rejected("lone_surrogate", f"the line holds {found[0]!r}, which UTF-8 cannot hold; re-encode the file")
     try:
-        row = _DECODER.decode(text)
+        row = _DECODER.decode(text.removeprefix(BYTE_ORDER_MARK))
     except RecursionError:
         raise Rejected("too_deep", f"the JSON is nested over {_MAX_DEPTH} levels deep; flatten it") from None
     except ValueError as error:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minimind_sft.batching import MicroBatch, pack
+from minimind_sft.dealing import IN_VALIDATION
 from minimind_sft.documents import NO_PROMPT, NOTHING_TO_LEARN, Documents
 from minimind_sft.replay import ReplayStream
 from minimind_sft.report import rejected
@@ -137,6 +138,9 @@ class Plan:
             if documents.rejected.get(NOTHING_TO_LEARN):
                 said += f"; none has a supervised token within data.max_length {documents.max_length}: raise it, or "
                 said += "set data.too_long to truncate_left or truncate_turns"
+            if documents.rejected.get(IN_VALIDATION):
+                said += "; a chat that is validated on is not trained on: give data.val_path other chats, or set it to "
+                said += "null and data.val_fraction to 0.05"
             raise ValueError(said)
         if batch_size < 1:
             raise ValueError(f"data.batch_size is {batch_size}; it counts conversations and must be at least 1")

@@ -351,6 +351,31 @@ def test_paths_expand_in_order(tmp_path, monkeypatch):
     assert expand("notes.txt") == [Path("notes.txt")]
 
 
+def test_a_folder_is_refused_where_folders_below_it_hold_more(tmp_path):
+    top, below = write(tmp_path / "a.jsonl", "x"), tmp_path / "more" / "still"
+    below.mkdir(parents=True)
+    (tmp_path / ".git").mkdir()
+    write(below / "tokenizer.json", "{}")
+    write(tmp_path / ".git" / "b.jsonl", "x")
+    assert expand(tmp_path) == [top]
+    deep = write(below / "b.jsonl", "x")
+    with pytest.raises(ValueError, match=r"more in folders below it, such as .*b\.jsonl.* name '.*/\*\*/\*\.jsonl'"):
+        expand(tmp_path)
+    assert expand(f"{tmp_path}/**/*.jsonl") == [top, deep]
+
+
+def test_a_table_of_a_spreadsheet_is_no_file_of_lines(tmp_path):
+    with pytest.raises(ValueError, match=r"chats\.csv is a \.csv file; what is read are JSON lines.*to_json"):
+        expand(write(tmp_path / "chats.csv", "question,answer\n"))
+
+
+def test_utf16_is_told_from_other_bytes(tmp_path):
+    for encoding, name in (("utf-16", "UTF-16"), ("gb18030", "GB18030")):
+        path = write(tmp_path / "in.jsonl", '{"text": "你好"}\n'.encode(encoding))
+        with pytest.raises(ValueError, match=f"line 1: byte .*`iconv -f {name} -t UTF-8`"):
+            list(read_lines([path]))
+
+
 def test_a_name_with_glob_characters_is_a_file_first(tmp_path):
     path = write(tmp_path / "chats [v1].jsonl", "x")
     assert expand(str(path)) == [path]

@@ -20,6 +20,7 @@ from minimind_sft.dealing import Dealt, content_hash
 from minimind_sft.documents import TOO_LONG, Documents
 from minimind_sft.sampling import Line, rebuild
 from minimind_sft.stores import Stores
+from minimind_sft.windows import Plan
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -68,6 +69,42 @@ def dealt(settings: dict[str, Any], **more: Any) -> Dealt:
 def lines_of(documents: Documents | None) -> list[int]:
     assert documents is not None
     return np.asarray(documents.store.line_numbers)[documents.index].tolist()
+
+
+def test_a_byte_order_mark_before_a_chat_is_no_part_of_it(settings: dict[str, Any], tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", "\ufeff" + chat("a"), chat("b"), "\ufeff" + chat("a"))  # files laid end to end
+    found = dealt(settings, train_path=path)
+    assert lines_of(found.train) == [1, 2] and found.rejected == {"duplicate": 1}
+
+
+def test_where_everything_is_validated_on_the_error_says_so(settings: dict[str, Any], tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", chat("a"), chat("b"))
+    found = dealt(settings, train_path=path, val_path=path)
+    assert found.train is not None
+    with pytest.raises(ValueError, match=r"no document is left .*give data\.val_path other chats, or .*val_fraction"):
+        Plan(found.train, batch_size=2)
+
+
+@pytest.mark.parametrize(("count", "measured", "replayed"), [(7, 4, 3), (20, 5, 12), (1, 1, 0)])
+def test_little_text_is_halved_where_it_is_both_measured_on_and_replayed(
+    settings: dict[str, Any], tmp_path: Path, count: int, measured: int, replayed: int
+) -> None:
+    words = write(tmp_path / "t.jsonl", *(text(f"text {number}") for number in range(count)))
+    settings |= {"train_path": write(tmp_path / "c.jsonl", chat("a")), "pretrain_path": words}
+    made = stores(settings, measure_documents=5, replay_documents=12)
+    made.replays = True
+    if not replayed:
+        with pytest.raises(ValueError, match="no text to replay or to read: data.pretrain_path has no document"):
+            made.open(train=True, replay=True)
+        return
+    opened = made.open(train=True, replay=True)
+    assert opened.measured is not None and opened.replay is not None
+    assert (len(opened.measured), len(opened.replay)) == (measured, replayed)
+    both = [set(np.asarray(store.line_numbers).tolist()) for store in (opened.measured, opened.replay)]
+    assert not both[0] & both[1]
+    made.replays = False  # all of it is free to be measured on
+    whole = made.open(train=True).measured
+    assert whole is not None and len(whole) == min(5, count)
 
 
 def test_a_repeated_chat_is_trained_once_and_names_the_first(settings: dict[str, Any], tmp_path: Path) -> None:
