@@ -28,6 +28,7 @@ from minimind_sft.pairs import Pair, find_tokenizer, open_pair
 from minimind_sft.probes import load_probes
 from minimind_sft.report import (
     chats_for_text,
+    likely_not_its_tokenizer,
     likely_not_pretrained,
     likely_swapped,
     no_more_output,
@@ -131,7 +132,7 @@ def compare(
         seed=seed,
     )
     result: Section = {**pair.about, "seed": seed, "max_length": max_length, "document_format": document_format}
-    given = [make_stores(heldout_path=heldout_path)] if heldout_path else []
+    given = [make_stores(heldout_path=heldout_path, pretrain_path=pretrain_path)] if heldout_path else []
     given += [make_stores(pretrain_path=pretrain_path)] if pretrain_path else []
     texts: dict[str, tuple[Store | None, Iterator[Line] | None]] = {
         str(of.text): (of.open(train=False).measured, None) for of in given
@@ -210,6 +211,8 @@ def _notes(result: Section, vocab_size: int) -> list[str]:
             notes.append(f"--val_path: {told}; what is called the chats' loss is not that of chatting")
         elif told := likely_swapped(chats["before"], chats["after"]):
             notes.append(told)
+        if told := likely_not_its_tokenizer(chats["before"], vocab_size):
+            notes.append(f"the base's loss of {chats['before']:.2f} nats on the chats is {told} (--tokenizer)")
     if "judged" not in result:
         return [*notes, "no text was given, so forgetting was not judged"]
     text = result["text"][result["judged"]]

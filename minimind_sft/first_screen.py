@@ -132,7 +132,9 @@ class FirstScreen(Callback):
             print("from scratch: there is no base, so no baseline, no forgetting and nothing to hold on to", flush=True)
         rows = []
         if reading.chat_loss is not None:
-            rows.append(("chats now", f"{reading.chat_loss:.4f} nats per token"))
+            doubt = report.likely_not_its_tokenizer(reading.chat_loss, pl_module.model.config.vocab_size)
+            doubt = f": {doubt} (data.tokenizer)" if doubt and not pl_module.from_scratch else ""
+            rows.append(("chats now", f"{reading.chat_loss:.4f} nats per token{doubt}"))
         if reading.pretrain_loss is not None:
             rows.append(("text now", _text_line(reading.pretrain_loss, reading.chat_loss, pl_module, data)))
         elif not pl_module.from_scratch:

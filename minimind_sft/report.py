@@ -248,6 +248,11 @@ def likely_swapped(before: float, after: float) -> str | None:
     return "TUNED is worse at the chats than BASE: are the two in this order?" if after > before else None
 
 
+def likely_not_its_tokenizer(loss: float, vocab_size: int) -> str | None:
+    """What to say of a base that is worse at chats than guessing: chats are new to it, but of words that it knows."""
+    return "worse than guessing: is that tokenizer the base's own?" if loss >= math.log(vocab_size) else None
+
+
 def likely_not_pretrained(loss: float, vocab_size: int) -> bool:
     """A base no better than guessing among all tokens has learned nothing."""
     return loss >= math.log(vocab_size)

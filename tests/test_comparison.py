@@ -238,6 +238,32 @@ def test_heads_that_tensors_do_not_tell_can_be_given(material: dict[str, Path], 
     assert any("no better than guessing" in note for note in notes) and not any("are chats" in note for note in notes)
 
 
+def test_chats_in_the_tokens_of_another_tokenizer_are_told(material: dict[str, Path], tmp_path: Path) -> None:
+    model, _ = load_model(BASE)
+    with torch.no_grad():
+        table = model.model.embed_tokens.weight
+        table.copy_(table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))])
+    export_minimind(model, tmp_path / "permuted.pth")
+    for base, doubted in ((tmp_path / "permuted.pth", True), (BASE, False)):
+        compare(material, tmp_path, base, base, "--own_documents=0", "--prompts=1", data="chats")
+        notes = read(tmp_path)["notes"]
+        assert any("is worse than guessing: is that tokenizer the base's own?" in note for note in notes) is doubted
+
+
+def test_held_out_text_that_the_base_has_seen_is_not_measured_as_unseen(
+    material: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = tmp_path / "seen.jsonl"
+    lines = material["heldout"].read_text(encoding="utf-8").splitlines(keepends=True)
+    seen.write_text("".join(lines[:5]), encoding="utf-8")
+    compare(material, tmp_path, BASE, material["tuned"], f"--pretrain_path={seen}")
+    text = read(tmp_path)["text"]
+    assert {name: found["documents"] for name, found in text.items()} == {"unseen": len(lines) - 5, "seen": 5}
+    seen.write_text("".join(lines), encoding="utf-8")
+    assert compare(material, tmp_path / "none", BASE, material["tuned"], f"--pretrain_path={seen}") == 2
+    assert "--heldout_path: every document also stands in --pretrain_path" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("base", "tuned", "more", "told"),
     [
