@@ -185,7 +185,7 @@ class SFTCLI(LightningCLI):
         if self.subcommand == "predict":
             return [WritePredictions(self.run_dir / "predictions.jsonl")]
         if self.subcommand == "validate":
-            return [PrintReading()]
+            return [PrintReading(settings["ckpt_path"], settings["model"]["weights"])]
         self.model.guard = Guard(
             folder=self.run_dir if is_rank_zero() else None,
             on_nonfinite=settings["on_nonfinite"],

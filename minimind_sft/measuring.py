@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from minimind_sft.baselines import Baseline, Baselines
 from minimind_sft.batching import MicroBatch
-from minimind_sft.forgetting import Reading
+from minimind_sft.forgetting import PRETRAIN, Reading
 from minimind_sft.intervals import Intervals
 
 if TYPE_CHECKING:
@@ -95,6 +95,21 @@ class Measure(Callback):
         return sum(reading.step > best.step for reading in self.readings) >= self.patience
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Take the intervals that follow from the data.
+
+        Raises:
+            ValueError: a bound or a patience, and nothing measured that they could go by.
+        """
+        measured = trainer.datamodule.evaluation  # type: ignore[attr-defined]
+        if self.max_forgetting is not None and PRETRAIN not in measured:
+            raise ValueError(
+                f"model.max_forgetting is {self.max_forgetting:g}, but no text is measured on; set data.heldout_path, "
+                "data.pretrain_path or data.own_documents, or model.max_forgetting to null"
+            )
+        if self.patience is not None and not measured:
+            raise ValueError(
+                f"patience is {self.patience}, but nothing is measured on; set data.val_path, or patience to null"
+            )
         self.intervals = Intervals.resolve(
             trainer.datamodule,  # type: ignore[attr-defined]
             total_steps=pl_module.total_steps,

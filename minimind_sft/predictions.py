@@ -15,11 +15,20 @@ from minimind_sft.report import aligned
 
 
 class PrintReading(Callback):
-    """One line per measure, by the names that `fit` logs."""
+    """What is measured, and one line per measure, by the names that `fit` logs.
+
+    Args:
+        measured: the checkpoint; None for the weights that the settings name.
+        weights: of the settings.
+    """
+
+    def __init__(self, measured: str | None, weights: str) -> None:
+        self._told = measured or f"{weights} (model.weights, as no --ckpt_path is given)"
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            rows = [(name, f"{value.item():.6f}") for name, value in trainer.callback_metrics.items()]
+            rows = [("measured", self._told)]
+            rows += [(name, f"{value.item():.6f}") for name, value in trainer.callback_metrics.items()]
             print(aligned(rows), flush=True)
 
 

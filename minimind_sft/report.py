@@ -249,8 +249,8 @@ def likely_swapped(before: float, after: float) -> str | None:
 
 
 def likely_not_its_tokenizer(loss: float, vocab_size: int) -> str | None:
-    """What to say of a base that is worse at chats than guessing: chats are new to it, but of words that it knows."""
-    return "worse than guessing: is that tokenizer the base's own?" if loss >= math.log(vocab_size) else None
+    """What to say of a base that is far worse at chats than guessing: they may be new to it, but not their tokens."""
+    return "far worse than guessing: is that tokenizer the base's own?" if loss >= math.log(vocab_size) + 1.0 else None
 
 
 def likely_not_pretrained(loss: float, vocab_size: int) -> bool:

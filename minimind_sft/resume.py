@@ -45,7 +45,7 @@ def take_over(module: SFTModule, checkpoint: dict[str, Any]) -> None:
         ValueError: a checkpoint of another base, of another model, of other data, or not one of ours.
     """
     ours = checkpoint.get("minimind_sft")
-    if ours is None:
+    if ours is None:  # of other code with Lightning
         raise ValueError("the checkpoint was not written by minimind_sft; pass it as model.weights to start from it")
     if ours["base_sha256"] != module.start.sha256:
         raise ValueError(

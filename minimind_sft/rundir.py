@@ -51,7 +51,13 @@ def find_checkpoint(asked: str | None, run_dir: Path, verb: str) -> str | None:
     if not path.is_file():
         there = ", ".join(sorted(str(p) for p in folder.glob("*.ckpt"))) or "none"
         start = "; leave --ckpt_path out, or use auto, to start afresh" if verb == "fit" else ""
-        raise ValueError(f"--ckpt_path {asked}: there is no {path} (checkpoints of this run: {there}){start}")
+        what = f"{path} is a folder; name a file" if path.is_dir() else f"there is no {path}"
+        raise ValueError(f"--ckpt_path {asked}: {what} (checkpoints of this run: {there}){start}")
+    if path.suffix != ".ckpt":
+        raise ValueError(
+            f"--ckpt_path {asked}: {path.name} is no checkpoint (.ckpt) of a run; weights alone are given as "
+            "model.weights"
+        )
     return str(path)
 
 

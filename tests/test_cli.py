@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -203,7 +204,9 @@ def test_validate_and_predict_read_a_checkpoint(
     after = json.loads((tmp_path / "run" / "forgetting.json").read_text())["after"]
     capsys.readouterr()
     assert run("validate", settings, "--ckpt_path=last") == 0
-    assert f"{after['chat_loss']:.4f}"[:5] in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{after['chat_loss']:.4f}"[:5] in said
+    assert re.search(r"^ *measured +\S*run/checkpoints/last\.ckpt$", said, re.MULTILINE)
     assert run("predict", settings, "--ckpt_path=best") == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 12
@@ -268,7 +271,21 @@ def test_a_missing_checkpoint_is_an_error_for_last_and_a_fresh_start_for_auto(
     settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "there is no" in refused(capsys, "fit", settings, "--ckpt_path=last")
+    folder, weights = PROJECT / "data", PROJECT / "data" / "base.pth"
+    assert f"{folder} is a folder; name a file" in refused(capsys, "validate", settings, f"--ckpt_path={folder}")
+    said = refused(capsys, "validate", settings, f"--ckpt_path={weights}")
+    assert "base.pth is no checkpoint (.ckpt) of a run; weights alone are given as model.weights" in said
     assert run("fit", settings, "--ckpt_path=auto") == 0
+
+
+def test_a_bound_or_a_patience_needs_something_to_go_by(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings |= {"data.heldout_path": "null", "data.own_documents": 0}
+    said = refused(capsys, "fit", settings, "--model.max_forgetting=0.02")
+    assert "model.max_forgetting is 0.02, but no text is measured on; set data.heldout_path" in said
+    said = refused(capsys, "fit", settings, "--data.val_path=null", "--data.own_chats=0", "--patience=2")
+    assert "patience is 2, but nothing is measured on" in said
 
 
 def test_a_resumed_run_refuses_other_data(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -247,7 +247,7 @@ def test_chats_in_the_tokens_of_another_tokenizer_are_told(material: dict[str, P
     for base, doubted in ((tmp_path / "permuted.pth", True), (BASE, False)):
         compare(material, tmp_path, base, base, "--own_documents=0", "--prompts=1", data="chats")
         notes = read(tmp_path)["notes"]
-        assert any("is worse than guessing: is that tokenizer the base's own?" in note for note in notes) is doubted
+        assert any("is far worse than guessing: is that tokenizer the base's own?" in note for note in notes) is doubted
 
 
 def test_held_out_text_that_the_base_has_seen_is_not_measured_as_unseen(
