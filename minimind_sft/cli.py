@@ -188,6 +188,7 @@ class SFTCLI(LightningCLI):
             return [PrintReading(settings["ckpt_path"], settings["model"]["weights"])]
         self.model.guard = Guard(
             folder=self.run_dir if is_rank_zero() else None,
+            speaks=is_rank_zero(),
             on_nonfinite=settings["on_nonfinite"],
             spike_ratio=settings["spike_ratio"],
         )

@@ -12,11 +12,10 @@ tight limit on few documents should not fail by chance alone.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from minimind_sft import comparison_plots, measures
 from minimind_sft.comparison_options import EXCEEDED, MAX_FORGETTING, errors_name_options, parser
@@ -38,6 +37,7 @@ from minimind_sft.report import (
 from minimind_sft.retained import LossLog, load_log, retained
 from minimind_sft.sampling import Line, read_lines
 from minimind_sft.stores import SELF_WRITTEN, Stores
+from minimind_sft.strict_json import finite
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,11 +58,11 @@ def main(argv: Sequence[str]) -> int:
     with errors_name_options():
         result, documents = compare(**options)
     result["command"] = ["compare", *argv]
-    write_whole(out / "compare.json", json.dumps(_finite(result), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    write_whole(out / "compare.json", json.dumps(finite(result), ensure_ascii=False, indent=1) + "\n")
     (out / "documents.jsonl").unlink(missing_ok=True)
     if documents:
         write_whole(
-            out / "documents.jsonl", "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in documents)
+            out / "documents.jsonl", "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in documents)
         )
     pictures = comparison_plots.draw(result, documents, out)
     files = ["compare.json", *(["documents.jsonl"] if documents else []), *pictures]
@@ -247,12 +247,3 @@ def _say(text: str) -> None:
         print(printable(text), flush=True)
     except BrokenPipeError:
         no_more_output()
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

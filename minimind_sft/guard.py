@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from minimind_sft.strict_json import finite
+
 NAMED = 8  # documents spelled out in a message; all of them are in the file
 WARM = 20  # steps before a jump can be told from the start of training
 MAX_OVERFLOWS = 24  # in a row; a gradient scaler that begins at 2^16 is at 1 after 16
@@ -34,6 +36,7 @@ class Guard:
 
     Args:
         folder: where the documents of bad steps are written; None for nowhere.
+        speaks: whether it says what it saw: of several processes, one is enough.
         on_nonfinite: `stop`, or `skip` the step.
         max_skipped: steps skipped in a row after which the run stops all the same.
         spike_ratio: note a loss above this multiple of its running mean; None for never.
@@ -46,11 +49,12 @@ class Guard:
         on_nonfinite: Literal["stop", "skip"] = "stop",
         max_skipped: int = 10,
         spike_ratio: float | None = None,
+        speaks: bool = True,
     ) -> None:
         if spike_ratio is not None and not spike_ratio > 1.0:
             raise ValueError(f"spike_ratio is {spike_ratio}; it is a multiple of the running mean and must be above 1")
         self.folder, self.on_nonfinite, self.max_skipped = folder, on_nonfinite, max_skipped
-        self.spike_ratio = spike_ratio
+        self.spike_ratio, self.speaks = spike_ratio, speaks
         self.skipped = 0  # in a row
         self.overflows = 0  # in a row: steps that the gradient scaler leaves out
         self._mean, self._seen = 0.0, 0
@@ -81,7 +85,7 @@ class Guard:
         said = f"step {result.step}: {', '.join(f'{name} {value}' for name, value in shown.items())}"
         if self.on_nonfinite == "skip" and self.skipped < self.max_skipped:
             self.skipped += 1
-            print(f"{said}: skipped ({self.skipped} in a row); documents {_listed(names)}", flush=True)
+            self._say(f"{said}: skipped ({self.skipped} in a row); documents {_listed(names)}")
             return False
         many = f" after {self.skipped} skipped in a row" if self.skipped else ""
         where = f"; all of them are in {self.folder / 'nonfinite.jsonl'}" if self.folder else ""
@@ -94,20 +98,23 @@ class Guard:
         if self.spike_ratio is not None and self._seen >= WARM and result.loss > self.spike_ratio * self._mean:
             names = documents()
             self._note("spikes.jsonl", result, names)
-            print(
+            self._say(
                 f"step {result.step}: loss {result.loss:.4f} is {result.loss / self._mean:.1f} times its running mean; "
-                f"documents {_listed(names)}",
-                flush=True,
+                f"documents {_listed(names)}"
             )
         self._seen += 1
         self._mean += (result.loss - self._mean) / min(self._seen, WARM)
+
+    def _say(self, text: str) -> None:
+        if self.speaks:
+            print(text, flush=True)
 
     def _note(self, name: str, result: StepResult, documents: list[str]) -> None:
         if self.folder is None:
             return
         row = {**result._asdict(), "documents": documents}
         with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         """The running mean, so that a resumed run notes the same jumps."""

@@ -33,6 +33,7 @@ from minimind_sft.pairs import Pair, find_tokenizer, open_pair
 from minimind_sft.sampling import Line, read_lines
 from minimind_sft.significance import Interval
 from minimind_sft.stores import Stores
+from minimind_sft.strict_json import finite
 
 ALPHAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 TOLERANCE = 0.02
@@ -140,7 +141,7 @@ def main(argv: Sequence[str]) -> int:
         "chosen": best.alpha,
         "points": [point._asdict() for point in points],
     }
-    write_whole(out.with_name(f"{out.name}.json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_whole(out.with_name(f"{out.name}.json"), json.dumps(finite(record), indent=1, ensure_ascii=False) + "\n")
     report.plot_interpolation(points, best, out.with_name(f"{out.name}.png"))
     _write(model, best, origin, tokenizer, options)
     print(_table(points, best))

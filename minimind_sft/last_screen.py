@@ -22,6 +22,7 @@ from minimind_sft.forgetting import PRETRAIN, summary
 from minimind_sft.generate import generate
 from minimind_sft.measuring import Measure, evaluating
 from minimind_sft.probes import Probe, Reply, answer_text, ask, compare, load_probes
+from minimind_sft.strict_json import finite
 
 if TYPE_CHECKING:
     from minimind_sft.data import SFTDataModule
@@ -74,7 +75,7 @@ class LastScreen(Callback):
         text = data.evaluation.get(PRETRAIN)
         documents = sources_of(text).counts if text else None
         figures = summary(before, after, best, text=data.text, from_base=from_base, documents=documents)
-        write_whole(self.folder / "forgetting.json", json.dumps(figures, indent=1) + "\n")
+        write_whole(self.folder / "forgetting.json", json.dumps(finite(figures), indent=1) + "\n")
         table = report.forgetting_table(before, after, best, text=data.text, from_base=from_base)
         print("\n" + table, flush=True)
         share = self.measure.intervals.live_share

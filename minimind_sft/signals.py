@@ -10,6 +10,8 @@ import signal
 import subprocess
 from types import FrameType
 
+from minimind_sft.rundir import is_rank_zero
+
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM sends the last one before a time limit, if asked to
 
 
@@ -26,7 +28,8 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        print(f"\n{signal.Signals(number).name}: finishing this step, then saving", flush=True)
+        if is_rank_zero():
+            print(f"\n{signal.Signals(number).name}: finishing this step, then saving", flush=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def requeue(self) -> None:

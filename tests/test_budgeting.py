@@ -10,7 +10,7 @@ import pytest
 
 from minimind_sft import budgeting
 from minimind_sft.__main__ import main
-from minimind_sft.budgeting import Trial, choose
+from minimind_sft.budgeting import Trial, _findings, _told, choose
 from minimind_sft.power_law import PowerLaw
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -35,6 +35,19 @@ def test_what_has_no_logarithm_is_left_out_and_two_points_are_too_few() -> None:
         PowerLaw.fit([(0.5, -0.001), (1.0, 0.02), (4.0, 0.04)])
     with pytest.raises(ValueError, match="of one size"):
         PowerLaw.fit([(1.0, 0.02), (1.0, 0.03), (1.0, 0.04)])
+
+
+def test_a_cap_beyond_the_data_says_what_it_took_and_what_was_not_measured_is_not_none() -> None:
+    def told(*trials: Trial) -> str:
+        (line,) = [line for line in _told(_findings(trials, 0.02, None)).splitlines() if "largest cap" in line]
+        return line
+
+    small, beyond = Trial(1.0, 0.99, 2, 5.0, 0.01, 1.0), Trial(8.0, 1.4, 3, 4.9, 0.015, 1.0)
+    assert told(small, beyond).endswith("8 MB, which takes all 1.4 MB that there are")
+    assert told(small, beyond._replace(forgetting=0.03)).endswith("1 MB")
+    assert told(*(trial._replace(forgetting=0.03) for trial in (small, beyond))).endswith("none of these caps")
+    unmeasured = [trial._replace(forgetting=None) for trial in (small, beyond)]
+    assert "unknown: forgetting was not measured (set data.heldout_path" in told(*unmeasured)
 
 
 def test_the_largest_cap_within_the_bound_is_chosen() -> None:

@@ -321,3 +321,25 @@ def test_nothing_is_written_outside_the_run_and_cache_folders(
     monkeypatch.setenv("HOME", str(tmp_path / "empty"))
     assert fit(settings) == 0
     assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_of_several_processes_one_speaks_and_what_is_written_is_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = StepResult(step=3, loss=float("nan"), grad_norm=float("inf"), learning_rate=1e-3, terms={"replay": 0.5})
+    for speaks in (True, False):
+        folder = tmp_path if speaks else None
+        guard = Guard(folder=folder, on_nonfinite="skip", spike_ratio=2.0, speaks=speaks)
+        assert not guard.takes(step, lambda: ["a.jsonl:1"])
+        for loss in [*[1.0] * 30, 9.0]:
+            assert guard.takes(step._replace(loss=loss, grad_norm=1.0), lambda: ["a.jsonl:2"])
+        said = capsys.readouterr().out
+        assert ("skipped (1 in a row)" in said and "times its running mean" in said) is speaks
+        assert bool(said) is speaks
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    (row,) = (tmp_path / "nonfinite.jsonl").read_text().splitlines()
+    found = json.loads(row, parse_constant=refuse)
+    assert found["loss"] is None and found["grad_norm"] is None and found["terms"] == {"replay": 0.5}
