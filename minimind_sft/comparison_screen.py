@@ -63,9 +63,11 @@ def _losses(result: dict[str, Any]) -> str:
         about.append(f"the base's own chats: {_size(section, 'chats')}, on the answers; the base wrote them")
     if section := result.get("continuations"):
         rows += _loss_rows("second halves as a chat", section, full=False)
+        itself = section["base_in_chat"]
         about.append(
             f"second halves as a chat: {_size(section, 'documents')}; the base reads the raw document, the tuned model "
-            "is asked to continue its first half"
+            f"is asked to continue its first half (so asked, the base itself is at {itself['loss']:.4f}, "
+            f"{itself['difference']:+.4f})"
         )
     if not rows:
         return ""

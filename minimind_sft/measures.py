@@ -91,7 +91,8 @@ def measure_chats(pair: Pair, store: Store) -> Section:
 
 
 def measure_continuations(pair: Pair, found: Sequence[Origin]) -> Section | None:
-    """The tuned model asked in its chat template for second halves, against the base on the raw document."""
+    """The tuned model asked in its chat template for second halves, against the base on the raw document; under
+    `base_in_chat` what the base itself loses by being asked so."""
     rows = continuations(
         [origin.text for origin in found],
         pair.template,
@@ -101,7 +102,10 @@ def measure_continuations(pair: Pair, found: Sequence[Origin]) -> Section | None
     if not rows.raw:
         return None
     scores = pair.score_rows(rows.raw, rows.chat, "second halves")
-    return _figures(scores, [found[place] for place in rows.places], pair.seed)
+    section = _figures(scores, [found[place] for place in rows.places], pair.seed)
+    in_chat = float(pair.losses_of(pair.base, rows.chat, "second halves, the base")[1].sum()) / section["tokens"]
+    section["base_in_chat"] = {"loss": in_chat, "difference": in_chat - section["before"]}
+    return section
 
 
 def measure_answers(pair: Pair, lines: Iterator[Line], *, count: int, max_new_tokens: int) -> Section | None:

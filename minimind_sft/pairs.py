@@ -70,8 +70,12 @@ class Pair:
 
     def losses(self, model: Transformer, documents: Documents, what: str) -> tuple[np.ndarray, np.ndarray]:
         """Targets and nats of every document (D,) by one model on the pair's device, on the same tokens."""
-        with track(what, total=len(documents)) as progress:
-            return losses(model, self._rows(documents), progress=progress)
+        return self.losses_of(model, self._rows(documents), what)
+
+    def losses_of(self, model: Transformer, rows: Sequence[Row], what: str) -> tuple[np.ndarray, np.ndarray]:
+        """Targets and nats of every row (D,) by one model."""
+        with track(what, total=len(rows)) as progress:
+            return losses(model, rows, progress=progress)
 
     def _rows(self, documents: Documents) -> list[Row]:
         batches = EvaluationBatches(

@@ -86,11 +86,15 @@ def test_a_model_has_forgotten_nothing_of_itself(
     assert sum(group["kept"] for group in found["facts"]["groups"].values()) > 0
     assert {group["p_value"] for group in found["facts"]["groups"].values()} == {1.0}
     assert found["retained"]["share"] == 1.0
-    assert found["continuations"]["documents"] > 0
+    asked = found["continuations"]  # the base in the chat template, as BASE and as TUNED
+    assert asked["documents"] > 0 and asked["base_in_chat"]["loss"] == pytest.approx(asked["after"], rel=1e-6)
+    assert asked["base_in_chat"]["difference"] == pytest.approx(asked["difference"], abs=1e-6) != 0.0
     assert {row["source"] for row in text["by_source"]} == {
         json.loads(line)["source"] for line in material["heldout"].read_text(encoding="utf-8").splitlines()
     }
-    assert "within the limit of 0.02 (--max_forgetting)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "within the limit of 0.02 (--max_forgetting)" in said
+    assert f"so asked, the base itself is at {asked['after']:.4f}, {asked['difference']:+.4f}" in said
     for name in ("sources.png", "documents.png", "facts.png", "documents.jsonl"):
         assert (tmp_path / name).stat().st_size > 1000, name
 
