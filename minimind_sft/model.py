@@ -14,12 +14,10 @@ Shapes: N tokens, D documents, C hidden size, H query heads, K key/value heads, 
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from minimind_sft.attention import Attend, attention_backend, attention_over_documents, document_of_token
@@ -37,36 +35,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and torch.is_grad_enabled():
-            return _TrainedNorm.apply(x.float(), self.weight.float(), self.eps).type_as(x)
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
-
-
-class _TrainedNorm(torch.autograd.Function):
-    """`F.rms_norm`, whose backward pass on a CPU is that of every operation in it. This one goes over the memory
-    half as often, takes 0.4 to 0.7 of the time, and keeps half as much."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = _dot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
-        normed = x * scale
-        ctx.save_for_backward(normed, scale, weight)
-        return normed * weight
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        normed, scale, weight = ctx.saved_tensors
-        to_weight = (gradient * normed).flatten(0, -2).sum(0)
-        to_normed = gradient * weight
-        along = _dot(to_normed, normed).div_(normed.shape[-1]).unsqueeze(-1)
-        return to_normed.addcmul_(normed, along, value=-1.0).mul_(scale), to_weight, None
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """(..., C) and (..., C) -> (...), in their own type: autocast would take it for a matrix product."""
-    with torch.autocast(a.device.type, enabled=False):
-        return torch.linalg.vecdot(a, b)
 
 
 class Attention(nn.Module):

@@ -90,14 +90,12 @@ def _yarn(plain: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
 
 
 def cos_sin(positions: Tensor, frequency: Tensor, attention_factor: float) -> tuple[Tensor, Tensor]:
-    """What `rotate` multiplies by at each position, fp32, (N, 1, E), the same for all heads: the cosines of both
-    halves, and the sines, negative in the first."""
-    angles = positions.float()[:, None, None] * frequency  # (N, 1, E / 2)
-    cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    """Cosine and sine for each position, fp32, (N, 1, E / 2): one angle per pair, the same for all heads."""
+    angles = positions.float()[:, None, None] * frequency
+    return angles.cos() * attention_factor, angles.sin() * attention_factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate (N, H, E), where dimension i is paired with i + E / 2 (the half-split form)."""
     left, right = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((right, left), dim=-1), sin).type_as(x)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).type_as(x)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minimind_sft import attention
 from minimind_sft.attention import attention_backend, attention_over_documents, needs_device_cu_seqlens
-from minimind_sft.model import RMSNorm, Transformer
+from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 from minimind_sft.moe import Routing, balance_loss
 from minimind_sft.weights import load_model
@@ -307,27 +307,3 @@ def test_logits_equal_those_of_qwen3_and_llama_in_transformers() -> None:
         twin.load_state_dict(model.state_dict())
         with torch.no_grad():
             torch.testing.assert_close(model(*flat(C)), twin(torch.tensor([C])).logits[0], rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_a_norm_in_training_is_the_librarys_with_its_gradients(dtype: torch.dtype, autocast: bool) -> None:
-    draws, norm = torch.Generator().manual_seed(0), RMSNorm(24, 1e-6)
-    x, to_come = (torch.randn(7, 3, 24, generator=draws).mul(5.0) for _ in range(2))
-    norm.weight.data.uniform_(0.5, 2.0, generator=draws)
-    found = []
-    for trained in (True, False):
-        given, weight = x.to(dtype).requires_grad_(), norm.weight.detach().clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            if trained:
-                norm.weight = torch.nn.Parameter(weight)
-                y, weight = norm(given), norm.weight
-            else:
-                y = torch.nn.functional.rms_norm(given.float(), (24,), weight, 1e-6).type_as(given)
-            y.backward(to_come.to(dtype))  # within autocast, as `fisher.py` does
-        assert y.dtype == dtype
-        found.append((y.detach(), given.grad, weight.grad))
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs)
-    with torch.no_grad():
-        torch.testing.assert_close(norm(x.to(dtype)), found[0][0])
