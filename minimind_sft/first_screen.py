@@ -147,7 +147,7 @@ class FirstScreen(Callback):
             # a token trained costs about as much as three looked at; so does one read for the basis
             trained = pl_module.total_steps * float(data.plan.epoch(0).window_tokens.mean())
             read_by_now = pl_module.from_scratch or pl_module.holding.prior is not None  # as any text for terms is
-            to_read = 0 if read_by_now else pl_module.holding.fisher_tokens
+            to_read = 0 if read_by_now else pl_module.holding.tokens_of_basis(pl_module.model)
             looks = pl_module.total_steps / self.measure.intervals.val_every * self.measure.intervals.live_share
             seconds = self.measure.seconds * (3 * (trained + to_read) / tokens + looks)
             rows.append(("time", f"about {duration(seconds)}"))
@@ -242,7 +242,7 @@ def _holding(data: SFTDataModule, pl_module: SFTModule) -> str:
         )
     if holding.fisher_tokens and not pl_module.from_scratch:
         assert data.spare_text is not None
-        tokens = data.spare_text.lengths_of_first(holding.fisher_tokens).sum()
+        tokens = data.spare_text.lengths_of_first(holding.tokens_of_basis(pl_module.model)).sum()
         said.append(f"AdamW's moments in a basis read from {tokens:,} tokens of such text")
     said += [f"frozen: {', '.join(pl_module.frozen)}"] if pl_module.frozen else []
     return "; ".join(said) or "by nothing but the little data"

@@ -34,7 +34,7 @@ from torch.optim import AdamW
 from minimind_sft.batching import MicroBatch
 from minimind_sft.model import Transformer
 
-TOKENS_PER_CHANNEL = 64  # of text that a basis is taken from; more turn the directions that matter no further
+TOKENS_PER_CHANNEL = 64  # of text, at most, that a basis is taken from; 3 to 6 times as many were no better
 
 
 class Basis(NamedTuple):
@@ -93,10 +93,15 @@ class Scores:
         return torch.searchsorted(up_to, heights, right=True).clamp_(max=log_p.shape[1] - 1)
 
 
+def most_tokens(hidden_size: int) -> int:
+    """Of text that a basis of a model of so many channels is taken from."""
+    return TOKENS_PER_CHANNEL * hidden_size
+
+
 def bases_of(scores: Scores) -> dict[str, Basis]:
     """The basis of every matrix that multiplies, by the name of its parameter.
 
-    It is taken from the first `TOKENS_PER_CHANNEL` x H tokens: a moment of H x H is known by so many.
+    It is taken from the first `most_tokens`: a moment of H x H is known by so many.
 
     Args:
         scores: of the base, which is frozen and left as it was.
@@ -110,7 +115,7 @@ def bases_of(scores: Scores) -> dict[str, Basis]:
     embedded: list[Tensor] = []  # every output is on the way back to it
     beginning = base.model.embed_tokens
     hooks.append(beginning.register_forward_hook(lambda *call: embedded.append(call[-1].requires_grad_())))
-    left = TOKENS_PER_CHANNEL * base.config.hidden_size
+    left = most_tokens(base.config.hidden_size)
     try:
         for score, drawn in scores:
             torch.autograd.grad(score, embedded.pop())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minimind_sft.batching import MicroBatch
-from minimind_sft.fisher import Basis, RotatedAdamW, Scores, bases_of, shared_bases
+from minimind_sft.fisher import Basis, RotatedAdamW, Scores, bases_of, most_tokens, shared_bases
 from minimind_sft.model import Transformer
 from minimind_sft.terms import EKFAC, L2SP, ReplayKL, ReplayNextToken, Term, frozen_copy
 
@@ -29,7 +29,7 @@ class Holding:
         replay_weight: factor of that loss; 0 is off.
         replay_target: the KL that the weight is to follow; None for a weight that stays.
         l2_sp: decay towards the base; 0 is off.
-        fisher_tokens: of text to read the optimizer's basis from; 0 is off.
+        fisher_tokens: of text to read the optimizer's basis and the pull from; 0 is off.
         prior_tokens: how many tokens of its text the pull towards the base in that basis stands for; 0 is off.
         seed: of the tokens that are drawn for the basis.
         more: terms of the user's.
@@ -99,6 +99,10 @@ class Holding:
     def tokens_to_read(self) -> int:
         """How much text is read before the first step."""
         return max(self.fisher_tokens, *(term.tokens for term in self._more), 0)
+
+    def tokens_of_basis(self, model: Transformer) -> int:
+        """How many of them the optimizer's basis is taken from."""
+        return min(self.fisher_tokens, most_tokens(model.config.hidden_size))
 
     @property
     def own_losses(self) -> list[str]:
@@ -189,7 +193,7 @@ class Holding:
             return {}
         if self.prior is not None:
             return self.prior.bases
-        found = bases_of(Scores(self._base, read(self.fisher_tokens), self._seed))
+        found = bases_of(Scores(self._base, read(self.tokens_of_basis(self._base)), self._seed))
         return found if broadcast is None else shared_bases(found, broadcast)
 
     def pull(self, model: Transformer, optimizer: RotatedAdamW) -> list[Tensor]:

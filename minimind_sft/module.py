@@ -68,8 +68,9 @@ class SFTModule(LightningModule):
         replay_weight: factor of that loss; 0 is off.
         replay_target: nats per token of KL that the model may be away from the base on replay text: the weight then
             only begins as `replay_weight`, and follows; null for a weight that stays.
-        fisher_tokens: tokens of pretraining text (or by the base) from which the basis is taken that AdamW's moments
-            are kept in, see `fisher.py`; 0 for AdamW as it is.
+        fisher_tokens: tokens of pretraining text (or by the base) from which the Fisher information is taken: 64 of
+            them a channel, at most, for the basis that AdamW's moments are kept in, see `fisher.py`, all of them for
+            the pull; 0 for AdamW as it is.
         prior_tokens: a pull towards the base in that basis, as strong in each direction as so many tokens of such text
             would be beside the sample's supervised ones, see `terms.EKFAC`; 0 is off.
         l2_sp: decay towards the base, decoupled as AdamW's; 0 is off.

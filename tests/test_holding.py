@@ -577,6 +577,19 @@ def test_where_nothing_is_left_to_train_no_text_is_read(
     assert "nothing to train" in said and "tokens of the base's text, before" not in said
 
 
+def test_without_a_pull_no_more_is_read_than_the_basis_takes(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more, most in (([], "8,192"), ([PULL], "9,000")):  # 64 tokens for each of 128 channels
+        name = str(len(more))
+        options = ["--model.fisher_tokens=9000", "--data.replay_documents=900", "--trainer.max_steps=1", *more]
+        fit(tmp_path / name, cache, *options)
+        said = capsys.readouterr().out
+        assert f"up to {most} tokens of the base's text, before the first step" in said
+        (read,) = re.findall(r"in a basis read from ([\d,]+) tokens", said)
+        assert 8_192 <= int(read.replace(",", "")) < 8_800
+
+
 def test_a_run_in_a_basis_does_not_resume_in_another(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
