@@ -36,7 +36,7 @@ RANGES = {
     "data.replay_ratio": Range(0.0, 10.0, "replay tokens per chat token, from 0 (off) to 10"),
     "data.seed": Range(0, 2**32 - 1, "a seed, from 0 to 4294967295"),
     "data.max_length": Range(2, MOST, "a number of tokens, from 2 on"),
-    "trainer.gradient_clip_val": Range(0.0, MOST, "the norm that gradients are clipped to, above 0, or null for none"),
+    "trainer.gradient_clip_val": Range(0.0, MOST, "what gradients are clipped to; 0 or null for no clipping"),
     "trainer.accumulate_grad_batches": Range(1, MOST, "micro-batches per optimizer step, from 1 on"),
 }
 
