@@ -37,7 +37,29 @@ class Baseline(NamedTuple):
     seconds: float
 
 
-class Baselines:
+class _Kept:
+    """What an earlier run found, in a file of the cache.
+
+    Args:
+        kind: the file's name begins so.
+        known: all that it depends on beside the base and the device.
+    """
+
+    def __init__(self, kind: str, known: dict[str, Any], data: SFTDataModule, module: SFTModule) -> None:
+        self._path = _place(kind, known, data, module)
+
+    def _read(self) -> dict[str, Any] | None:
+        if self._path is None or not self._path.is_file():
+            return None
+        found: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
+        return found
+
+    def _write(self, found: dict[str, Any]) -> None:
+        if self._path is not None:
+            write_whole(self._path, json.dumps(found) + "\n")
+
+
+class Baselines(_Kept):
     """Those of one run's base, data and device; see the module."""
 
     def __init__(self, data: SFTDataModule, module: SFTModule, live_share: float) -> None:
@@ -46,25 +68,22 @@ class Baselines:
             "stores": {name: found.store.folder.name for name, found in data.evaluation.items()},  # with their sources
             "drawn": [data.seed, data.empty_think_ratio, live_share],
         }
-        self.path = _place("baseline", known, data, module)
+        super().__init__("baseline", known, data, module)
 
     def find(self) -> Baseline | None:
         """What an earlier run read, if one did."""
-        if self.path is None or not self.path.is_file():
+        if (found := self._read()) is None:
             return None
-        found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
         live = found["live"] and Reading(**found["live"])
         return Baseline(Reading(**found["reading"]), live, found["seconds"])
 
     def keep(self, baseline: Baseline) -> None:
         """Keep it for later runs."""
-        if self.path is not None:
-            live = baseline.live and asdict(baseline.live)
-            figures = {"reading": asdict(baseline.reading), "live": live, "seconds": baseline.seconds}
-            write_whole(self.path, json.dumps(figures) + "\n")
+        live = baseline.live and asdict(baseline.live)
+        self._write({"reading": asdict(baseline.reading), "live": live, "seconds": baseline.seconds})
 
 
-class BaseAnswers:
+class BaseAnswers(_Kept):
     """What one run's base answers: to the probes, and to the prompts of the sample answers.
 
     Args:
@@ -72,20 +91,17 @@ class BaseAnswers:
     """
 
     def __init__(self, data: SFTDataModule, module: SFTModule, asked: dict[str, Any]) -> None:
-        self._path = _place("answers", {"tokenizer": data.template.fingerprint, **asked}, data, module)
+        super().__init__("answers", {"tokenizer": data.template.fingerprint, **asked}, data, module)
 
     def find(self) -> tuple[list[Reply], list[str]] | None:
         """What an earlier run was answered, if one asked the same."""
-        if self._path is None or not self._path.is_file():
+        if (found := self._read()) is None:
             return None
-        found: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
         return [Reply(**reply) for reply in found["replies"]], found["answers"]
 
     def keep(self, replies: list[Reply], answers: list[str]) -> None:
         """Keep them for later runs."""
-        if self._path is not None:
-            found = {"replies": [asdict(reply) for reply in replies], "answers": answers}
-            write_whole(self._path, json.dumps(found) + "\n")
+        self._write({"replies": [asdict(reply) for reply in replies], "answers": answers})
 
 
 def _place(kind: str, known: dict[str, Any], data: SFTDataModule, module: SFTModule) -> Path | None:

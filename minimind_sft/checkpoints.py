@@ -64,26 +64,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:
-            whole = [str(other) for other in sorted(Path(path).parent.glob("*.ckpt")) if _readable(other)]
+            whole = [str(other) for other in sorted(Path(path).parent.glob("*.ckpt")) if _opened(other) is not None]
             raise ValueError(
                 f"the checkpoint {path} cannot be read ({str(error).splitlines()[0]}). Whole ones beside it: "
                 f"{', '.join(whole) or 'none'}"
             ) from error
 
 
-def _readable(path: Path) -> bool:
+def _opened(path: Path) -> dict[str, Any] | None:
+    """A checkpoint, its tensors still on disk; None where there is none that can be read."""
     try:
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:
-        return False
-    return True
-
-
-def _step_of(path: Path) -> int | None:
-    """The optimizer step that a checkpoint was written after; None where there is none to read."""
-    if not _readable(path):
         return None
-    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    return found
 
 
 def milestone(step: int) -> str:
@@ -151,7 +145,9 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.stop.listen()
         if trainer.global_step:
-            lost = {reading.step for reading in self.measure.readings} - {_step_of(self.folder / BEST)}
+            there = _opened(self.folder / BEST)
+            kept = {int(there["global_step"])} if there else set()
+            lost = {reading.step for reading in self.measure.readings} - kept
             self.measure.lost = trainer.strategy.broadcast(lost)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

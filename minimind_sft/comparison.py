@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     with errors_name_options():
         result, documents = compare(**options)
     result["command"] = ["compare", *argv]
-    write_whole(out / "compare.json", json.dumps(finite(result), ensure_ascii=False, indent=1) + "\n")
+    write_whole(out / "compare.json", json.dumps(finite(result), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
     (out / "documents.jsonl").unlink(missing_ok=True)
     if documents:
         write_whole(

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from torch.optim import AdamW
 from minimind_sft.batching import MicroBatch
 from minimind_sft.model import Transformer
 
+Key = TypeVar("Key")
 TOKENS_PER_CHANNEL = 64  # of text, at most, that a basis is taken from; 3 to 6 times as many were no better
 
 
@@ -126,6 +127,12 @@ def bases_of(scores: Scores) -> dict[str, Basis]:
         for hook in hooks:
             hook.remove()
     return {name: Basis(_eigenvectors(lefts[name]), _eigenvectors(rights[name])) for name in layers}
+
+
+def stored_bases(places: Iterable[Key], state: Mapping[str, Any]) -> dict[Key, Basis]:
+    """The bases in a `RotatedAdamW`'s state; `places` are its parameters, or their names, in its groups' order."""
+    stored = zip(places, state.get("bases", ()), strict=False)
+    return {place: Basis(*sides) for place, sides in stored if sides is not None}
 
 
 def shared_bases(bases: Mapping[str, Basis], broadcast: Callable[[Any], Any]) -> dict[str, Basis]:
@@ -250,8 +257,5 @@ class RotatedAdamW(AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """AdamW's, and the bases; of a run without any there are none."""
         super().load_state_dict(state_dict)
-        self._bases = {
-            weight: Basis(*sides).to(weight.device)
-            for weight, sides in zip(self._weights, state_dict.get("bases", ()), strict=False)
-            if sides is not None
-        }
+        found = stored_bases(self._weights, state_dict)
+        self._bases = {weight: basis.to(weight.device) for weight, basis in found.items()}

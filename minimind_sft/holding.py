@@ -93,7 +93,6 @@ class Holding:
         self.pulls: list[Term] = []
         self._base: Transformer | None = None
         self._chosen = False
-        self._bases_before: Mapping[str, Basis] = {}
 
     @property
     def tokens_to_read(self) -> int:
@@ -159,9 +158,10 @@ class Holding:
             self._base = frozen_copy(model, head)
 
     def go_on_in(self, bases: Mapping[str, Basis]) -> None:
-        """Before `start` of a run that resumes: the bases that its moments are kept in, by parameter. Read again, on
-        other threads or another device, they would not be quite the same."""
-        self._bases_before = bases
+        """Behind `choose`, in a run that resumes: pull in the bases that its moments are kept in, by parameter. Read
+        again, on other threads or another device, they would not be quite the same."""
+        if self.prior is not None:
+            self.prior.bases = dict(bases)
 
     def start(
         self,
@@ -177,8 +177,6 @@ class Holding:
         if self._base is None:
             return
         self._base.to(device)
-        if self.prior is not None:
-            self.prior.bases = {name: basis.to(device) for name, basis in self._bases_before.items()}
         for term in self.terms:
             term.start(self._base, control_ids, half=half)
             if term.tokens:

@@ -11,6 +11,7 @@ counts, and several processes whether to stop.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from minimind_sft import resume
 from minimind_sft.attention import attention_backend, needs_device_cu_seqlens
 from minimind_sft.batching import MicroBatch, pack
 from minimind_sft.evaluation import sources_of
-from minimind_sft.fisher import Basis, RotatedAdamW
+from minimind_sft.fisher import Basis, RotatedAdamW, stored_bases
 from minimind_sft.forgetting import PRETRAIN, Meter, Reading
 from minimind_sft.generate import generate
 from minimind_sft.guard import Guard, StepResult
@@ -315,9 +316,7 @@ class SFTModule(LightningModule):
 
     def bases_of(self, optimizer_state: dict[str, Any]) -> dict[str, Basis]:
         """The bases in an optimizer's state, by parameter."""
-        places = [name for group in self._groups() for name in group]
-        stored = zip(places, optimizer_state.get("bases", ()), strict=False)
-        return {name: Basis(*sides) for name, sides in stored if sides is not None}
+        return stored_bases(itertools.chain(*self._groups()), optimizer_state)
 
     def _weight_decays(self) -> tuple[float, float]:
         """Of matrices, and of norms."""

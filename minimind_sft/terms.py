@@ -273,7 +273,8 @@ class EKFAC(EWC):
 
     def read(self, base: Transformer, text: Iterable[MicroBatch]) -> None:
         scores = Scores(base, list(text), self.seed)
-        self.bases = self.bases or bases_of(scores)
+        given = {name: basis.to(base.lm_head.weight.device) for name, basis in self.bases.items()}
+        self.bases = given or bases_of(scores)
         self._estimate(scores)
 
     def pull_turned(self, model: Transformer) -> Tensor:
