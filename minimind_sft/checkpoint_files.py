@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+OURS = "minimind_sft"  # what a run notes in its checkpoints
 LISTED = 20  # things spelled out in one error; the rest are counted
 
 
@@ -80,11 +81,34 @@ def read_record(path: Path) -> dict[str, Any]:
     Returns:
         `step`, and what `module.SFTModule` keeps: `base_sha256`, `settings`, ...
     """
-    if path.suffix != ".ckpt":
-        return {}
-    content = _read_pickle(path)
-    ours = content.get("minimind_sft") if isinstance(content, Mapping) else None
-    return {"step": content.get("global_step"), **ours} if isinstance(ours, Mapping) else {}
+    content = opened(path)
+    return {"step": content.get("global_step"), **content[OURS]} if of_a_run(content) else {}
+
+
+def opened(path: Path) -> Any:
+    """What a pickled file holds, its tensors still on disk; None where it is none or cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:
+        return None
+
+
+def of_a_run(content: Any) -> bool:
+    """Whether a file's content is a checkpoint that a run of ours can go on from."""
+    return isinstance(content, Mapping) and isinstance(content.get(OURS), Mapping)
+
+
+def check_of_a_run(content: Any, path: str | Path) -> None:
+    """Refuse as checkpoint what holds weights alone, or the state of other code.
+
+    Raises:
+        ValueError: naming the file, and where weights are given.
+    """
+    if not of_a_run(content):
+        raise ValueError(
+            f"{path} is no checkpoint that minimind_sft wrote; to start from its weights, or to measure them, pass it "
+            "as model.weights"
+        )
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from minimind_sft.checkpoint_files import check_of_a_run, opened
 from minimind_sft.files import sync_folder
 from minimind_sft.origins import BEST, LAST
 from minimind_sft.rundir import EARLIER
@@ -59,25 +60,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint, without running code that it might hold.
 
         Raises:
-            ValueError: the file is damaged; names the checkpoints beside it that can be read.
+            ValueError: the file is damaged, and the checkpoints beside it that can be read; or it is none of a run.
         """
         try:
-            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+            content = torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:
-            whole = [str(other) for other in sorted(Path(path).parent.glob("*.ckpt")) if _opened(other) is not None]
+            whole = [str(other) for other in sorted(Path(path).parent.glob("*.ckpt")) if opened(other) is not None]
             raise ValueError(
                 f"the checkpoint {path} cannot be read ({str(error).splitlines()[0]}). Whole ones beside it: "
                 f"{', '.join(whole) or 'none'}"
             ) from error
-
-
-def _opened(path: Path) -> dict[str, Any] | None:
-    """A checkpoint, its tensors still on disk; None where there is none that can be read."""
-    try:
-        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:
-        return None
-    return found
+        check_of_a_run(content, path)
+        return dict(content)
 
 
 def milestone(step: int) -> str:
@@ -145,7 +139,7 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.stop.listen()
         if trainer.global_step:
-            there = _opened(self.folder / BEST)
+            there = opened(self.folder / BEST)
             kept = {int(there["global_step"])} if there else set()
             lost = {reading.step for reading in self.measure.readings} - kept
             self.measure.lost = trainer.strategy.broadcast(lost)

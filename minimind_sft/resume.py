@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minimind_sft.checkpoint_files import OURS
 from minimind_sft.forgetting import OWN_CHATS, PRETRAIN, Reading
 from minimind_sft.identity import MEASURED, check_measured, check_training, measured_anew, of_measured, of_training
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 def note(module: SFTModule, checkpoint: dict[str, Any]) -> None:
     """Add to a checkpoint what a run needs to go on from it."""
     checkpoint["hyper_parameters"] = {"model_config": asdict(module.model.config)}
-    checkpoint["minimind_sft"] = {
+    checkpoint[OURS] = {
         "base_sha256": module.start.sha256,
         "baseline": asdict(module.baseline) if module.baseline else None,
         "plan": of_training(module.data),
@@ -42,11 +43,9 @@ def take_over(module: SFTModule, checkpoint: dict[str, Any]) -> None:
     """Take over the baseline; for `fit`, find the window that comes next.
 
     Raises:
-        ValueError: a checkpoint of another base, of another model, of other data, or not one of ours.
+        ValueError: a checkpoint of another base, of another model, of other data.
     """
-    ours = checkpoint.get("minimind_sft")
-    if ours is None:  # of other code with Lightning
-        raise ValueError("the checkpoint was not written by minimind_sft; pass it as model.weights to start from it")
+    ours = checkpoint[OURS]
     if ours["base_sha256"] != module.start.sha256:
         raise ValueError(
             f"the checkpoint was trained from another base (SHA-256 {str(ours['base_sha256'])[:12]}, model.weights has "

@@ -12,6 +12,7 @@ from typing import IO
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from minimind_sft.checkpoint_files import check_of_a_run, opened
 from minimind_sft.files import resolve
 from minimind_sft.origins import BEST, LAST, is_run
 
@@ -40,7 +41,7 @@ def find_checkpoint(asked: str | None, run_dir: Path, verb: str) -> str | None:
     """`last`, `best`, `auto` or a path -> the file, or None for a fresh start.
 
     Raises:
-        ValueError: the checkpoint is not there.
+        ValueError: the checkpoint is not there, or is none of a run.
     """
     if asked is None:
         return None
@@ -53,11 +54,8 @@ def find_checkpoint(asked: str | None, run_dir: Path, verb: str) -> str | None:
         start = "; leave --ckpt_path out, or use auto, to start afresh" if verb == "fit" else ""
         what = f"{path} is a folder; name a file" if path.is_dir() else f"there is no {path}"
         raise ValueError(f"--ckpt_path {asked}: {what} (checkpoints of this run: {there}){start}")
-    if path.suffix != ".ckpt":
-        raise ValueError(
-            f"--ckpt_path {asked}: {path.name} is no checkpoint (.ckpt) of a run; weights alone are given as "
-            "model.weights"
-        )
+    if (content := opened(path)) is not None:  # what cannot be read is told by who loads it
+        check_of_a_run(content, path)
     return str(path)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import wandb
 from wandb.proto import wandb_internal_pb2
 
@@ -271,11 +272,28 @@ def test_a_missing_checkpoint_is_an_error_for_last_and_a_fresh_start_for_auto(
     settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "there is no" in refused(capsys, "fit", settings, "--ckpt_path=last")
-    folder, weights = PROJECT / "data", PROJECT / "data" / "base.pth"
+    folder = PROJECT / "data"
     assert f"{folder} is a folder; name a file" in refused(capsys, "validate", settings, f"--ckpt_path={folder}")
-    said = refused(capsys, "validate", settings, f"--ckpt_path={weights}")
-    assert "base.pth is no checkpoint (.ckpt) of a run; weights alone are given as model.weights" in said
     assert run("fit", settings, "--ckpt_path=auto") == 0
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+@pytest.mark.parametrize("archive", [True, False], ids=["archive", "pickle"])
+def test_a_checkpoint_is_told_by_its_content(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str, archive: bool
+) -> None:
+    weights, foreign = {"w": torch.ones(2)}, tmp_path / "foreign.ckpt"
+    for content in (weights, {"state_dict": weights, "pytorch-lightning_version": "2.6.0", "global_step": 3}):
+        torch.save(content, foreign, _use_new_zipfile_serialization=archive)
+        said = refused(capsys, verb, settings, f"--ckpt_path={foreign}")
+        assert "foreign.ckpt is no checkpoint that minimind_sft wrote" in said and "as model.weights" in said
+
+
+def test_a_checkpoint_may_have_any_name(settings: dict[str, Any], tmp_path: Path) -> None:
+    assert run("fit", settings) == 0
+    kept = tmp_path / "kept.pth"
+    (Path(settings["run_dir"]) / "checkpoints" / "last.ckpt").rename(kept)
+    assert run("validate", settings, f"--ckpt_path={kept}") == 0
 
 
 def test_a_bound_or_a_patience_needs_something_to_go_by(
