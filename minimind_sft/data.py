@@ -148,18 +148,14 @@ class SFTDataModule(LightningDataModule):
         self.empty_think_ratio, self.document_format = empty_think_ratio, document_format
         check_ranges(
             "data",
-            max_bad_ratio=max_bad_ratio,
-            max_overlap=max_overlap,
-            pretrain_mb=pretrain_mb,
+            system_ratio=system_ratio,
+            empty_think_ratio=empty_think_ratio,
             replay_ratio=replay_ratio,
-            seed=seed,
-            max_length=max_length,
+            replay_in_chat=replay_in_chat,
         )
         for name, number in (("own_documents", own_documents), ("own_chats", own_chats)):
             if number != "auto" and number < 0:
                 raise ValueError(f"data.{name} is {number}; it is a number that the base writes, 0 for none")
-        if not 0.0 <= replay_in_chat <= 1.0:
-            raise ValueError(f"data.replay_in_chat is {replay_in_chat}; it is a share between 0 and 1")
         self.replay_length, self.replay_in_chat = replay_length, replay_in_chat
         self.own_documents, self.own_chats = own_documents, own_chats
         self.replay_ratio, self.replay_documents = replay_ratio, replay_documents
@@ -192,7 +188,6 @@ class SFTDataModule(LightningDataModule):
             cache_dir=cache_dir,
             workers=workers,
         )
-        self.stores.replays = replay_ratio > 0 and not self.replays_own
         self.template, self.probes = self.stores.template, self.stores.probes
         self.start_step = 0  # optimizer steps done before this process started; set on resume
 
@@ -205,7 +200,10 @@ class SFTDataModule(LightningDataModule):
         assert self.trainer is not None
         fitting, module = self.trainer.state.fn == "fit", self._module
         wants_text = fitting and (self._replays or self.reads_text)
-        opened = self.stores.open(train=fitting, replay=wants_text and not self.replays_own)
+        from_files = not self.replays_own
+        opened = self.stores.open(
+            train=fitting, replay=wants_text and from_files, halve=self.replay_ratio > 0 and from_files
+        )
         if module.from_scratch or self.trainer.state.fn == "predict":
             return opened
         author = self._author()

@@ -54,6 +54,7 @@ class LastScreen(Callback):
         self.probes: list[Probe] = load_probes(probes) if probes else []
         self.replies: list[Reply] = []
         self.answers: list[str] = []
+        self._found: list[dict[str, Any]] | None = None  # the chats to answer
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.global_step == 0 and not pl_module.from_scratch and trainer.is_global_zero:
@@ -144,8 +145,10 @@ class LastScreen(Callback):
         return replies, [" ".join(answer_text(data.template, answer).split()) for answer in ids]
 
     def _samples(self, trainer: pl.Trainer) -> list[dict[str, Any]]:
-        data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        return data.sample_prompts(SAMPLE_ANSWERS)
+        if self._found is None:
+            data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
+            self._found = data.sample_prompts(SAMPLE_ANSWERS)
+        return self._found
 
     def state_dict(self) -> dict[str, Any]:
         asked = [asdict(probe) for probe in self.probes]

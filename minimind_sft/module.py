@@ -130,13 +130,11 @@ class SFTModule(LightningModule):
         seed: int = 42,
     ) -> None:
         super().__init__()
-        if not 0.0 <= warmup_ratio < 1.0:
-            raise ValueError(f"model.warmup_ratio is {warmup_ratio}; it is a share of the steps, from 0 to below 1")
-        if not 0.0 <= min_lr_ratio <= 1.0:
-            raise ValueError(f"model.min_lr_ratio is {min_lr_ratio}; it is a share of model.learning_rate, from 0 to 1")
         check_ranges(
             "model",
             learning_rate=learning_rate,
+            warmup_ratio=warmup_ratio,
+            min_lr_ratio=min_lr_ratio,
             weight_decay=weight_decay,
             l2_sp=l2_sp,
             rope_theta=rope_theta,
@@ -397,24 +395,31 @@ class SFTModule(LightningModule):
         assert isinstance(optimizer, RotatedAdamW)
         with torch.no_grad():
             pulled = [nats.double().view(1) for nats in self.holding.pull(self.model, optimizer)]
-        by_value = gradient_clip_algorithm == "value"  # not by Lightning, which refuses it for a fused optimizer
-        limit = math.inf if by_value or not gradient_clip_val else gradient_clip_val
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        if by_value and gradient_clip_val:  # behind the norm: what is clipped is always finite
-            torch.nn.utils.clip_grad_value_(self.model.parameters(), gradient_clip_val)
+        norm = self._clip(gradient_clip_val, by_value=gradient_clip_algorithm == "value")
+        self.last_step = self._result(norm, pulled, optimizer.param_groups[0]["lr"])
+        if not self.guard.takes(self.last_step, self._window_documents, scaled=self._scaler is not None):
+            optimizer.zero_grad(set_to_none=True)  # nothing to step with: weights and moments stay
+
+    def _clip(self, limit: float | None, *, by_value: bool) -> Tensor:
+        """Clip, not by Lightning, which refuses to clip values for a fused optimizer; the norm before."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if by_value or not limit else limit)
+        if by_value and limit:  # behind the norm: what is clipped is always finite
+            torch.nn.utils.clip_grad_value_(self.model.parameters(), limit)
+        return norm
+
+    def _result(self, norm: Tensor, pulled: list[Tensor], learning_rate: float) -> StepResult:
+        """What the window came to, of all ranks, read from the device at once."""
         sums = self.trainer.strategy.reduce(self._window, reduce_op="sum")
         terms = self.holding.losses + self.holding.pulls
         nats, grad_norm, *shares = torch.cat([sums[:1], norm.double()[None], sums[1:], *pulled]).tolist()
-        self.last_step = StepResult(
+        return StepResult(
             step=self.trainer.global_step + 1,
             loss=nats / self._window_targets,
             grad_norm=grad_norm,
-            learning_rate=optimizer.param_groups[0]["lr"],
+            learning_rate=learning_rate,
             terms={term.name: share for term, share in zip(terms, shares, strict=True)},
             weights={term.name: term.weight for term in terms},
         )
-        if not self.guard.takes(self.last_step, self._window_documents, scaled=self._scaler is not None):
-            optimizer.zero_grad(set_to_none=True)  # nothing to step with: weights and moments stay
 
     def _window_documents(self) -> list[str]:
         """The documents of the window that is being learned from, as `file:line`."""

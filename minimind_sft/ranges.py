@@ -21,19 +21,26 @@ class Range(NamedTuple):
 
 
 SMALLEST = math.ulp(0.0)  # the least number above 0
+BELOW_ONE = math.nextafter(1.0, 0.0)
 MOST = 1e18
 SHARE = "a share between 0 and 1"
 RANGES = {
     "model.learning_rate": Range(SMALLEST, 10.0, "the peak of the schedule, above 0 and at most 10, or auto"),
+    "model.warmup_ratio": Range(0.0, BELOW_ONE, "a share of the steps, from 0 to below 1"),
+    "model.min_lr_ratio": Range(0.0, 1.0, "a share of model.learning_rate, from 0 to 1"),
     "model.weight_decay": Range(0.0, MOST, "AdamW's decay, 0 or above (0.01 is usual)"),
     "model.l2_sp": Range(0.0, MOST, "a decay towards the base, 0 or above (0 is off)"),
     "model.rope_theta": Range(1.0, MOST, "the base of the rotary angles, from 1 on (1e6 is usual)"),
     "model.rms_norm_eps": Range(SMALLEST, 1.0, "what keeps a norm from dividing by 0, such as 1e-6"),
     "model.max_forgetting": Range(0.0, MOST, "nats per token, 0 or above, or null for no bound"),
+    "data.val_fraction": Range(SMALLEST, BELOW_ONE, SHARE),
+    "data.system_ratio": Range(0.0, 1.0, SHARE),
+    "data.empty_think_ratio": Range(0.0, 1.0, SHARE),
     "data.max_bad_ratio": Range(0.0, 1.0, SHARE),
     "data.max_overlap": Range(0.0, 1.0, SHARE),
     "data.pretrain_mb": Range(SMALLEST, MOST, "the size of the pretraining text in MB, above 0"),
     "data.replay_ratio": Range(0.0, 10.0, "replay tokens per chat token, from 0 (off) to 10"),
+    "data.replay_in_chat": Range(0.0, 1.0, SHARE),
     "data.seed": Range(0, 2**32 - 1, "a seed, from 0 to 4294967295"),
     "data.max_length": Range(2, MOST, "a number of tokens, from 2 on"),
     "trainer.gradient_clip_val": Range(0.0, MOST, "what gradients are clipped to; 0 or null for no clipping"),

@@ -22,6 +22,7 @@ from minimind_sft.documents import TOO_LONG, Documents
 from minimind_sft.files import Files, default_cache, resolve
 from minimind_sft.mixture import Part, parts_of
 from minimind_sft.progress import track
+from minimind_sft.ranges import check_ranges
 from minimind_sft.report import rejected
 from minimind_sft.sampling import Line, read_lines, select
 from minimind_sft.selection import MEBIBYTE
@@ -48,7 +49,6 @@ class Stores:
         template: tokenizer and chat template.
         cache: the folder of all stores.
         probes: the file of fact probes, or None.
-        replays: whether `pretrain_path` is to be replayed, so that not all of it may be measured on.
 
     Raises:
         ValueError: with the setting, file, line, value and remedy.
@@ -92,7 +92,6 @@ class Stores:
         self.seed, self.max_bad_ratio, self.max_overlap = seed, max_bad_ratio, max_overlap
         self.measure_documents, self.replay_documents = measure_documents, replay_documents
         self.format, self.document_format, self.workers = format, document_format, workers
-        self.replays = False
         self.cache = Path(cache_dir) if cache_dir else default_cache()
         self.files = Files(self.cache)
         self.probes = self.files.expand(probes_path, "data.probes_path")[0] if probes_path else None
@@ -106,6 +105,15 @@ class Stores:
         self.prompts = None if system_prompts is None else find_prompts(self.template, read_prompts(system_prompts))
 
     def _check(self) -> None:
+        check_ranges(
+            "data",
+            val_fraction=self.val_fraction,
+            max_bad_ratio=self.max_bad_ratio,
+            max_overlap=self.max_overlap,
+            pretrain_mb=self.pretrain_mb,
+            seed=self.seed,
+            max_length=self.max_length,
+        )
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"data.workers is {self.workers}; it counts processes, from 1, or null for one per core")
         for name in ("measure_documents", "replay_documents"):
@@ -115,11 +123,8 @@ class Stores:
             raise ValueError(f"data.supervise {self.supervise!r} is not known; choose all or last")
         if self.too_long not in TOO_LONG:
             raise ValueError(f"data.too_long {self.too_long!r} is not known; choose one of {', '.join(TOO_LONG)}")
-        if self.val_fraction is not None:
-            if not 0 < self.val_fraction < 1:
-                raise ValueError(f"data.val_fraction is {self.val_fraction}; it is a share between 0 and 1")
-            if self.val_path is not None:
-                raise ValueError("data.val_path and data.val_fraction are both set; set one of them to null")
+        if self.val_fraction is not None and self.val_path is not None:
+            raise ValueError("data.val_path and data.val_fraction are both set; set one of them to null")
 
     @property
     def text(self) -> str | None:
@@ -145,22 +150,24 @@ class Stores:
         """The settings that say which tokens of a chat are learned."""
         return [self.supervise, self.supervise_reasoning]
 
-    def open(self, *, train: bool, replay: bool = False) -> Opened:
+    def open(self, *, train: bool, replay: bool = False, halve: bool = False) -> Opened:
         """Open the stores, from the cache or made now.
 
         Args:
             train: whether the training chats are wanted too; with `val_fraction` they always are.
             replay: whether the text to replay is.
+            halve: whether `pretrain_path`, where it is measured on, must leave as much of itself to replay.
 
         Raises:
             ValueError: for files that are not there, too many bad lines, or held-out text that the chats repeat.
         """
         chats = self.train_store() if train or self.val_fraction else None
         validation = None if self.val_path is None else self._whole_store("val_path", self.val_path)
-        measured = self._measure_store()
+        halve = halve and self.heldout_path is None
+        measured = self._measure_store(halve)
         if self.heldout_path is not None and self.max_overlap < 1 and chats is not None and measured is not None:
             self._refuse_overlap(chats, measured)
-        return Opened(chats, validation, measured, self._replay_store() if replay else None)
+        return Opened(chats, validation, measured, self._replay_store(halve) if replay else None)
 
     def documents(self, opened: Opened) -> Dealt:
         """What is trained on, validated on and measured on, no document in two of them; see `deal`."""
@@ -226,7 +233,7 @@ class Stores:
 
         return self._checked(corpus.open_or_build(self.cache, self._key("whole", files), make), f"data.{name}")
 
-    def _measure_store(self) -> Store | None:
+    def _measure_store(self, halve: bool) -> Store | None:
         name = "heldout_path" if self.heldout_path else "pretrain_path"
         paths = self.heldout_path or self.pretrain_path
         if paths is None:
@@ -240,7 +247,7 @@ class Stores:
                 if self.heldout_path:
                     chosen = choose_by_hash(read_lines(files), self.measure_documents)
                 else:
-                    chosen = self._measured_and_replayed(read_lines(files))[0]
+                    chosen = self._measured_and_replayed(read_lines(files), halve)[0]
                 unseen = without(chosen, read_lines(known))
                 note = {"in_pretrain": len(chosen) - len(unseen)}
                 if not unseen:
@@ -251,10 +258,10 @@ class Stores:
                 corpus.build(folder, unseen, progress=progress, note=lambda _: note, **self._tokenization)
 
         key = self._key("measure", files, documents=self.measure_documents, known=self._hashes(known))
-        key |= self._halving
+        key |= {"halves": True} if halve else {}
         return self._checked(corpus.open_or_build(self.cache, key, make), f"data.{name}")
 
-    def _replay_store(self) -> Store:
+    def _replay_store(self, halve: bool) -> Store:
         if self.pretrain_path is None:
             raise ValueError(
                 "data.replay_ratio, or a term that reads text, asks for text to replay, but data.pretrain_path is not "
@@ -269,14 +276,14 @@ class Stores:
                 if held_out:
                     chosen = choose_by_hash(read_lines(files), self.replay_documents)
                 else:
-                    chosen = self._measured_and_replayed(read_lines(files))[1]
+                    chosen = self._measured_and_replayed(read_lines(files), halve)[1]
                 corpus.build(folder, without(chosen, read_lines(held_out)), progress=progress, **self._tokenization)
 
         measured = 0 if held_out else self.measure_documents
         key = self._key(
             "replay", files, documents=self.replay_documents, measured=measured, held_out=self._hashes(held_out)
         )
-        key |= self._halving
+        key |= {"halves": True} if halve else {}
         store = corpus.open_or_build(self.cache, key, make)
         if not len(store):
             raise ValueError(
@@ -285,18 +292,13 @@ class Stores:
             )
         return self._checked(store, "data.pretrain_path")
 
-    def _measured_and_replayed(self, lines: Iterable[Line]) -> tuple[list[Line], list[Line]]:
+    def _measured_and_replayed(self, lines: Iterable[Line], halve: bool) -> tuple[list[Line], list[Line]]:
         """Of one text: what is measured on, those with the smallest hashes, and what is replayed."""
         chosen = choose_by_hash(lines, self.measure_documents + max(self.measure_documents, self.replay_documents))
         measured = self.measure_documents
-        if self._halving:
+        if halve:
             measured = min(measured, (len(chosen) + 1) // 2)
         return chosen[:measured], chosen[measured : measured + self.replay_documents]
-
-    @property
-    def _halving(self) -> dict[str, bool]:
-        """Whether no more than a half of the pretraining text may be measured on, for a store's key."""
-        return {"halves": True} if self.replays and self.heldout_path is None else {}
 
     @property
     def _tokenization(self) -> dict[str, Any]:

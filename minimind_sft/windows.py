@@ -24,6 +24,7 @@ import numpy as np
 from minimind_sft.batching import MicroBatch, pack
 from minimind_sft.dealing import IN_VALIDATION
 from minimind_sft.documents import NO_PROMPT, NOTHING_TO_LEARN, Documents
+from minimind_sft.ranges import check_ranges
 from minimind_sft.replay import ReplayStream
 from minimind_sft.report import rejected
 
@@ -144,9 +145,7 @@ class Plan:
             raise ValueError(said)
         if batch_size < 1:
             raise ValueError(f"data.batch_size is {batch_size}; it counts conversations and must be at least 1")
-        for name, ratio in (("empty_think_ratio", empty_think_ratio), ("system_ratio", system_ratio)):
-            if not 0.0 <= ratio <= 1.0:
-                raise ValueError(f"data.{name} is {ratio}; it is a share between 0 and 1")
+        check_ranges("data", empty_think_ratio=empty_think_ratio, system_ratio=system_ratio)
         self.documents, self.seed, self.shuffle = documents, seed, shuffle
         self.batch_size, self.accumulate, self.ranks = batch_size, accumulate, ranks
         self.window_size = batch_size * accumulate * ranks

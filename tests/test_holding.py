@@ -701,7 +701,6 @@ def test_the_weight_follows_the_target_and_the_divergence_the_weight(cache: Path
         (["--model.replay_target=0"], "above 0"),
         (["--model.replay_target=0.02", "--model.replay_weight=0"], "turns replay off"),
         (["--model.replay_target=0.02", "--model.replay_loss=ntp"], "set it to null"),
-        (["--data.replay_in_chat=2"], "a share between 0 and 1"),
         (["--data.replay_length=7"], "at least 8, or null for whole documents"),
         (["--model.fisher_tokens=-1"], "at least 0"),
         ([BASIS, "--model.prior_tokens=-1"], "at least 0"),

@@ -92,18 +92,16 @@ def test_little_text_is_halved_where_it_is_both_measured_on_and_replayed(
     words = write(tmp_path / "t.jsonl", *(text(f"text {number}") for number in range(count)))
     settings |= {"train_path": write(tmp_path / "c.jsonl", chat("a")), "pretrain_path": words}
     made = stores(settings, measure_documents=5, replay_documents=12)
-    made.replays = True
     if not replayed:
         with pytest.raises(ValueError, match="no text to replay or to read: data.pretrain_path has no document"):
-            made.open(train=True, replay=True)
+            made.open(train=True, replay=True, halve=True)
         return
-    opened = made.open(train=True, replay=True)
+    opened = made.open(train=True, replay=True, halve=True)
     assert opened.measured is not None and opened.replay is not None
     assert (len(opened.measured), len(opened.replay)) == (measured, replayed)
     both = [set(np.asarray(store.line_numbers).tolist()) for store in (opened.measured, opened.replay)]
     assert not both[0] & both[1]
-    made.replays = False  # all of it is free to be measured on
-    whole = made.open(train=True).measured
+    whole = made.open(train=True).measured  # all of it is free to be measured on
     assert whole is not None and len(whole) == min(5, count)
 
 
