@@ -64,8 +64,7 @@ class Parser(LightningArgumentParser):
         for name, instead in NOT_OFFERED.items():
             if re.search(rf"trainer\.{name}\b|[\"']trainer[\"'].*\b{name}\b|\b{name}\b.*[\"']trainer[\"']", message):
                 return f"trainer.{name} is not offered here; use {instead}"
-        if "arguments are required" in message:
-            keys = re.findall(r"\b(?:model|data)\.\w+", message)
+        if "arguments are required" in message and (keys := re.findall(r"\b(?:model|data)\.\w+", message)):
             return (
                 f"{', '.join(keys)}: not set. sft.yaml sets them; an overlay comes behind it: "
                 "--config sft.yaml --config original.yaml"

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minimind_sft.chat import ChatTemplate, Span
+from minimind_sft.files import unwritable_cache
 from minimind_sft.packing import ENDS_TURN, Packed, id_type, pack
 from minimind_sft.sampling import Line
 from minimind_sft.tokenization import Document
@@ -264,9 +265,7 @@ def open_or_build(cache: Path, key: dict[str, Any], make: Callable[[Path], None]
         try:
             temporary.mkdir(parents=True)
         except OSError as error:
-            raise ValueError(
-                f"cannot write the cache folder {cache} ({error.strerror}); set data.cache_dir to another"
-            ) from error
+            raise unwritable_cache(cache, error) from error
         try:
             make(temporary)
             try:

@@ -22,7 +22,8 @@ from minimind_sft.options import OptionParser, language
 NAME = "Minnow"  # what the model calls itself in the shipped chats
 KINDS = ("original", "held")
 ALPHAS = (0.0, 0.25, 0.5, 0.75)  # the held run's own last reading is 1
-LOOKS = {"original": 11, "held": 99}  # steps between them; the original's are four times as long
+STEPS = {"original": 82, "held": 330}  # two and a half epochs; the original's are four times as long
+LOOKS = {"original": 11, "held": 110}  # steps between them
 NAMED = 8  # lost facts spelled out
 DATA = PROJECT / "data"
 
@@ -47,7 +48,8 @@ def parser() -> OptionParser:
     add("--lang", choices=sorted(WORDS), help="of the words on the screen; by default as $LANG says")
     add("--run_dir", default="runs/demo", metavar="DIR", help="where both runs go (runs/demo)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:7")
-    add("--max_steps", type=int, default=-1, metavar="N", help="end both runs early (-1: three epochs)")
+    epochs = "by default after two and a half epochs, " + ", ".join(f"{kind} {count}" for kind, count in STEPS.items())
+    add("--max_steps", type=int, metavar="N", help=f"end both runs after so many steps ({epochs})")
     add("--overwrite", action="store_true", help="replace an earlier demo")
     return parser
 
@@ -90,7 +92,7 @@ def _rename(name: str, folder: Path) -> None:
         write_whole(folder / file, (DATA / file).read_text(encoding="utf-8").replace(NAME, said))
 
 
-def _train(folder: Path, device: str, max_steps: int, words: dict[str, str]) -> list[Run]:
+def _train(folder: Path, device: str, max_steps: int | None, words: dict[str, str]) -> list[Run]:
     """Both runs: side by side on a CPU of two cores or more, else one after the other."""
     from minimind_sft.devices import one_device
     from minimind_sft.workers import available_cores
@@ -100,7 +102,8 @@ def _train(folder: Path, device: str, max_steps: int, words: dict[str, str]) -> 
     print("\n".join([words["together"]] * (together > 1) + [words[f"run_{kind}"] for kind in KINDS]), flush=True)
 
     def run(kind: str) -> Run:
-        seconds = _fit(kind, folder, device, max_steps, f"{words[kind]:<9}", cores // together)
+        steps = STEPS[kind] if max_steps is None else max_steps
+        seconds = _fit(kind, folder, device, steps, f"{words[kind]:<9}", cores // together)
         return _read(kind, folder / kind, seconds)
 
     with ThreadPoolExecutor(together) as pool:

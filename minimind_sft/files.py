@@ -69,6 +69,11 @@ class Facts(NamedTuple):
     text_bytes: int  # of its lines, uncompressed; an array's or table's as they are read
 
 
+def unwritable_cache(cache: Path, error: OSError) -> ValueError:
+    """What to raise where the cache folder cannot be written."""
+    return ValueError(f"cannot write the cache folder {cache} ({error.strerror}); set data.cache_dir to another")
+
+
 class Files:
     """Input files by name, with their facts remembered in the cache folder."""
 
@@ -91,7 +96,7 @@ class Files:
         """SHA-256 and size of the text; read again only when the file has changed.
 
         Raises:
-            ValueError: a file that cannot be read to its end.
+            ValueError: a file that cannot be read to its end, or a cache folder that cannot be written.
         """
         stat = path.stat()
         identity = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}|{stat.st_ino}"
@@ -99,10 +104,14 @@ class Files:
         if identity not in known:
             # two processes may write at the same time: the later one wins, and the other reads its file again
             known = self._load() | {identity: list(_read_facts(path))}
-            self.memory.parent.mkdir(parents=True, exist_ok=True)
+            cache = self.memory.parent
             temporary = self.memory.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(known), encoding="utf-8")
-            os.replace(temporary, self.memory)
+            try:
+                cache.mkdir(parents=True, exist_ok=True)
+                temporary.write_text(json.dumps(known), encoding="utf-8")
+                os.replace(temporary, self.memory)
+            except OSError as error:
+                raise unwritable_cache(cache, error) from error
         return Facts(*known[identity])
 
     def _load(self) -> dict[str, Any]:

@@ -138,10 +138,12 @@ def find_tokenizer(base: str, tuned: str, given: str | None) -> Path:
     """The folder of the tokenizer: as given, or what lies in, beside, or in `tokenizer/` beside TUNED, then BASE.
 
     Raises:
-        ValueError: none there, or two that give text different ids.
+        ValueError: no such model, no tokenizer there, or two that give text different ids.
     """
     if given is not None:
         return resolve(given)
+    for name, path in (("BASE", base), ("TUNED", tuned)):
+        _check_there(name, path)
     folders = [found for path in (tuned, base) if (found := tokenizer_beside(resolve(path))) is not None]
     if not folders:
         raise ValueError(f"no tokenizer.json in or beside {tuned} or {base}; give --tokenizer FOLDER")
@@ -154,11 +156,14 @@ def find_tokenizer(base: str, tuned: str, given: str | None) -> Path:
     return folders[0]
 
 
-def _load(name: str, path: str, num_attention_heads: int | None) -> weights.Loaded:
-    source = resolve(path)
-    if not source.exists():
+def _check_there(name: str, path: str) -> None:
+    if not resolve(path).exists():
         raise ValueError(f"{name} {path} does not exist; it is a .pth, .safetensors or .ckpt file, or a folder")
+
+
+def _load(name: str, path: str, num_attention_heads: int | None) -> weights.Loaded:
+    _check_there(name, path)
     try:
-        return weights.load(source, num_attention_heads=num_attention_heads)
+        return weights.load(resolve(path), num_attention_heads=num_attention_heads)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

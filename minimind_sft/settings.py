@@ -61,12 +61,20 @@ def read_configs(words: list[str]) -> dict[str, Any]:
     return {name: _read_yaml(Path(name)) for _, _, name in named_configs(words)}
 
 
-def _read_yaml(path: Path) -> Any:
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         told = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
         raise ValueError(f"--config {path}: {told}") from error
+    if not isinstance(content, dict):
+        what = "holds no settings" if content is None else f"holds {_shown(content)}"
+        raise ValueError(f"--config {path} {what}; settings are `key: value` lines, such as `run_dir: runs/mine`")
+    return content
+
+
+def _shown(content: Any) -> str:
+    return f"a list, beginning with {content[0]!r}" if isinstance(content, list) and content else repr(content)
 
 
 def data_signature() -> Callable[..., None]:
@@ -120,8 +128,7 @@ class SettingsParser(ArgumentParser):
 def _of_ours(path: Path) -> str:
     """What concerns us of a YAML, as the text that jsonargparse takes in place of a file's name."""
     content = _read_yaml(path)
-    content = {} if content is None else content
-    sections = [content.get(name) or {} for name in ("data", "trainer")] if isinstance(content, dict) else [content]
+    sections = [content.get(name) or {} for name in ("data", "trainer")]
     if not all(isinstance(section, dict) for section in sections):
         raise ValueError(f"--config {path}: settings must be `key: value` lines, with those of data under `data:`")
     data, trainer = sections

@@ -366,6 +366,9 @@ def test_mistakes_are_told_in_one_line_with_a_remedy(
         ("model:\n  replay_wieght: 1\n", "own.yaml: model.replay_wieght is not a setting. The nearest setting is "
          "model.replay_weight"),
         ("model:\n  replay_weight: 1\n bad: x\n", "--config own.yaml: while parsing a block mapping at line 1"),
+        ("# nothing yet\n", "--config own.yaml holds no settings; settings are `key: value` lines"),
+        ("- patience: 3\n", "--config own.yaml holds a list, beginning with {'patience': 3}; settings are"),
+        ("patience\n", "--config own.yaml holds 'patience'; settings are"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_yaml_is_told_with_its_file(
@@ -385,6 +388,20 @@ def test_what_a_command_lacks_or_has_too_much_is_told(
     assert "model.weights, data.train_path, data.tokenizer: not set" in said
     assert "--config sft.yaml --config original.yaml" in said
     assert "runs/sft: settings are given as --KEY VALUE" in refused(capsys, "validate", settings, "runs/sft")
+    said = refused(capsys, "fit", settings, "--trainer.callbacks=EarlyStopping")
+    assert "trainer.callbacks: the following arguments are required: monitor" in said
+
+
+@pytest.mark.parametrize("verb", ["fit", "inspect"])
+def test_a_cache_that_cannot_be_written_is_told(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    if verb == "inspect":
+        settings = {name: value for name, value in settings.items() if name == "config" or name.startswith("data.")}
+    said = refused(capsys, verb, settings | {"data.cache_dir": file / "cache"})
+    assert f"cannot write the cache folder {file / 'cache'} (Not a directory); set data.cache_dir to another" in said
 
 
 @pytest.mark.parametrize(("verb", "says"), [("validate", "Measure a model on"), ("predict", "Answer the validation")])

@@ -385,3 +385,8 @@ def test_comparing_does_not_import_lightning() -> None:
     code = "import sys; import minimind_sft.comparison; print({'lightning', 'torchmetrics'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_a_model_that_is_not_there_is_named_before_its_tokenizer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "none.pth", "other.pth", "--val_path", "x.jsonl"]) == 2
+    assert "BASE none.pth does not exist; it is a .pth, .safetensors or .ckpt file" in capsys.readouterr().err
