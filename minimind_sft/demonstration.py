@@ -21,9 +21,9 @@ from minimind_sft.options import OptionParser, language
 
 NAME = "Minnow"  # what the model calls itself in the shipped chats
 KINDS = ("original", "held")
-ALPHAS = (0.0, 0.25, 0.5, 0.75)  # the held run's own last reading is 1
-STEPS = {"original": 82, "held": 330}  # two and a half epochs; the original's are four times as long
-LOOKS = {"original": 11, "held": 110}  # steps between them
+ALPHAS = (0.0, 0.5, 0.75)  # the held run's own last reading is 1
+STEPS = {"original": 82, "held": 330}  # two and a half epochs, the original's steps four times as long
+LOOKS = {"original": 10, "held": 110}  # steps between them
 NAMED = 8  # lost facts spelled out
 DATA = PROJECT / "data"
 
