@@ -1,4 +1,5 @@
-"""How many rows of logits are made at once. No torch: `memory.py` plans with it, `losses.py` trains with it.
+"""How many rows of logits are made at once: `memory.py` plans with it (so no torch), `losses.py` trains with it,
+`scoring.py` judges with it.
 
 On a CPU a chunk should stay in its cache: with 6,400 logits a row, 327 rows are 1.3 to 2 times as fast as all of 6,000.
 On a GPU a chunk should be large enough to keep it busy. However large the vocabulary, a chunk reads the whole output

@@ -49,6 +49,11 @@ def sources_of(documents: Documents) -> Sources:
     return Sources(names.tolist(), of)
 
 
+def keeps_empty_think(count: int, ratio: float, seed: int) -> np.ndarray:
+    """Which of so many documents to evaluate keep their empty think blocks, (count,) bool: the same ones every time."""
+    return np.random.default_rng([seed, 0, 2]).random(count) < ratio
+
+
 class EvaluationBatches(Dataset[MicroBatch]):
     """A rank's share of the documents to evaluate, in batches of about `EVALUATION_TOKENS` of one source each; `chosen`
     are the numbers of those to evaluate, None for all."""
@@ -65,8 +70,7 @@ class EvaluationBatches(Dataset[MicroBatch]):
         chosen: np.ndarray | None = None,
     ) -> None:
         self.documents, self.token_bytes = documents, token_bytes
-        draws = np.random.default_rng([seed, 0, 2]).random(len(documents))
-        self.keep = draws < empty_think_ratio  # the same ones at every step
+        self.keep = keeps_empty_think(len(documents), empty_think_ratio, seed)
         lengths, _ = documents.sizes(self.keep)
         names, of = sources_of(documents)
         numbers = np.arange(len(documents)) if chosen is None else chosen

@@ -18,7 +18,7 @@ from minimind_sft.chat import ChatTemplate
 from minimind_sft.corpus import Store
 from minimind_sft.devices import one_device
 from minimind_sft.documents import Documents
-from minimind_sft.evaluation import EvaluationBatches, bytes_of_tokens
+from minimind_sft.evaluation import bytes_of_tokens, keeps_empty_think
 from minimind_sft.files import resolve
 from minimind_sft.model import Transformer
 from minimind_sft.origins import tokenizer_beside
@@ -78,15 +78,8 @@ class Pair:
             return losses(model, rows, progress=progress)
 
     def _rows(self, documents: Documents) -> list[Row]:
-        batches = EvaluationBatches(
-            documents,
-            token_bytes=bytes_of_tokens(self.template),
-            empty_think_ratio=EMPTY_THINK_RATIO,
-            seed=self.seed,
-            rank=0,
-            ranks=1,
-        )
-        return [documents.row(number, bool(batches.keep[number])) for number in range(len(documents))]
+        keep = keeps_empty_think(len(documents), EMPTY_THINK_RATIO, self.seed)
+        return [documents.row(number, bool(kept)) for number, kept in enumerate(keep)]
 
     def score_rows(self, base_rows: Sequence[Row], tuned_rows: Sequence[Row], what: str) -> Scores:
         """Score rows, see `scoring.score`."""

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from minimind_sft.attention import attention_backend, needs_device_cu_seqlens
 from minimind_sft.batching import MicroBatch, in_order, pack
+from minimind_sft.chunks import rows_at_once
 from minimind_sft.evaluation import EVALUATION_TOKENS
 from minimind_sft.model import Transformer
-
-CHUNK = 1 << 21  # logits of one model at once: 8 MiB in fp32, which is fastest on a CPU
 
 Row = tuple[np.ndarray, np.ndarray]  # token ids (L,), whether each one is a target (L,)
 
@@ -101,7 +100,7 @@ def losses(
 
 
 def _rows_at_once(model: Transformer) -> int:
-    return max(1, CHUNK // model.config.vocab_size)
+    return rows_at_once(model.config.vocab_size, model.model.embed_tokens.weight.device.type)
 
 
 def _targets(model: Transformer, rows: list[Row]) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ def test_sums_are_those_of_each_document_alone(monkeypatch: pytest.MonkeyPatch) 
     base, tuned = model(0, spread=30.0), model(1, spread=30.0)
     documents = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 11]]
     rows = [row(ids) for ids in documents]
-    monkeypatch.setattr(scoring, "CHUNK", 3 * 64)  # chunks of 3 targets
+    monkeypatch.setattr(scoring, "rows_at_once", lambda vocab_size, device: 3)  # chunks of 3 targets
     scores = score(base, tuned, rows, rows, token_bytes=BYTES)
     for place, ids in enumerate(documents):
         old, new = (logits(of, ids)[:-1].log_softmax(-1) for of in (base, tuned))
