@@ -14,7 +14,7 @@ minimind_sft: supervised fine-tuning that does not make a small language model f
 usage: python -m minimind_sft VERB [OPTIONS]        (or: minimind-sft VERB [OPTIONS])
 
 see what it is about
-  demo       train a small base twice, plainly and holding on, and show what each forgot (4 to 5 minutes on 2 cores)
+  demo       train a small base twice, plainly and holding on, and show what each forgot (under 4 minutes on 2 cores)
              python -m minimind_sft demo
 train
   fit        fine-tune a base on chats, hold on to what it knew, and measure what it forgets

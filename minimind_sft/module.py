@@ -498,6 +498,6 @@ class SFTModule(LightningModule):
         """Take over the baseline; for `fit`, find the window that comes next.
 
         Raises:
-            ValueError: a checkpoint of another base, of another model, of other data, or not one of ours.
+            ValueError: a checkpoint of another base, of another model, or of other data.
         """
         resume.take_over(self, checkpoint)

@@ -43,7 +43,7 @@ def take_over(module: SFTModule, checkpoint: dict[str, Any]) -> None:
     """Take over the baseline; for `fit`, find the window that comes next.
 
     Raises:
-        ValueError: a checkpoint of another base, of another model, of other data.
+        ValueError: a checkpoint of another base, of another model, or of other data.
     """
     ours = checkpoint[OURS]
     if ours["base_sha256"] != module.start.sha256:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimind_sft.batching import MicroBatch
 from minimind_sft.fisher import Basis, Scores, bases_of, matmul_precision, shared_bases, turning_precision
@@ -98,7 +98,7 @@ class ReplayKL(Term):
     """KL(base || model) on the replay text, the mean over its tokens.
 
     The base's whole distribution is kept, not only the next token that happens to stand there; nothing new is learned
-    from the replay text. The base runs in half precision where the device is good at it.
+    from the replay text. The base's layers lie in half precision where the device is good at it.
 
     Source: arXiv 1606.09282 (Learning without Forgetting), with text of pretraining instead of the new task's.
 
@@ -120,7 +120,7 @@ class ReplayKL(Term):
             self.weight = adapted(self.weight, nats, self.target)
 
     def start(self, base: Transformer, control_ids: list[int], *, half: torch.dtype | None) -> None:
-        self._base = base if half is None else copy.deepcopy(base).to(half)
+        self._base = base if half is None else _with_layers_in(half, base)
 
     def loss(self, model: Transformer, hidden: Tensor, batch: MicroBatch) -> Tensor:
         replay = batch.replay
@@ -135,6 +135,17 @@ class ReplayKL(Term):
             hidden[replay.targets], kept[replay.base_targets], model.lm_head.weight, self._base.lm_head.weight
         )
         return nats / replay.window_targets
+
+
+def _with_layers_in(half: torch.dtype, base: Transformer) -> Transformer:
+    """A copy to run under autocast, whose layers' matrices lie in half precision. Embedding and norms stay in fp32, and
+    with them what the layers add up to: as in the model, so that as long as it is the base, KL is exactly 0; and fp16
+    does not overflow."""
+    copied = copy.deepcopy(base)
+    for module in copied.model.layers.modules():
+        if isinstance(module, nn.Linear):
+            module.to(half)
+    return copied
 
 
 class ReplayNextToken(Term):

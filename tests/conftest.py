@@ -1,8 +1,12 @@
-"""Fixtures that every test file may use."""
+"""Fixtures that every test file may use. Test files run in one process per core (`-n 0` for one after the other)."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # else every process would start a thread per core, and wait for the others
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -316,6 +316,13 @@ def test_the_kl_of_the_base_is_zero_and_that_of_another_model_does_not_depend_on
     assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0] > 1e-4
 
 
+def test_in_half_precision_the_base_computes_as_the_model_does_under_autocast() -> None:
+    term, model, batch = ReplayKL(), small_model(), with_replay(3)
+    term.start(small_model(), [], half=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert term.loss(model, states(model, batch), batch).item() == 0.0
+
+
 def test_the_weight_rises_above_the_target_and_falls_below_it_by_six_percent_a_step_at_most() -> None:
     assert adapted(5.0, 0.02, 0.02) == pytest.approx(5.0)
     assert adapted(5.0, 0.03, 0.02) == pytest.approx(5.0 * math.exp(0.03))
