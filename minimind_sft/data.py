@@ -201,9 +201,8 @@ class SFTDataModule(LightningDataModule):
         fitting, module = self.trainer.state.fn == "fit", self._module
         wants_text = fitting and (self._replays or self.reads_text)
         from_files = not self.replays_own
-        opened = self.stores.open(
-            train=fitting, replay=wants_text and from_files, halve=self.replay_ratio > 0 and from_files
-        )
+        halve = from_files and (self.replay_ratio > 0 or self.reads_text)  # whatever the verb: the same is measured on
+        opened = self.stores.open(train=fitting, replay=wants_text and from_files, halve=halve)
         if module.from_scratch or self.trainer.state.fn == "predict":
             return opened
         author = self._author()

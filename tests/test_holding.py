@@ -687,6 +687,16 @@ def test_every_other_way_to_hold_on_changes_the_run(cache: Path, tmp_path: Path)
         assert unchanged == (".mlp." in name or "embed_tokens" in name or "lm_head" in name), name
 
 
+def test_little_text_is_halved_between_measuring_and_the_basis(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (PROJECT / "data" / "pretrain.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "text.jsonl").write_text("".join(lines[:20]), encoding="utf-8")
+    text = [f"--data.pretrain_path={tmp_path / 'text.jsonl'}", "--data.heldout_path=null"]
+    fit(tmp_path / "run", cache, BASIS, *text, "--data.measure_documents=1000", "--trainer.max_steps=1")
+    assert "10 documents" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_weight_follows_the_target_and_the_divergence_the_weight(cache: Path, tmp_path: Path) -> None:
     steps = [REPLAY, "--trainer.max_steps=60", "--data.max_mb=1", "--val_every_steps=60", "--model.learning_rate=1e-3"]
