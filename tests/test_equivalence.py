@@ -89,7 +89,7 @@ def test_two_processes_train_as_one(tiny: dict[str, Any], reference: Any, tmp_pa
         torch.testing.assert_close(tensor, reference[1][name.removeprefix("model.")], rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("prompts", [5, 1])
+@pytest.mark.parametrize("prompts", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_processes_answer_as_one(tiny: dict[str, Any], tmp_path: Path, prompts: int) -> None:
     lines = (PROJECT / "data" / "sft_val.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "val.jsonl").write_text("".join(lines[:prompts]), encoding="utf-8")
@@ -122,6 +122,7 @@ def test_the_first_process_is_known_by_any_launcher(launcher: dict[str, str], fi
     assert done.stdout.strip() == str(first)
 
 
+@pytest.mark.slow
 def test_a_rank_does_not_wait_for_one_that_failed(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("not json\n", encoding="utf-8")
     settings = {**tiny, "data__train_path": tmp_path / "bad.jsonl", "run_dir": tmp_path / "run"}

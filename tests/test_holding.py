@@ -468,6 +468,7 @@ def test_how_a_window_is_dealt_does_not_change_a_run_with_replay(
             assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_that_replay_and_are_pulled_in_a_basis_train_as_one(cache: Path, tmp_path: Path) -> None:
     options = [REPLAY, BASIS, PULL, "--trainer.max_steps=6", "--data.batch_size=8"]
     one = fit(tmp_path / "one", cache, *options, "--trainer.accumulate_grad_batches=2")
@@ -664,6 +665,7 @@ def test_replay_needs_text_and_says_what_to_do(cache: Path, tmp_path: Path, caps
     assert "set it to the text that the base was pretrained on" in capsys.readouterr().err.lower()
 
 
+@pytest.mark.slow
 def test_every_other_way_to_hold_on_changes_the_run(cache: Path, tmp_path: Path) -> None:
     losses = {}
     for name, options in {

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from minimind_sft.resume import set_progress
 
 PROJECT = Path(__file__).resolve().parents[1]
+SLOW = pytest.mark.slow
 WINDOWS, STEPS = 6, 18  # 47 chats in windows of 4 x 2: five whole ones and a short one; 3 epochs
 
 
@@ -109,7 +110,7 @@ def same(a: object, b: object) -> bool:
 
 
 # in mid-epoch; exactly at an epoch's end (step 6); past the short window; the last step but one
-@pytest.mark.parametrize("stop_after", [3, 6, 9, 15])
+@pytest.mark.parametrize("stop_after", [3, pytest.param(6, marks=SLOW), 9, pytest.param(15, marks=SLOW)])
 def test_killed_and_resumed_equals_uninterrupted(
     settings: list[str], whole: Path, tmp_path: Path, stop_after: int
 ) -> None:
@@ -136,7 +137,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert same(resumed["callbacks"]["Measure"], uninterrupted["callbacks"]["Measure"])
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [pytest.param(signal.SIGTERM, 143, marks=SLOW), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_window_saves_and_says_so(
     settings: list[str], whole: Path, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
@@ -173,6 +174,7 @@ def test_the_rest_of_an_epoch_is_trained_once_when_the_batch_split_changes(
         assert float(row["train/loss"]) == pytest.approx(float(same_step["train/loss"]), rel=2e-6)
 
 
+@SLOW
 def test_more_epochs_may_be_asked_for(settings: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     finish(settings, run_dir, "--trainer.max_epochs=1")
@@ -190,7 +192,7 @@ def test_another_window_is_refused_with_the_difference(settings: list[str], tmp_
     assert process.returncode == 2 and "window_size was 8, is 6" in output
 
 
-@pytest.mark.slow
+@SLOW
 def test_kills_at_random_moments_leave_the_same_run(settings: list[str], tmp_path: Path) -> None:
     """In tokenizing, in a look, in a window, in the writing of a checkpoint, wherever it falls; `KILLS` of them."""
     run_dir, whole, chance, kills, reached = tmp_path / "run", tmp_path / "whole", random.Random(0), 0, set()
@@ -235,6 +237,7 @@ def test_after_the_end_nothing_more_is_trained(settings: list[str], whole: Path)
     assert rows(whole) == before and not half.exists()
 
 
+@SLOW
 def test_a_run_that_was_killed_behind_its_last_step_gets_its_ending(
     settings: list[str], whole: Path, tmp_path: Path
 ) -> None:
