@@ -86,9 +86,9 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def opened(path: Path) -> Any:
-    """What a pickled file holds, its tensors still on disk; None where it is none or cannot be read."""
+    """What a pickled file holds, the tensors of an archive still on disk; None where it is none or cannot be read."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return _read_pickle(path)
     except Exception:
         return None
 

@@ -106,6 +106,7 @@ def test_two_processes_answer_as_one(tiny: dict[str, Any], tmp_path: Path, promp
 @pytest.mark.parametrize(
     ("launcher", "first"),
     [
+        ({}, True),
         ({"SLURM_PROCID": "0"}, True),
         ({"SLURM_PROCID": "3", "SLURM_LOCALID": "3"}, False),
         ({"RANK": "4", "LOCAL_RANK": "0"}, False),  # torchrun, second node
