@@ -187,7 +187,7 @@ def _read(path: Path) -> Any:
 def _pretrain_bytes(config: Path) -> int | None:
     """Bytes of pretraining text, by the settings that a run resolved; None where they do not tell."""
     data = SettingsParser("budget", "").read(["--config", str(config)]).data
-    return Stores(**{name: getattr(data, name) for name in signature(Stores).parameters}).pretrain_bytes
+    return Stores(**{name: getattr(data, name) for name in signature(Stores).parameters}).text.size
 
 
 def choose(trials: Sequence[Trial], max_forgetting: float) -> Trial | None:

@@ -18,8 +18,8 @@ from minimind_sft.checkpoint_files import read_record, sha256_file
 from minimind_sft.files import resolve
 from minimind_sft.hub import PREFIX
 from minimind_sft.origins import Origin, find_origin
+from minimind_sft.pretraining_text import SELF_WRITTEN
 from minimind_sft.report import megabytes, rejected
-from minimind_sft.stores import SELF_WRITTEN
 from minimind_sft.weights import Loaded
 
 SETTINGS = ("model", "data", "trainer")  # sections that decide what a model becomes

@@ -24,6 +24,7 @@ from minimind_sft.corpus import Store
 from minimind_sft.files import resolve, write_whole
 from minimind_sft.measures import Section
 from minimind_sft.pairs import Pair, find_tokenizer, open_pair
+from minimind_sft.pretraining_text import SELF_WRITTEN
 from minimind_sft.probes import load_probes
 from minimind_sft.report import (
     chats_for_text,
@@ -36,7 +37,7 @@ from minimind_sft.report import (
 )
 from minimind_sft.retained import LossLog, load_log, retained
 from minimind_sft.sampling import Line, read_lines
-from minimind_sft.stores import SELF_WRITTEN, Stores
+from minimind_sft.stores import Stores
 from minimind_sft.strict_json import finite
 
 

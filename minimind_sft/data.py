@@ -23,12 +23,13 @@ from minimind_sft.documents import Documents
 from minimind_sft.evaluation import EvaluationBatches, bytes_of_tokens, drawn, prompts
 from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
 from minimind_sft.loading import MicroBatches, Positions, loader
+from minimind_sft.pretraining_text import SELF_WRITTEN
 from minimind_sft.ranges import check_ranges
 from minimind_sft.replay import ReplayStream
 from minimind_sft.replay_chat import ChatFrame
 from minimind_sft.report import rejected
 from minimind_sft.self_written import Author
-from minimind_sft.stores import SELF_WRITTEN, Opened, Stores
+from minimind_sft.stores import Opened, Stores
 from minimind_sft.windows import Plan
 
 if TYPE_CHECKING:
@@ -152,10 +153,9 @@ class SFTDataModule(LightningDataModule):
             empty_think_ratio=empty_think_ratio,
             replay_ratio=replay_ratio,
             replay_in_chat=replay_in_chat,
+            own_documents=own_documents,
+            own_chats=own_chats,
         )
-        for name, number in (("own_documents", own_documents), ("own_chats", own_chats)):
-            if number != "auto" and number < 0:
-                raise ValueError(f"data.{name} is {number}; it is a number that the base writes, 0 for none")
         self.replay_length, self.replay_in_chat = replay_length, replay_in_chat
         self.own_documents, self.own_chats = own_documents, own_chats
         self.replay_ratio, self.replay_documents = replay_ratio, replay_documents
@@ -251,7 +251,7 @@ class SFTDataModule(LightningDataModule):
         """What the text that forgetting is measured on is to the base: `seen`, `unseen`, `self-written`; None for no
         text."""
         own = self.own_documents and not self._module.from_scratch
-        return self.stores.text or (SELF_WRITTEN if own else None)
+        return self.stores.text.kind or (SELF_WRITTEN if own else None)
 
     @property
     def _replays(self) -> bool:
@@ -321,7 +321,7 @@ class SFTDataModule(LightningDataModule):
     @property
     def pretrain_bytes(self) -> int | None:
         """Bytes of pretraining text, uncompressed; None where nothing tells."""
-        return self.stores.pretrain_bytes
+        return self.stores.text.size
 
     # ---- loaders
 

@@ -25,9 +25,9 @@ from minimind_sft.files import write_whole
 from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
 from minimind_sft.identity import of_training
 from minimind_sft.measuring import Measure
+from minimind_sft.pretraining_text import UNSEEN
 from minimind_sft.rundir import discard_earlier
 from minimind_sft.step_log import duration
-from minimind_sft.stores import UNSEEN
 
 if TYPE_CHECKING:
     from minimind_sft.data import SFTDataModule
@@ -162,8 +162,9 @@ def _milestones(trainer: pl.Trainer, total: int) -> str:
 
 
 def _by_width(pl_module: SFTModule) -> str:
-    width = pl_module.model.config.hidden_size
-    return f", for {width:,} channels (model.learning_rate auto)" if pl_module.rate_by_width else ""
+    if pl_module.optimization.learning_rate != "auto":
+        return ""
+    return f", for {pl_module.model.config.hidden_size:,} channels (model.learning_rate auto)"
 
 
 def _live(share: float) -> str:

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from minimind_sft.pretraining_text import SEEN, UNSEEN
 from minimind_sft.readings import perplexity
-from minimind_sft.stores import SEEN, UNSEEN
 
 CHAT, PRETRAIN, OWN_CHATS = "chat", "pretrain", "own_chats"
 

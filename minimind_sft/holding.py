@@ -14,8 +14,10 @@ from torch import Tensor
 
 from minimind_sft.batching import MicroBatch
 from minimind_sft.fisher import Basis, RotatedAdamW, Scores, bases_of, most_tokens, shared_bases
+from minimind_sft.frozen import frozen_copy
 from minimind_sft.model import Transformer
-from minimind_sft.terms import EKFAC, L2SP, ReplayKL, ReplayNextToken, Term, frozen_copy
+from minimind_sft.priors import EKFAC
+from minimind_sft.terms import L2SP, ReplayKL, ReplayNextToken, Term
 
 Read = Callable[[int], Iterable[MicroBatch]]  # whole documents of so many tokens, on the device
 Broadcast = Callable[[Any], Any]  # what the first process has, on the CPU

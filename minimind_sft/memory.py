@@ -180,7 +180,7 @@ def footprint(
         accumulate: micro-batches per window.
         processes: that share gradients.
         bases: whether AdamW's moments are kept in a basis for each matrix.
-        pull: whether the model is pulled towards the base in these (`terms.EKFAC`).
+        pull: whether the model is pulled towards the base in these (`priors.EKFAC`).
         replayed: tokens of replay text among them, held by KL; the base's copy is not counted.
     """
     count, half = parameters(config), precision != "32"

@@ -11,7 +11,6 @@ counts, and several processes whether to stop.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,20 +25,21 @@ from minimind_sft import resume
 from minimind_sft.attention import attention_backend, needs_device_cu_seqlens
 from minimind_sft.batching import MicroBatch, pack
 from minimind_sft.evaluation import sources_of
-from minimind_sft.fisher import Basis, RotatedAdamW, stored_bases
+from minimind_sft.fisher import RotatedAdamW
 from minimind_sft.forgetting import PRETRAIN, Meter, Reading
+from minimind_sft.frozen import freeze, frozen_copy
 from minimind_sft.generate import generate
 from minimind_sft.guard import Guard, StepResult
 from minimind_sft.holding import Broadcast, Holding
 from minimind_sft.losses import cross_entropy
 from minimind_sft.memory import checkpoint_bytes
 from minimind_sft.model import Transformer
+from minimind_sft.optimizing import Optimization
 from minimind_sft.probes import answer_text
 from minimind_sft.ranges import check_ranges
 from minimind_sft.report import later_rows
-from minimind_sft.schedule import learning_rate_at, peak_for
 from minimind_sft.starting import Start
-from minimind_sft.terms import Term, freeze, frozen_copy
+from minimind_sft.terms import Term
 
 if TYPE_CHECKING:
     from minimind_sft.data import SFTDataModule
@@ -73,7 +73,7 @@ class SFTModule(LightningModule):
             them a channel, at most, for the basis that AdamW's moments are kept in, see `fisher.py`, all of them for
             the pull; 0 for AdamW as it is.
         prior_tokens: a pull towards the base in that basis, as strong in each direction as so many tokens of such text
-            would be beside the sample's supervised ones, see `terms.EKFAC`; 0 is off.
+            would be beside the sample's supervised ones, see `priors.EKFAC`; 0 is off.
         l2_sp: decay towards the base, decoupled as AdamW's; 0 is off.
         freeze: patterns of parameters that are not trained, as in a shell: "*.mlp.*", or a list of them.
         max_forgetting: nats per token of forgetting above which no reading is the best; null for no bound.
@@ -151,9 +151,7 @@ class SFTModule(LightningModule):
             seed=seed,
             more=terms,
         )
-        self._peak = None if isinstance(learning_rate, str) else learning_rate  # None: by the width
-        self.warmup_ratio, self.min_lr_ratio = warmup_ratio, min_lr_ratio
-        self.weight_decay, self.decay_all, self.seed = weight_decay, decay_all, seed
+        self.optimization = Optimization(learning_rate, warmup_ratio, min_lr_ratio, weight_decay, decay_all)
         self.activation_checkpointing, self.aux_scope = activation_checkpointing, aux_scope
         self.frozen = [freeze] if isinstance(freeze, str) else freeze or []
         self.max_forgetting = max_forgetting
@@ -288,37 +286,10 @@ class SFTModule(LightningModule):
         return self.data.start_step >= self.total_steps
 
     def configure_optimizers(self) -> Optimizer:
-        for name, decay in (("weight_decay", self.weight_decay), ("l2_sp", self.holding.l2_sp)):
-            if decay * self.learning_rate >= 1.0:
-                raise ValueError(
-                    f"model.{name} is {decay:g}, which at a learning rate of {self.learning_rate:g} would take the "
-                    f"whole way in one step, or more; it must stay below {1.0 / self.learning_rate:g}"
-                )
-        groups = [[self.model.get_parameter(name) for name in group] for group in self._groups()]
-        decays = self._weight_decays()
-        # on a CPU too, in a third of the time of torch's own choice; with a gradient scaler, a fused optimizer
-        # unscales by itself and Lightning then refuses to clip
-        fused = self.device.type in ("cpu", "cuda") and self._scaler is None
-        return RotatedAdamW(
-            [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True)],
-            lr=self.learning_rate,
-            fused=fused or None,  # None: torch picks among the rest
-            tensor_cores=self.device.type == "cuda" and self._half is not None,
+        self.optimization.check_decays(self.model.config.hidden_size, l2_sp=self.holding.l2_sp)
+        return self.optimization.adamw(
+            self.model, self.device, half=self._half is not None, scaled=self._scaler is not None
         )
-
-    def _groups(self) -> tuple[list[str], list[str]]:
-        """The names of matrices and of norms, always in these two groups, and frozen ones, too, whatever is decayed and
-        trained: a checkpoint knows parameters by their place."""
-        named = list(self.model.named_parameters())
-        return [name for name, weight in named if weight.ndim >= 2], [name for name, weight in named if weight.ndim < 2]
-
-    def bases_of(self, optimizer_state: dict[str, Any]) -> dict[str, Basis]:
-        """The bases in an optimizer's state, by parameter."""
-        return stored_bases(itertools.chain(*self._groups()), optimizer_state)
-
-    def _weight_decays(self) -> tuple[float, float]:
-        """Of matrices, and of norms."""
-        return self.weight_decay, self.weight_decay if self.decay_all else 0.0
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
         """The micro-batch's share of the window's mean loss; see the module's docstring for its scale."""
@@ -351,7 +322,7 @@ class SFTModule(LightningModule):
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Set the learning rate and decay of this step, then step."""
-        for group, decay in zip(optimizer.param_groups, self._weight_decays(), strict=True):
+        for group, decay in zip(optimizer.param_groups, self.optimization.decays, strict=True):
             group["lr"], group["weight_decay"] = self.learning_rate_now(), decay  # a checkpoint's must not win
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if not self.guard.skipped and not self.guard.overflows:
@@ -365,22 +336,11 @@ class SFTModule(LightningModule):
     @property
     def learning_rate(self) -> float:
         """Peak of the schedule."""
-        return peak_for(self.model.config.hidden_size) if self._peak is None else self._peak
-
-    @property
-    def rate_by_width(self) -> bool:
-        """Whether the peak follows from the model's width."""
-        return self._peak is None
+        return self.optimization.peak(self.model.config.hidden_size)
 
     def learning_rate_now(self) -> float:
         """Learning rate of the step that comes next."""
-        return learning_rate_at(
-            self.trainer.global_step + 1,
-            self.total_steps,
-            peak=self.learning_rate,
-            warmup_ratio=self.warmup_ratio,
-            min_lr_ratio=self.min_lr_ratio,
-        )
+        return self.optimization.rate(self.trainer.global_step + 1, self.total_steps, self.model.config.hidden_size)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from minimind_sft.corpus import Store
+
 WIDTH = 50
 _FILTER_BITS = 24
 
@@ -76,3 +78,25 @@ def cached_shares(
         temporary.write_text(json.dumps(result), encoding="utf-8")
         os.replace(temporary, path)
     return list(json.loads(path.read_text(encoding="utf-8")))
+
+
+def refuse(cache: Path, held_out: Store, chats: Store, decode: Callable[[list[int]], str], *, most: float) -> None:
+    """Refuse held-out documents that share more than a share of `most` of their shingles with the training chats.
+
+    Raises:
+        ValueError: with the worst of them.
+    """
+    found = cached_shares(
+        cache,
+        [chats.folder.name, held_out.folder.name],
+        held_out=lambda: (decode(held_out.document(i)[0].tolist()) for i in range(len(held_out))),
+        chats=lambda: (decode(chats.document(i)[0].tolist()) for i in range(len(chats))),
+    )
+    over = [i for i, share in enumerate(found) if share > most]
+    if over:
+        worst = max(over, key=lambda i: found[i])
+        raise ValueError(
+            f"data.heldout_path: {len(over)} documents share over {most:.0%} of their {WIDTH}-character "
+            f"shingles with the training chats; forgetting measured on them would be flattered. The worst: "
+            f"{held_out.where(worst)} ({found[worst]:.0%}). Remove them, or raise data.max_overlap"
+        )

@@ -43,6 +43,11 @@ RANGES = {
     "data.replay_in_chat": Range(0.0, 1.0, SHARE),
     "data.seed": Range(0, 2**32 - 1, "a seed, from 0 to 4294967295"),
     "data.max_length": Range(2, MOST, "a number of tokens, from 2 on"),
+    "data.measure_documents": Range(1, MOST, "a number of documents, from 1 on"),
+    "data.replay_documents": Range(1, MOST, "a number of documents, from 1 on"),
+    "data.own_documents": Range(0, MOST, "a number that the base writes, 0 for none"),
+    "data.own_chats": Range(0, MOST, "a number that the base writes, 0 for none"),
+    "data.workers": Range(1, MOST, "a number of processes, from 1 on, or null for one per core"),
     "trainer.gradient_clip_val": Range(0.0, MOST, "what gradients are clipped to; 0 or null for no clipping"),
     "trainer.accumulate_grad_batches": Range(1, MOST, "micro-batches per optimizer step, from 1 on"),
 }

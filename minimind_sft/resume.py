@@ -19,6 +19,7 @@ import torch
 from minimind_sft.checkpoint_files import OURS
 from minimind_sft.forgetting import OWN_CHATS, PRETRAIN, Reading
 from minimind_sft.identity import MEASURED, check_measured, check_training, measured_anew, of_measured, of_training
+from minimind_sft.optimizing import bases_in
 
 if TYPE_CHECKING:
     from minimind_sft.module import SFTModule
@@ -59,7 +60,7 @@ def take_over(module: SFTModule, checkpoint: dict[str, Any]) -> None:
         check_training(module.data, ours["plan"])
         check_measured(module.data, measured)
         _check_basis(module, ours.get("fisher_tokens", 0))
-        module.holding.go_on_in(module.bases_of(checkpoint["optimizer_states"][0]))
+        module.holding.go_on_in(bases_in(checkpoint["optimizer_states"][0], module.model))
         plan = module.data.plan
         _tell_differences(module, ours["settings"])
         module.guard.load_state_dict(ours["guard"])
@@ -76,10 +77,10 @@ def settings(module: SFTModule) -> dict[str, Any]:
     trainer = module.trainer
     return {
         "model.learning_rate": module.learning_rate,
-        "model.warmup_ratio": module.warmup_ratio,
-        "model.min_lr_ratio": module.min_lr_ratio,
-        "model.weight_decay": module.weight_decay,
-        "model.decay_all": module.decay_all,
+        "model.warmup_ratio": module.optimization.warmup_ratio,
+        "model.min_lr_ratio": module.optimization.min_lr_ratio,
+        "model.weight_decay": module.optimization.weight_decay,
+        "model.decay_all": module.optimization.decay_all,
         "model.replay_loss": module.holding.replay_loss,
         "model.replay_weight": module.holding.replay_weight,
         "model.replay_target": module.holding.replay_target,

@@ -23,7 +23,7 @@ from minimind_sft.readings import read_metrics
 from minimind_sft.weights import export_minimind
 
 PROJECT = Path(__file__).resolve().parents[1]
-EWC = '[{"class_path": "minimind_sft.terms.EWC", "init_args": {"weight": %s}}]'
+EWC = '[{"class_path": "minimind_sft.priors.EWC", "init_args": {"weight": %s}}]'
 GOOD = '{"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there."}]}\n'
 
 

@@ -15,7 +15,7 @@ from minimind_sft.fisher import Scores, bases_of
 from minimind_sft.losses import kl_divergence
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
-from minimind_sft.terms import EKFAC, EWC
+from minimind_sft.priors import EKFAC, EWC
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 V, H = 4, 16
@@ -177,7 +177,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[di
         ("plain", None, 0, text), ("weak", "EWC", 1, text), ("strong", "EWC", 1e5, text), ("own", "EWC", 1e5, ""),
         ("basis", "EKFAC", 1e5, text),
     ):  # fmt: skip
-        term = f"[{{class_path: minimind_sft.terms.{kind}, init_args: {{weight: {weight}, tokens: 1800}}}}]"
+        term = f"[{{class_path: minimind_sft.priors.{kind}, init_args: {{weight: {weight}, tokens: 1800}}}}]"
         arguments = [
             f"--run_dir={folder / name}", "--device=cpu", "--log_every_steps=1", "--export=none", "--val_every_steps=3",
             f"--model.weights={DATA}/base.pth", f"--data.train_path={DATA}/sft_train.jsonl", "--data.max_rows=48",

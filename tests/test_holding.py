@@ -25,15 +25,17 @@ from minimind_sft.comparison import compare
 from minimind_sft.documents import Documents
 from minimind_sft.fisher import Scores, bases_of
 from minimind_sft.forgetting import Reading
+from minimind_sft.frozen import frozen_copy
 from minimind_sft.holding import Holding
 from minimind_sft.losses import kl_divergence
 from minimind_sft.measuring import Measure
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
+from minimind_sft.priors import EKFAC, EWC
 from minimind_sft.replay import ReplayStream
 from minimind_sft.replay_chat import ChatFrame, ReplayRow
 from minimind_sft.stores import Stores
-from minimind_sft.terms import EKFAC, EWC, L2SP, ReplayKL, ReplayNextToken, Term, frozen_copy
+from minimind_sft.terms import L2SP, ReplayKL, ReplayNextToken, Term
 from minimind_sft.weight_control import adapted
 from minimind_sft.windows import Plan
 
@@ -542,7 +544,7 @@ def test_a_run_that_resumes_pulls_in_the_bases_of_its_moments(
     def refuse(_: Any) -> Any:
         raise AssertionError("read anew")
 
-    monkeypatch.setattr("minimind_sft.terms.bases_of", refuse)
+    monkeypatch.setattr("minimind_sft.priors.bases_of", refuse)
     fit(tmp_path / "run", cache, BASIS, PULL, "--trainer.max_steps=3", ckpt="last")
     with pytest.raises(AssertionError):
         fit(tmp_path / "fresh", cache, BASIS, PULL, "--trainer.max_steps=2")

@@ -17,6 +17,7 @@ from minimind_sft.forgetting import CHAT, PRETRAIN, Meter, Reading, summary
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 from minimind_sft.module import SFTModule
+from minimind_sft.optimizing import Optimization
 from minimind_sft.probes import Probe, Reply, begins_with, compare, contains, load_probes
 from minimind_sft.readings import read_metrics
 from minimind_sft.records import MetricsFile
@@ -227,11 +228,11 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base.pth"
 
 
-def test_decay_spares_norms_unless_asked(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SFTModule, "_scaler", None)
+def test_decay_spares_norms_unless_asked(base: Path) -> None:
+    model = SFTModule(weights=str(base)).model
     for decay_all, decay_of_norms in ((False, 0.0), (True, 0.1)):
-        module = SFTModule(weights=str(base), weight_decay=0.1, decay_all=decay_all)
-        groups = module.configure_optimizers().param_groups
+        settings = Optimization(5e-4, warmup_ratio=0.0, min_lr_ratio=0.1, weight_decay=0.1, decay_all=decay_all)
+        groups = settings.adamw(model, torch.device("cpu"), half=False, scaled=False).param_groups
         found = [({p.ndim for p in group["params"]}, group["weight_decay"]) for group in groups]
         assert found == [({2}, 0.1), ({1}, decay_of_norms)]
 

@@ -1,0 +1,125 @@
+"""Pulls towards the base, as strong in each direction as its text depends on it: its Fisher information as a prior.
+
+The information is read once, from text of pretraining (or by the base), before the first step; in training no text is
+needed. `EKFAC` is what `model.prior_tokens` turns on; `EWC` is the baseline of the studies, a term for `model.terms`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimind_sft.batching import MicroBatch
+from minimind_sft.fisher import Basis, Scores, bases_of, matmul_precision, shared_bases, turning_precision
+from minimind_sft.model import Transformer
+from minimind_sft.terms import Term
+
+
+class EWC(Term):
+    """Elastic weight consolidation: a pull towards the base, the stronger the more its text depends on a weight:
+
+        1/2 * sum over weights of F * (w - w_base)^2
+
+    F is the diagonal of the base's Fisher information, per token, on text to replay (`fisher.Scores`). Near the base,
+    the loss is KL(base || model) per token, but for the terms off the diagonal; `weight` is thus on the scale of
+    `model.replay_weight`. A backward pass over the text, once; no text in training.
+    Source: arXiv 1612.00796.
+
+    Args:
+        weight: factor of the loss.
+        tokens: of text to estimate F on.
+        seed: of the drawn tokens.
+    """
+
+    name = "ewc"
+
+    def __init__(self, weight: float = 1.0, tokens: int = 100_000, seed: int = 42) -> None:
+        super().__init__(weight)
+        if tokens < 1:
+            raise ValueError(f"the tokens of {self.name} are {tokens}; it needs at least 1")
+        self.tokens, self.seed = tokens, seed
+        self.bases: dict[str, Basis] = {}
+        self.fisher: dict[str, Tensor] = {}
+
+    def start(self, base: Transformer, control_ids: list[int], *, half: torch.dtype | None) -> None:
+        self._base = dict(base.named_parameters())
+        self._precision = turning_precision(tensor_cores=half is not None and base.lm_head.weight.is_cuda)
+
+    def share(self, broadcast: Callable[[Any], Any]) -> None:
+        fisher = broadcast({name: values.to("cpu") for name, values in self.fisher.items()})
+        self.fisher = {name: values.to(self._base[name].device) for name, values in fisher.items()}
+        if self.bases:
+            self.bases = shared_bases(self.bases, broadcast)
+
+    def _basis(self, name: str) -> Basis:
+        return self.bases.get(name, Basis(None, None))
+
+    def read(self, base: Transformer, text: Iterable[MicroBatch]) -> None:
+        self._estimate(Scores(base, text, self.seed))
+
+    def _estimate(self, scores: Scores) -> None:
+        base, weights = scores.base, list(self._base.values())
+        sums, targets = [torch.zeros_like(weight) for weight in weights], 0
+        base.requires_grad_(True)
+        for score, drawn in scores:
+            gradients = torch.autograd.grad(score, weights, allow_unused=True)
+            for name, total, gradient in zip(self._base, sums, gradients, strict=True):
+                if gradient is not None:  # an expert that was not asked
+                    with torch.autocast(gradient.device.type, enabled=False):  # squares outgrow half precision
+                        total += self._basis(name).turned(gradient).square()
+            targets += drawn
+        base.requires_grad_(False)
+        # an estimate that half of the bits are enough for; of bf16, as it spans more than fp16 does
+        self.fisher = {
+            name: (total / max(1, targets)).bfloat16() for name, total in zip(self._base, sums, strict=True)
+        }
+
+    def pull(self, model: Transformer) -> Tensor:
+        return self._pull(model, turned=False)
+
+    def _pull(self, model: Transformer, *, turned: bool) -> Tensor:
+        """`pull`, to gradients as they are or as they are in the bases."""
+        nats = model.lm_head.weight.new_zeros(())
+        for name, parameter in model.named_parameters():
+            if name not in self._base or not parameter.requires_grad:  # a new output layer has no base
+                continue
+            basis = self._basis(name)
+            with matmul_precision(self._precision):
+                distance = basis.turned(parameter - self._base[name])
+                force = self.fisher[name] * distance
+                gradient = self.weight * (force if turned else basis.back(force))
+            nats += 0.5 * torch.sum(force * distance)
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return nats
+
+
+class EKFAC(EWC):
+    """EWC along the directions that the base's text depends on, instead of along the axes of the weights:
+
+        1/2 * sum over directions of F * (U^T (w - w_base) V)^2
+
+    U and V are the eigenvectors that AdamW's moments are kept in (`fisher.py`), F the Fisher information in that basis.
+    There, next to nothing of the Fisher information lies off the diagonal, which is all that EWC knows of it. With F
+    per token, n tokens of the base's text beside N supervised tokens of chat give the sum n / N: the Laplace
+    approximation of training on both, and the weight that `model.prior_tokens` stands for. The more chats there are,
+    the less the pull counts.
+    Source: arXiv 1806.03884 (EKFAC); a pull with Kronecker factors, arXiv 1805.07810.
+
+    Attributes:
+        bases: by parameter; taken from the text by `read`, where none were given before.
+    """
+
+    name = "ekfac"
+
+    def read(self, base: Transformer, text: Iterable[MicroBatch]) -> None:
+        scores = Scores(base, list(text), self.seed)
+        given = {name: basis.to(base.lm_head.weight.device) for name, basis in self.bases.items()}
+        self.bases = given or bases_of(scores)
+        self._estimate(scores)
+
+    def pull_turned(self, model: Transformer) -> Tensor:
+        """`pull`, where the gradients have been turned into `bases` already: a quarter of the turning is saved."""
+        return self._pull(model, turned=True)
