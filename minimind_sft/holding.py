@@ -7,7 +7,7 @@ the first step gets documents of pretraining, or by the base, that nobody measur
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from minimind_sft.batching import MicroBatch
 from minimind_sft.fisher import Basis, RotatedAdamW, Scores, bases_of, most_tokens, shared_bases
 from minimind_sft.frozen import frozen_copy
 from minimind_sft.model import Transformer
-from minimind_sft.priors import EKFAC
+from minimind_sft.priors import EKFAC, prior_tokens_for
+from minimind_sft.ranges import check_ranges
 from minimind_sft.terms import L2SP, ReplayKL, ReplayNextToken, Term
 
 Read = Callable[[int], Iterable[MicroBatch]]  # whole documents of so many tokens, on the device
@@ -32,7 +33,8 @@ class Holding:
         replay_target: the KL that the weight is to follow; None for a weight that stays.
         l2_sp: decay towards the base; 0 is off.
         fisher_tokens: of text to read the optimizer's basis and the pull from; 0 is off.
-        prior_tokens: how many tokens of its text the pull towards the base in that basis stands for; 0 is off.
+        prior_tokens: how many tokens of its text the pull towards the base in that basis stands for; 0 is off; auto:
+            by the number of steps, see `priors.prior_tokens_for`, from `choose` on that number.
         seed: of the tokens that are drawn for the basis.
         more: terms of the user's.
 
@@ -54,17 +56,13 @@ class Holding:
         replay_target: float | None,
         l2_sp: float,
         fisher_tokens: int,
-        prior_tokens: float,
+        prior_tokens: float | Literal["auto"],
         seed: int,
         more: list[Term] | None,
     ) -> None:
-        for name, value in (
-            ("replay_weight", replay_weight),
-            ("fisher_tokens", fisher_tokens),
-            ("prior_tokens", prior_tokens),
-        ):
-            if not value >= 0:
-                raise ValueError(f"model.{name} is {value}; it must be at least 0 (0 is off)")
+        check_ranges(
+            "model", replay_weight=replay_weight, fisher_tokens=fisher_tokens, prior_tokens=prior_tokens, l2_sp=l2_sp
+        )
         if replay_target is not None and not replay_target > 0.0:
             raise ValueError(
                 f"model.replay_target is {replay_target}; it is nats per token, above 0, or null for a fixed weight"
@@ -80,7 +78,7 @@ class Holding:
             )
         if prior_tokens and not fisher_tokens:
             raise ValueError(
-                f"model.prior_tokens is {prior_tokens:g}, but model.fisher_tokens 0 leaves no text to read the "
+                f"model.prior_tokens is {prior_tokens}, but model.fisher_tokens 0 leaves no text to read the "
                 "Fisher information from; set it to 50000, or model.prior_tokens to 0"
             )
         self.replay_loss, self.replay_weight, self.replay_target = replay_loss, replay_weight, replay_target
@@ -122,12 +120,15 @@ class Holding:
                 f"{' and '.join(on)} hold on to a base, and model.weights is scratch; leave them out, or give a base"
             )
 
-    def choose(self, model: Transformer, head: Tensor | None, *, chat_tokens: int, replay: bool) -> None:
+    def choose(
+        self, model: Transformer, head: Tensor | None, *, steps: int, chat_tokens: int, replay: bool
+    ) -> None:
         """Take what the settings name, and a copy of the base where anything looks at it; once.
 
         Args:
             model: before the first step and before a checkpoint is restored.
             head: the base's output layer (V, C), where the model has another.
+            steps: of the whole run.
             chat_tokens: supervised ones of the sample, which the base's prior tokens are weighed against.
             replay: whether there is text to replay.
 
@@ -144,6 +145,8 @@ class Holding:
             )
         if self.l2_sp:
             self.terms.append(L2SP(self.l2_sp))
+        if isinstance(self.prior_tokens, str):
+            self.prior_tokens = prior_tokens_for(steps)
         if self.prior_tokens:
             self.prior = EKFAC(self.prior_tokens / chat_tokens, self.fisher_tokens, self._seed)
             self.terms.append(self.prior)

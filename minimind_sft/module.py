@@ -73,7 +73,8 @@ class SFTModule(LightningModule):
             them a channel, at most, for the basis that AdamW's moments are kept in, see `fisher.py`, all of them for
             the pull; 0 for AdamW as it is.
         prior_tokens: a pull towards the base in that basis, as strong in each direction as so many tokens of such text
-            would be beside the sample's supervised ones, see `priors.EKFAC`; 0 is off.
+            would be beside the sample's supervised ones, see `priors.EKFAC`; 0 is off; auto: by the number of steps,
+            see `priors.prior_tokens_for`.
         l2_sp: decay towards the base, decoupled as AdamW's; 0 is off.
         freeze: patterns of parameters that are not trained, as in a shell: "*.mlp.*", or a list of them.
         max_forgetting: nats per token of forgetting above which no reading is the best; null for no bound.
@@ -111,7 +112,7 @@ class SFTModule(LightningModule):
         replay_weight: float = 1.0,
         replay_target: float | None = None,
         fisher_tokens: int = 0,
-        prior_tokens: float = 0.0,
+        prior_tokens: float | Literal["auto"] = 0.0,
         l2_sp: float = 0.0,
         freeze: str | list[str] | None = None,
         max_forgetting: float | None = None,
@@ -136,7 +137,6 @@ class SFTModule(LightningModule):
             warmup_ratio=warmup_ratio,
             min_lr_ratio=min_lr_ratio,
             weight_decay=weight_decay,
-            l2_sp=l2_sp,
             rope_theta=rope_theta,
             rms_norm_eps=rms_norm_eps,
             max_forgetting=max_forgetting,
@@ -204,7 +204,11 @@ class SFTModule(LightningModule):
         elif self.trainer.state.fn == "fit":  # now, because a checkpoint is restored next
             plan = data.plan
             self.holding.choose(
-                self.model, self.start.head, chat_tokens=plan.most_targets, replay=plan.replay is not None
+                self.model,
+                self.start.head,
+                steps=self.total_steps,
+                chat_tokens=plan.most_targets,
+                replay=plan.replay is not None,
             )
         if not hasattr(self, "meter"):
             text = data.evaluation.get(PRETRAIN)

@@ -31,7 +31,7 @@ from minimind_sft.losses import kl_divergence
 from minimind_sft.measuring import Measure
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
-from minimind_sft.priors import EKFAC, EWC
+from minimind_sft.priors import EKFAC, EWC, prior_tokens_for
 from minimind_sft.replay import ReplayStream
 from minimind_sft.replay_chat import ChatFrame, ReplayRow
 from minimind_sft.stores import Stores
@@ -220,7 +220,7 @@ def test_processes_hold_on_by_what_the_first_one_read(prior_tokens: float) -> No
     def started(seed: int, broadcast: Callable[[Any], Any] | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The bases, and the gradient of the pull on a model that has moved."""
         holding, model = holding_of(prior_tokens=prior_tokens, seed=seed), small_model()
-        holding.choose(model, None, chat_tokens=1, replay=False)
+        holding.choose(model, None, steps=1, chat_tokens=1, replay=False)
         text = [with_replay(3)]
         holding.start(torch.device("cpu"), [], half=None, read=lambda count: text, broadcast=broadcast)
         bases = dict(holding.bases(lambda count: text, broadcast))
@@ -252,20 +252,20 @@ def test_terms_that_could_not_be_told_apart_in_the_log_are_refused() -> None:
         holding_of(more=[Both()])
     holding = holding_of(prior_tokens=1.0, more=[EKFAC()])
     with pytest.raises(ValueError, match=r"model\.terms: ekfac would be logged twice"):
-        holding.choose(small_model(), None, chat_tokens=1, replay=True)
+        holding.choose(small_model(), None, steps=1, chat_tokens=1, replay=True)
 
 
 @pytest.mark.parametrize(("half", "kept"), [(None, True), (torch.bfloat16, False)])
 def test_the_base_is_kept_only_where_a_term_looks_at_it(half: torch.dtype | None, kept: bool) -> None:
     holding = holding_of()
-    holding.choose(small_model(), None, chat_tokens=1, replay=True)
+    holding.choose(small_model(), None, steps=1, chat_tokens=1, replay=True)
     base = weakref.ref(holding._base)
     holding.start(torch.device("cpu"), [], half=half, read=lambda count: [], broadcast=None)
     assert holding.bases(lambda count: [], None) and base() is not None
     holding.release()
     gc.collect()
     assert (base() is not None) == kept
-    holding.choose(small_model(), None, chat_tokens=1, replay=True)
+    holding.choose(small_model(), None, steps=1, chat_tokens=1, replay=True)
     assert len(holding.losses) == 1 and holding._base is None  # once
 
 
@@ -509,6 +509,16 @@ def test_the_pull_stands_for_as_much_text_however_many_chats_there_are(
     assert weights[1] == pytest.approx(4 * weights[0], rel=0.2)
 
 
+def test_the_pull_is_the_stronger_the_shorter_the_run(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [prior_tokens_for(steps) for steps in (1, 80, 160, 320, 5000)] == [16e6, 16e6, 8e6, 4e6, 4e6]
+    fit(tmp_path / "run", cache, BASIS, "--model.prior_tokens=auto", "--trainer.max_steps=1")
+    assert "as if by 16,000,000 tokens" in capsys.readouterr().out
+    fit(tmp_path / "run", cache, BASIS, "--model.prior_tokens=4e6", "--trainer.max_steps=2", ckpt="last")
+    assert "model.prior_tokens 16000000.0 -> 4000000.0" in capsys.readouterr().out
+
+
 def test_without_any_text_the_basis_is_of_text_by_the_base(cache: Path, tmp_path: Path) -> None:
     ends = [
         fit(tmp_path / name, cache, "--data.pretrain_path=null", "--data.own_chats=0", *more)[-1]["train/loss"]
@@ -717,14 +727,14 @@ def test_the_weight_follows_the_target_and_the_divergence_the_weight(cache: Path
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--model.replay_weight=-1"], "at least 0"),
-        (["--data.measure_documents=0"], "at least 1"),
+        (["--model.replay_weight=-1"], "0 or above"),
+        (["--data.measure_documents=0"], "from 1 on"),
         (["--model.replay_target=0"], "above 0"),
         (["--model.replay_target=0.02", "--model.replay_weight=0"], "turns replay off"),
         (["--model.replay_target=0.02", "--model.replay_loss=ntp"], "set it to null"),
         (["--data.replay_length=7"], "at least 8, or null for whole documents"),
-        (["--model.fisher_tokens=-1"], "at least 0"),
-        ([BASIS, "--model.prior_tokens=-1"], "at least 0"),
+        (["--model.fisher_tokens=-1"], "0 or above"),
+        ([BASIS, "--model.prior_tokens=-1"], "0 or above (0 is off), or auto"),
         ([PULL], "set it to 50000"),
     ],
 )
