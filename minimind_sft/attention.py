@@ -4,7 +4,9 @@ A micro-batch has no padding and no batch dimension (see `batching.py`), so atte
 Three ways give the same numbers; `attention_backend` picks, and `fit` prints which:
 
 - ``varlen``: FlashAttention's kernel for ragged batches (`torch.nn.attention.varlen`). Half precision, CUDA, sm_80 up.
-- ``flex``: `flex_attention` with a block mask, compiled. Any precision on CUDA; one mask per micro-batch.
+- ``padded``: documents of like length (within a factor of two) together, filled up at the end, where causal attention
+  never looks, so that no mask is needed. For CUDA wherever `varlen` does not run: any card, any precision, nothing to
+  compile. (`flex_attention` under a block mask wants a compiler, and more shared memory in fp32 than most cards have.)
 - ``per_document``: a Python loop over documents, each one plain causal SDPA. The one for CPU: measured there 7 % faster
   per real token than padded rows of 340 tokens and 27 % faster than packed rows under a block mask. Rows are parted by
   `split`, whose backward is one concatenation; slicing would write a full-size gradient for every document.
@@ -17,16 +19,12 @@ Shapes: N tokens of all documents, D documents, H query heads, K key/value heads
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (N, H, E), k (N, K, E), v (N, K, E) -> (N, H, E)
-
-FLEX_HEAD_DIM = 16  # the least that flex_attention compiles on CUDA
-BACKENDS = ("varlen", "flex", "per_document")
 
 
 @lru_cache
@@ -36,10 +34,10 @@ def attention_backend(device: torch.device | str, dtype: torch.dtype, head_dim: 
     Args:
         device: where the model is.
         dtype: type of the queries: autocast's under autocast, else the weights'.
-        head_dim: FlashAttention takes multiples of 8 up to 256, flex 16 and more.
+        head_dim: FlashAttention takes multiples of 8 up to 256.
 
     Returns:
-        One of ``varlen``, ``flex``, ``per_document``.
+        One of ``varlen``, ``padded``, ``per_document``.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -48,9 +46,7 @@ def attention_backend(device: torch.device | str, dtype: torch.dtype, head_dim: 
     flash = dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
     if flash and capability >= (8, 0) and torch.version.cuda is not None and _varlen_takes_groups():
         return "varlen"
-    if capability >= (7, 0) and head_dim >= FLEX_HEAD_DIM and find_spec("triton") is not None:
-        return "flex"
-    return "per_document"
+    return "padded"
 
 
 def _varlen_takes_groups() -> bool:
@@ -63,9 +59,9 @@ def _varlen_takes_groups() -> bool:
 
 
 def needs_device_cu_seqlens(backend: str) -> bool:
-    """Whether boundaries must lie on the accelerator. ``per_document`` wants them on the CPU: it reads them, and a read
-    from the accelerator would wait for everything queued there."""
-    return backend != "per_document"
+    """Whether boundaries must lie on the accelerator. The others want them on the CPU: they read them, and a read from
+    the accelerator would wait for everything queued there."""
+    return backend == "varlen"
 
 
 def attention_over_documents(backend: str, cu_seqlens: Tensor, max_length: int, num_tokens: int) -> Attend:
@@ -82,10 +78,11 @@ def attention_over_documents(backend: str, cu_seqlens: Tensor, max_length: int, 
     """
     if backend == "varlen":
         return _varlen(cu_seqlens, max_length)
-    if backend == "flex":
-        return _flex(cu_seqlens, num_tokens)
+    lengths = cu_seqlens.diff().tolist()
+    if backend == "padded":
+        return _padded(lengths)
     assert backend == "per_document", backend
-    return _per_document(cu_seqlens.diff().tolist())
+    return _per_document(lengths)
 
 
 def _per_document(lengths: list[int]) -> Attend:
@@ -129,37 +126,38 @@ def _varlen(cu_seqlens: Tensor, max_length: int) -> Attend:
     return attend
 
 
-def _flex(cu_seqlens: Tensor, num_tokens: int) -> Attend:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    document = document_of_token(cu_seqlens, num_tokens)
-
-    def same_document_and_not_later(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (document[query] == document[key]) & (query >= key)
-
-    mask = create_block_mask(
-        same_document_and_not_later, None, None, num_tokens, num_tokens, device=str(cu_seqlens.device)
-    )
-    flex_attention = _compiled_flex_attention() if cu_seqlens.is_cuda else _flex_attention()
+def _padded(lengths: list[int]) -> Attend:
+    documents_of: dict[int, list[int]] = {}  # by the power of two that their length reaches
+    for number, length in enumerate(lengths):
+        if length:
+            documents_of.setdefault((length - 1).bit_length(), []).append(number)
+    rows = torch.arange(sum(lengths)).split(lengths)
+    shapes, orders, places = [], [], []
+    for documents in documents_of.values():
+        longest = max(lengths[number] for number in documents)
+        shapes.append((len(documents), longest))
+        orders.append(torch.cat([rows[number] for number in documents]))
+        starts = range(0, len(documents) * longest, longest)
+        places.append(torch.cat([rows[n] - rows[n][0] + at for n, at in zip(documents, starts, strict=True)]))
+    order, sizes = torch.cat(orders), [len(order) for order in orders]
+    indices = [order, order.argsort(), torch.cat(places)]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, N, E)
-        out = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-        return out[0].transpose(0, 1)
+        if indices[0].device != q.device:  # the first layer takes them there
+            indices[:] = [index.to(q.device, non_blocking=True) for index in indices]
+        order, back, place = indices
+        if q.shape[1] != k.shape[1]:  # not every kernel knows groups
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        outputs = []
+        parts = [x.index_select(0, order).split(sizes) for x in (q, k, v)]
+        for *part, at, shape in zip(*parts, place.split(sizes), shapes, strict=True):
+            padded = [x.new_zeros(shape[0] * shape[1], *x.shape[1:]).index_copy(0, at, x) for x in part]
+            some_q, some_k, some_v = (x.unflatten(0, shape).transpose(1, 2) for x in padded)  # (D, H, T, E)
+            out = F.scaled_dot_product_attention(some_q, some_k, some_v, is_causal=True)
+            outputs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, at))
+        return torch.cat(outputs).index_select(0, back)
 
     return attend
-
-
-def _flex_attention() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return flex_attention
-
-
-@lru_cache
-def _compiled_flex_attention() -> Callable[..., Tensor]:
-    """Uncompiled, it would hold all N x N scores. Dynamic, since every micro-batch has another N."""
-    return torch.compile(_flex_attention(), dynamic=True)
 
 
 def document_of_token(cu_seqlens: Tensor, num_tokens: int) -> Tensor:

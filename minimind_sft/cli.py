@@ -165,10 +165,10 @@ class SFTCLI(LightningCLI):
         plugins = given.pop("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         given |= pin_device(settings["device"], given["accelerator"], given["devices"])
-        accelerator = given["accelerator"]
+        precision = resolve_precision(settings["precision"], given["accelerator"], given["devices"])
         return Trainer(
             **given,
-            precision=resolve_precision(settings["precision"], accelerator),  # type: ignore[arg-type]
+            precision=precision,  # type: ignore[arg-type]
             callbacks=[*theirs, *self._callbacks(settings)],
             logger=self._loggers(settings),
             plugins=[AtomicCheckpointIO(), *plugins],

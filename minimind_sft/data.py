@@ -328,7 +328,8 @@ class SFTDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[MicroBatch]:
         """Micro-batches of this rank; the sampler starts where a resumed run has to go on."""
         assert self.trainer is not None
-        return loader(MicroBatches(self.plan, self.trainer.global_rank), Positions(self.plan, self.start_step))
+        micro_batches = MicroBatches(self.plan, self.trainer.global_rank)
+        return loader(micro_batches, self.trainer.strategy.root_device, Positions(self.plan, self.start_step))
 
     def val_dataloader(self) -> list[DataLoader[MicroBatch]]:
         """One loader per entry of `evaluation`; every document goes to exactly one rank."""
@@ -348,7 +349,8 @@ class SFTDataModule(LightningDataModule):
                     rank=rank,
                     ranks=ranks,
                     chosen=drawn(len(documents), share, self.seed, rest=rest),
-                )
+                ),
+                self.trainer.strategy.root_device,
             )
             for documents in self.evaluation.values()
         ]

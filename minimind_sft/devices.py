@@ -55,10 +55,11 @@ def one_device(device: str) -> torch.device:
     return torch.device("cuda", pinned["devices"][0])
 
 
-def resolve_precision(precision: str, accelerator: str) -> str:
-    """What `auto` means on this device."""
+def resolve_precision(precision: str, accelerator: str, devices: Any) -> str:
+    """What `auto` means on the first of these devices."""
     if precision != "auto":
         return {"32": "32-true"}.get(precision, precision)
     if accelerator in ("cuda", "gpu"):
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+        with torch.cuda.device(devices[0] if isinstance(devices, list) else 0):
+            return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
     return "32-true"

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from minimind_sft.batching import MicroBatch
+from minimind_sft.drawing import draw
 from minimind_sft.model import Transformer
 
 Key = TypeVar("Key")
@@ -84,14 +85,9 @@ class Scores:
             hidden = self.base.hidden(flat.input_ids, flat.positions, flat.cu_seqlens, flat.max_length)
             log_p = self.base.logits(hidden[some.targets]).float().log_softmax(-1)  # (M, V)
             if place == len(self._drawn):
-                self._drawn.append(self._draw(log_p.detach()))
+                luck = torch.rand(len(log_p), generator=self._generator)  # on the CPU: the same on every device
+                self._drawn.append(draw(log_p.detach().exp(), luck))
             yield log_p.gather(-1, self._drawn[place]).sum(), len(self._drawn[place])
-
-    def _draw(self, log_p: Tensor) -> Tensor:
-        """(M, 1) tokens of distributions (M, V), by one number each from the CPU: the same on every device."""
-        up_to = log_p.exp().cumsum(-1)
-        heights = torch.rand(len(log_p), 1, generator=self._generator).to(log_p.device) * up_to[:, -1:]
-        return torch.searchsorted(up_to, heights, right=True).clamp_(max=log_p.shape[1] - 1)
 
 
 def most_tokens(hidden_size: int) -> int:
@@ -193,25 +189,28 @@ class RotatedAdamW(AdamW):
         args, settings: AdamW's.
         tensor_cores: turn in TF32, for gradients that come from half precision anyway: in fp32, a GPU that trains in
             half precision would take a tenth to a third of a step for it.
+
+    Attributes:
+        bases: by parameter.
     """
 
-    _bases: dict[Tensor, Basis]
+    bases: Mapping[Tensor, Basis]
 
     def __init__(self, *args: Any, tensor_cores: bool = False, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self._bases = {}
+        self.bases = {}
         self._turned = False
         self._precision = turning_precision(tensor_cores=tensor_cores)
 
     def turn(self, bases: Mapping[Tensor, Basis]) -> None:
         """Take these bases, by parameter; before the first step, as moments do not turn with them."""
-        self._bases = dict(bases)
+        self.bases = dict(bases)
 
     @torch.no_grad()
     def turn_gradients(self) -> None:
         """Turn the gradients into the bases, which `step` does otherwise: for what is to be added or clipped there."""
         if not self._turned:
-            for weight, basis in self._bases.items():
+            for weight, basis in self.bases.items():
                 if weight.grad is not None:
                     with matmul_precision(self._precision):
                         weight.grad.copy_(basis.turned(weight.grad))
@@ -233,14 +232,14 @@ class RotatedAdamW(AdamW):
         kept: list[tuple[Tensor, Tensor, float]] = []
         for group in self.param_groups:
             for weight in group["params"]:
-                if weight.grad is not None and weight in self._bases:
+                if weight.grad is not None and weight in self.bases:
                     kept.append((weight, weight.clone(), 1.0 - group["lr"] * group["weight_decay"]))
                     weight.zero_()
         super().step()
         self._turned = False
         for weight, before, decay in kept:
             with matmul_precision(self._precision):
-                turned_back = self._bases[weight].back(weight)
+                turned_back = self.bases[weight].back(weight)
             weight.copy_(turned_back.add_(before, alpha=decay))
         return loss
 
@@ -251,11 +250,11 @@ class RotatedAdamW(AdamW):
 
     def state_dict(self) -> dict[str, Any]:
         """AdamW's, and the bases by the parameters' places."""
-        places = [self._bases.get(weight) for weight in self._weights]
+        places = [self.bases.get(weight) for weight in self._weights]
         return super().state_dict() | {"bases": [None if basis is None else tuple(basis) for basis in places]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """AdamW's, and the bases; of a run without any there are none."""
         super().load_state_dict(state_dict)
         found = stored_bases(self._weights, state_dict)
-        self._bases = {weight: basis.to(weight.device) for weight, basis in found.items()}
+        self.bases = {weight: basis.to(weight.device) for weight, basis in found.items()}

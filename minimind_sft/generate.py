@@ -18,11 +18,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minimind_sft.attention import Attend, attention_over_documents
+from minimind_sft.drawing import draw
 from minimind_sft.model import Transformer
 
 SLOTS = 128  # caches grow by at least this many
+# all but cuDNN's, which makes a plan for every length of the cache
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def generate(
@@ -128,9 +132,7 @@ class Sampling:
         if self.top_p is not None and self.top_p < 1.0:
             before = probabilities.cumsum(-1) - probabilities
             probabilities = probabilities.masked_fill(before > self.top_p, 0.0)
-        cumulative = probabilities.cumsum(-1)
-        target = luck.to(logits.device, wide)[:, None] * cumulative[:, -1:]
-        index = torch.searchsorted(cumulative, target, right=True).clamp_max(cumulative.shape[-1] - 1)
+        index = draw(probabilities, luck)
         return (index if order is None else order.gather(-1, index))[:, 0]
 
 
@@ -157,6 +159,7 @@ class _Decoder:
         self.tokens = torch.empty(0)  # (B,) the last written
 
     @torch.inference_mode()
+    @sdpa_kernel(KERNELS)
     def step(self) -> list[tuple[int, int]]:
         """Write one token in every row that is alive.
 
@@ -180,8 +183,8 @@ class _Decoder:
         input_ids = torch.tensor([token for prompt in self.prompts for token in prompt], device=self.device)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
         row_of_token = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(self.device)
-        # Boundaries are on the host and shapes differ every time: the loop over documents needs no compilation.
-        attend = attention_over_documents("per_document", F.pad(ends, (1, 0)).int(), max(lengths), len(input_ids))
+        backend = "padded" if self.device.type == "cuda" else "per_document"  # both read boundaries on the host
+        attend = attention_over_documents(backend, F.pad(ends, (1, 0)).int(), max(lengths), len(input_ids))
         self.cache = _Cache(self.model.config.num_hidden_layers, lengths, self.device)
         attends = [self.cache.record(layer, attend, row_of_token, positions) for layer in range(self.cache.layers)]
         hidden, _ = self.model.run_layers(input_ids, positions, attends)

@@ -12,10 +12,11 @@ from minimind_sft.batching import MicroBatch
 from minimind_sft.windows import Plan
 
 
-def loader(dataset: Dataset[MicroBatch], sampler: Sampler[Any] | None = None) -> DataLoader[MicroBatch]:
-    """Without worker processes: laying a micro-batch out takes well under a millisecond, against the hundreds that it
-    trains for."""
-    return DataLoader(dataset, batch_size=None, sampler=sampler, pin_memory=torch.cuda.is_available())
+def loader(
+    dataset: Dataset[MicroBatch], device: torch.device, sampler: Sampler[Any] | None = None
+) -> DataLoader[MicroBatch]:
+    """Without worker processes: laying a micro-batch out takes a millisecond or two."""
+    return DataLoader(dataset, batch_size=None, sampler=sampler, pin_memory=device.type == "cuda")
 
 
 class MicroBatches(Dataset[MicroBatch]):

@@ -137,7 +137,7 @@ class Transformer(nn.Module):
         """
         assert aux_scope in AUX_SCOPES, aux_scope
         hidden, routings = self._run(input_ids, positions, cu_seqlens, max_length)
-        boundaries = cu_seqlens if aux_scope == "document" else cu_seqlens[[0, -1]]
+        boundaries = cu_seqlens if aux_scope == "document" else cu_seqlens[:: len(cu_seqlens) - 1]
         documents = document_of_token(boundaries, len(input_ids)).to(input_ids.device)
         return hidden, balance_loss(routings, self.config, documents, len(boundaries) - 1)
 
@@ -160,7 +160,7 @@ class Transformer(nn.Module):
         routings = []
         for layer, attend in zip(self.model.layers, attends, strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, routing = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+                x, routing = checkpoint(layer, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, routing = layer(x, cos, sin, attend)
             if routing is not None:

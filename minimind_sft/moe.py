@@ -64,7 +64,7 @@ class MixtureOfExperts(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         order = chosen.flatten().argsort(stable=True)  # places (N k), expert by expert
         rows = x.index_select(0, order // self.num_experts_per_tok)
-        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        counts = _counts(chosen.flatten(), len(self.experts)).tolist()
         parts = [expert(part) for expert, part in zip(self.experts, rows.split(counts), strict=True)]
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         outputs = torch.cat(parts).index_select(0, back).unflatten(0, chosen.shape)  # (N, k, C)
@@ -72,6 +72,11 @@ class MixtureOfExperts(nn.Module):
         for shared in self.shared_experts or ():
             y = y + shared(x)
         return y, Routing(probabilities, chosen)
+
+
+def _counts(numbers: Tensor, size: int) -> Tensor:
+    """(size,) how often each number occurs; `bincount` would ask the device for the least and the largest."""
+    return numbers.new_zeros(size).scatter_add_(0, numbers, torch.ones_like(numbers))
 
 
 def balance_loss(routings: Sequence[Routing], config: ModelConfig, documents: Tensor, num_documents: int) -> Tensor:
@@ -91,7 +96,7 @@ def balance_loss(routings: Sequence[Routing], config: ModelConfig, documents: Te
     total = documents.new_zeros((), dtype=torch.float32)
     if not routings:
         return total
-    lengths = documents.bincount(minlength=num_documents).clamp_min(1)[:, None]  # (D, 1)
+    lengths = _counts(documents, num_documents).clamp_min(1)[:, None]  # (D, 1)
     scale = config.router_aux_loss_coef * config.num_experts
     if config.family == "minimind2":
         scale /= config.num_experts_per_tok

@@ -130,7 +130,8 @@ class Author:
             if self._no_chats():
                 return None
             tried = self._chats(TRIED)
-            taught = sum(self._ends_as_taught(tried.document(number)[0].tolist()) for number in range(len(tried)))
+            with self._at_work():
+                taught = sum(self._ends_as_taught(tried.document(number)[0].tolist()) for number in range(len(tried)))
             return self._chats(CHATS) if 2 * taught >= TRIED else None
         if wanted and (why := self._no_chats()):
             raise ValueError(f"the base cannot write chats: {why}. Set data.own_chats to 0")
@@ -175,25 +176,24 @@ class Author:
         rest = next((end[place + 1 :] for place, id in enumerate(end) if id in self.template.stop_ids), [])
         if chat[-1] not in self.template.stop_ids:
             return False
-        with self._at_work():
-            return generate(self.model, [chat], max_new_tokens=len(rest)) == [rest]
+        return generate(self.model, [chat], max_new_tokens=len(rest)) == [rest]
 
     def _continue(
         self, prompts: list[list[int]], most: int, stream: str, stops: set[int], begun: int
     ) -> list[list[int]]:
-        with self._at_work():
-            return generate(
-                self.model,
-                prompts,
-                max_new_tokens=most,
-                temperature=1.0,
-                seed=self.seed + STREAMS[stream] + begun,
-                stop_ids=stops,
-                vocab_size=self.template.vocab_size,
-            )
+        return generate(
+            self.model,
+            prompts,
+            max_new_tokens=most,
+            temperature=1.0,
+            seed=self.seed + STREAMS[stream] + begun,
+            stop_ids=stops,
+            vocab_size=self.template.vocab_size,
+        )
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
+        """With the model on the device."""
         home = self.model.lm_head.weight.device
         self.model.to(self.device)
         try:
@@ -213,7 +213,7 @@ class Author:
         def make(folder: Path) -> None:
             started = time.monotonic()
             print(f"the base writes {what} ...", flush=True)
-            with track(f"the base writes {what}", total=total) as progress:
+            with self._at_work(), track(f"the base writes {what}", total=total) as progress:
                 corpus.build_from_spans(
                     folder, write(progress), self.template.vocab_size, source=SOURCE, apart_from=apart_from
                 )

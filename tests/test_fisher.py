@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from minimind_sft.batching import MicroBatch, pack
+from minimind_sft.drawing import draw
 from minimind_sft.fisher import Basis, RotatedAdamW, Scores, bases_of
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
@@ -111,9 +112,8 @@ def test_a_basis_is_taken_from_64_tokens_a_channel_and_the_scores_go_on_behind_i
 
 
 def test_tokens_are_drawn_as_often_as_the_base_expects_them() -> None:
-    scores = Scores(random_model(), [], seed=0)
     p = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
-    drawn = scores._draw(p.log().expand(20_000, -1))
+    drawn = draw(p.expand(20_000, -1), torch.rand(20_000, generator=torch.Generator().manual_seed(0)))
     assert drawn.shape == (20_000, 1)
     counts = drawn.flatten().bincount(minlength=6) / len(drawn)
     torch.testing.assert_close(counts, p, atol=0.015, rtol=0)

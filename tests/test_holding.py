@@ -23,7 +23,7 @@ from minimind_sft.batching import MicroBatch, pack
 from minimind_sft.chat import ChatTemplate
 from minimind_sft.comparison import compare
 from minimind_sft.documents import Documents
-from minimind_sft.fisher import Scores, bases_of
+from minimind_sft.fisher import RotatedAdamW, Scores, bases_of
 from minimind_sft.forgetting import Reading
 from minimind_sft.frozen import frozen_copy
 from minimind_sft.holding import Holding
@@ -31,6 +31,7 @@ from minimind_sft.losses import kl_divergence
 from minimind_sft.measuring import Measure
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
+from minimind_sft.module import SFTModule
 from minimind_sft.priors import EKFAC, EWC, prior_tokens_for
 from minimind_sft.replay import ReplayStream
 from minimind_sft.replay_chat import ChatFrame, ReplayRow
@@ -619,6 +620,25 @@ def test_a_run_in_a_basis_does_not_resume_in_another(
     assert "has a basis from 1200 tokens, and model.fisher_tokens is 0; set it to 1200" in capsys.readouterr().err
     fit(tmp_path / "run", cache, BASIS, PULL, "--trainer.max_steps=3", ckpt="last")
     assert "model.prior_tokens 0.0 -> " in capsys.readouterr().out
+
+
+def test_in_a_run_that_resumes_the_pull_and_the_moments_share_their_bases(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def watched(module: SFTModule, *step: Any) -> Any:
+        (optimizer,) = module.trainer.optimizers
+        assert isinstance(optimizer, RotatedAdamW) and module.holding.prior is not None
+        pulled = {module.model.get_parameter(name): basis for name, basis in module.holding.prior.bases.items()}
+        seen.append(bool(pulled) and all(optimizer.bases[weight] is basis for weight, basis in pulled.items()))
+        return original(module, *step)
+
+    original = SFTModule.training_step
+    monkeypatch.setattr(SFTModule, "training_step", watched)
+    for steps, ckpt in ((1, None), (2, "last")):
+        fit(tmp_path / "run", cache, BASIS, PULL, f"--trainer.max_steps={steps}", ckpt=ckpt)
+    assert seen and all(seen)
 
 
 def test_a_run_resumes_only_on_what_it_was_measured_on(

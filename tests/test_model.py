@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minimind_sft import attention
 from minimind_sft.attention import attention_backend, attention_over_documents, needs_device_cu_seqlens
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
@@ -244,28 +243,27 @@ def test_impossible_sizes_are_refused_by_name(sizes: dict[str, int], message: st
         ModelConfig.minimind3(**sizes)
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_flex_attention_under_a_block_mask_equals_the_loop_over_documents() -> None:
-    torch.manual_seed(0)
-    cu_seqlens = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
-    q, k, v = torch.randn(15, 4, 16), torch.randn(15, 2, 16), torch.randn(15, 2, 16)
-    loop, mask = (attention_over_documents(name, cu_seqlens, 9, 15)(q, k, v) for name in ("per_document", "flex"))
-    torch.testing.assert_close(mask, loop, rtol=1e-5, atol=1e-5)
+def test_padded_attention_equals_the_loop_over_documents_in_values_and_gradients() -> None:
+    lengths = [5, 1, 9, 6, 8, 2, 17]
+    cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+    found = []
+    for name in ("per_document", "padded"):
+        torch.manual_seed(0)
+        rows = [torch.randn(sum(lengths), heads, 16, requires_grad=True) for heads in (4, 2, 2)]
+        out = attention_over_documents(name, cu_seqlens, max(lengths), sum(lengths))(*rows)
+        (out * torch.randn_like(out)).sum().backward()
+        found.append([out, *(row.grad for row in rows)])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "head_dim", "triton", "wanted"),
+    ("capability", "dtype", "head_dim", "wanted"),
     [
-        ((8, 0), torch.bfloat16, 64, True, "varlen"),
-        ((9, 0), torch.float16, 96, True, "varlen"),
-        ((9, 0), torch.float32, 64, True, "flex"),
-        ((9, 0), torch.bfloat16, 100, True, "flex"),  # FlashAttention wants multiples of 8
-        ((7, 5), torch.float16, 64, True, "flex"),
-        ((7, 5), torch.float16, 16, True, "flex"),
-        ((9, 0), torch.bfloat16, 12, True, "per_document"),  # flex_attention compiles from 16 on
-        ((9, 0), torch.float32, 8, True, "per_document"),
-        ((8, 0), torch.float32, 64, False, "per_document"),
-        ((6, 1), torch.float16, 64, True, "per_document"),
+        ((8, 0), torch.bfloat16, 64, "varlen"),
+        ((9, 0), torch.float16, 96, "varlen"),
+        ((9, 0), torch.float32, 64, "padded"),
+        ((9, 0), torch.bfloat16, 100, "padded"),  # FlashAttention wants multiples of 8
+        ((7, 5), torch.float16, 64, "padded"),
     ],
 )
 def test_the_backend_follows_the_device(
@@ -273,12 +271,10 @@ def test_the_backend_follows_the_device(
     capability: tuple[int, int],
     dtype: torch.dtype,
     head_dim: int,
-    triton: bool,
     wanted: str,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(attention, "find_spec", lambda name: object() if triton else None)
     attention_backend.cache_clear()
     found = attention_backend("cuda:0", dtype, head_dim)
     attention_backend.cache_clear()
@@ -288,7 +284,7 @@ def test_the_backend_follows_the_device(
 def test_on_the_cpu_boundaries_stay_on_the_host() -> None:
     assert attention_backend("cpu", torch.bfloat16) == "per_document"
     assert not needs_device_cu_seqlens("per_document")
-    assert needs_device_cu_seqlens("varlen") and needs_device_cu_seqlens("flex")
+    assert needs_device_cu_seqlens("varlen") and not needs_device_cu_seqlens("padded")
 
 
 def test_logits_equal_those_of_qwen3_and_llama_in_transformers() -> None:
