@@ -136,7 +136,7 @@ def compare(
     given = [make_stores(heldout_path=heldout_path, pretrain_path=pretrain_path)] if heldout_path else []
     given += [make_stores(pretrain_path=pretrain_path)] if pretrain_path else []
     texts: dict[str, tuple[Store | None, Iterator[Line] | None]] = {
-        str(of.text): (of.open(train=False).measured, None) for of in given
+        str(of.text.kind): (of.open(train=False).measured, None) for of in given
     }
     if not texts and own_documents:
         texts[SELF_WRITTEN] = pair.own_text(stores.cache, own_documents)
