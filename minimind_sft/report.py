@@ -219,7 +219,7 @@ def plot_budget(trials: Sequence[Trial], law: PowerLaw | None, max_forgetting: f
             curve = [law.at(mb) for mb in steps]
             panes[1].plot(steps, curve, color="0.4", linestyle=":", label=f"{law.a:.3g} MB^{law.b:.2f}")
         panes[1].legend(frameon=False, fontsize=9)
-    panes[2].set_ylim(bottom=0)
+    panes[2].set_ylim(0, 1.1 * max(trial.minutes for trial in trials))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
