@@ -21,7 +21,8 @@ layer, 4 C a target and 4 V C, are made with them and stay until the backward pa
 Measured against `fit` on a CPU (live bytes of all tensors): within 1 % from 6 M to 116 M parameters, with and without
 checkpointing. What CUDA's kernels keep is read off their signatures (a norm is one kernel there, FlashAttention takes
 ragged batches whole), not measured. Not counted: the device's context, fragmentation (the resident set of those runs
-was 0.1 to 0.5 GiB above the live bytes), and what saving takes in host memory.
+was 0.1 to 0.5 GiB above the live bytes), what saving takes in host memory, and what q, k and v grow by where a GPU has
+to pad documents (`attention.py`).
 
 Shapes: C hidden, H heads, K key/value heads, E head dimension, I feed-forward, L layers, V vocabulary, X experts.
 """
