@@ -41,12 +41,17 @@ def attention_backend(device: torch.device | str, dtype: torch.dtype, head_dim: 
     """
     device = torch.device(device)
     if device.type != "cuda":
-        return "per_document"
+        return backend_by_lengths(device)
     capability = torch.cuda.get_device_capability(device)
     flash = dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
     if flash and capability >= (8, 0) and torch.version.cuda is not None and _varlen_takes_groups():
         return "varlen"
-    return "padded"
+    return backend_by_lengths(device)
+
+
+def backend_by_lengths(device: torch.device) -> str:
+    """``padded`` or ``per_document``: what this device runs for any queries, by boundaries that lie on the host."""
+    return "padded" if device.type == "cuda" else "per_document"
 
 
 def _varlen_takes_groups() -> bool:
@@ -64,14 +69,13 @@ def needs_device_cu_seqlens(backend: str) -> bool:
     return backend == "varlen"
 
 
-def attention_over_documents(backend: str, cu_seqlens: Tensor, max_length: int, num_tokens: int) -> Attend:
+def attention_over_documents(backend: str, cu_seqlens: Tensor, max_length: int) -> Attend:
     """Attention for one micro-batch, to be shared by all layers.
 
     Args:
         backend: what `attention_backend` said.
         cu_seqlens: (D + 1,) int32, the first row of every document, then N. See `needs_device_cu_seqlens`.
         max_length: tokens of the longest document.
-        num_tokens: N.
 
     Returns:
         A function of q, k, v.

@@ -16,8 +16,13 @@ def draw(probabilities: Tensor, luck: Tensor) -> Tensor:
     Returns:
         (N, 1) int64, on the device of the probabilities.
     """
-    exact = torch.are_deterministic_algorithms_enabled()  # on a GPU, torch then refuses to sum up fractions
-    up_to = (probabilities.cpu() if exact else probabilities).cumsum(-1)
+    up_to = running_sums(probabilities)
     heights = luck.to(up_to.device, up_to.dtype)[:, None] * up_to[:, -1:]
-    found = torch.searchsorted(up_to, heights, right=True).clamp_(max=probabilities.shape[-1] - 1)
-    return found.to(probabilities.device)
+    return torch.searchsorted(up_to, heights, right=True).clamp_(max=up_to.shape[-1] - 1)
+
+
+def running_sums(fractions: Tensor) -> Tensor:
+    """(..., V), each with those before it, by deterministic algorithms, too, which torch has on a CPU only."""
+    if torch.are_deterministic_algorithms_enabled():
+        return fractions.cpu().cumsum(-1).to(fractions.device)
+    return fractions.cumsum(-1)

@@ -203,7 +203,7 @@ class RotatedAdamW(AdamW):
         self._precision = turning_precision(tensor_cores=tensor_cores)
 
     def turn(self, bases: Mapping[Tensor, Basis]) -> None:
-        """Take these bases, by parameter; before the first step, as moments do not turn with them."""
+        """Take these bases, by parameter; before the first step, for moments do not turn along."""
         self.bases = dict(bases)
 
     @torch.no_grad()

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minimind_sft.attention import Attend, attention_over_documents
-from minimind_sft.drawing import draw
+from minimind_sft.attention import Attend, attention_over_documents, backend_by_lengths
+from minimind_sft.drawing import draw, running_sums
 from minimind_sft.model import Transformer
 
 SLOTS = 128  # caches grow by at least this many
@@ -130,7 +130,7 @@ class Sampling:
         wide = torch.float32 if logits.device.type == "mps" else torch.float64  # mps has no float64
         probabilities = scaled.softmax(-1).to(wide)
         if self.top_p is not None and self.top_p < 1.0:
-            before = probabilities.cumsum(-1) - probabilities
+            before = running_sums(probabilities) - probabilities
             probabilities = probabilities.masked_fill(before > self.top_p, 0.0)
         index = draw(probabilities, luck)
         return (index if order is None else order.gather(-1, index))[:, 0]
@@ -183,8 +183,7 @@ class _Decoder:
         input_ids = torch.tensor([token for prompt in self.prompts for token in prompt], device=self.device)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
         row_of_token = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(self.device)
-        backend = "padded" if self.device.type == "cuda" else "per_document"  # both read boundaries on the host
-        attend = attention_over_documents(backend, F.pad(ends, (1, 0)).int(), max(lengths), len(input_ids))
+        attend = attention_over_documents(backend_by_lengths(self.device), F.pad(ends, (1, 0)).int(), max(lengths))
         self.cache = _Cache(self.model.config.num_hidden_layers, lengths, self.device)
         attends = [self.cache.record(layer, attend, row_of_token, positions) for layer in range(self.cache.layers)]
         hidden, _ = self.model.run_layers(input_ids, positions, attends)

@@ -164,8 +164,7 @@ class Holding:
 
     def go_on_in(self, bases: Mapping[str, Basis]) -> None:
         """Behind `choose`, in a run that resumes: pull in the bases that its moments are kept in, by parameter. Read
-        again, on other threads or another device, they would not be quite the same. Once more when training begins, so
-        that pull and moments share them."""
+        again, on other threads or another device, they would not be quite the same."""
         if self.prior is not None:
             self.prior.bases = dict(bases)
 

@@ -145,7 +145,7 @@ class Transformer(nn.Module):
         self, input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor, max_length: int
     ) -> tuple[Tensor, list[Routing]]:
         backend = attention_backend(input_ids.device, self.compute_dtype(), self.config.head_dim)
-        attend = attention_over_documents(backend, cu_seqlens, max_length, len(input_ids))
+        attend = attention_over_documents(backend, cu_seqlens, max_length)
         return self.run_layers(input_ids, positions, [attend] * self.config.num_hidden_layers)
 
     def run_layers(

@@ -227,13 +227,11 @@ class SFTModule(LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Find the basis that AdamW's moments are kept in, the same on every rank; a run that resumes has its own."""
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, RotatedAdamW)
-        if self.trainer.global_step:  # one copy on the device is enough
-            bases = {name: optimizer.bases.get(weight) for name, weight in self.model.named_parameters()}
-            self.holding.go_on_in({name: basis for name, basis in bases.items() if basis is not None})
-        else:
+        """Find the basis that AdamW's moments are kept in, the same on every rank. A run that resumes has its own;
+        where it pulls, moments and pull share one copy."""
+        if not self.trainer.global_step or self.holding.prior is not None:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            assert isinstance(optimizer, RotatedAdamW)
             with self.trainer.precision_plugin.forward_context():
                 found = self.holding.bases(self._text_to_read, self._broadcast)
             optimizer.turn({self.model.get_parameter(name): basis for name, basis in found.items()})

@@ -221,7 +221,7 @@ def test_bf16_autocast_stays_near_fp32_and_reaches_every_parameter(config: Model
 
 def test_a_cpu_attends_in_fp32_under_autocast_too() -> None:
     q, k, v = torch.randn(3, 9, 2, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    attend = attention_over_documents("per_document", torch.tensor([0, 4, 9]), 5, 9)
+    attend = attention_over_documents("per_document", torch.tensor([0, 4, 9]), 5)
     exact = attend(q.float(), k.float(), v.float())
     with torch.autocast("cpu", torch.bfloat16):
         found = attend(q, k, v)
@@ -250,7 +250,7 @@ def test_padded_attention_equals_the_loop_over_documents_in_values_and_gradients
     for name in ("per_document", "padded"):
         torch.manual_seed(0)
         rows = [torch.randn(sum(lengths), heads, 16, requires_grad=True) for heads in (4, 2, 2)]
-        out = attention_over_documents(name, cu_seqlens, max(lengths), sum(lengths))(*rows)
+        out = attention_over_documents(name, cu_seqlens, max(lengths))(*rows)
         (out * torch.randn_like(out)).sum().backward()
         found.append([out, *(row.grad for row in rows)])
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
@@ -264,6 +264,10 @@ def test_padded_attention_equals_the_loop_over_documents_in_values_and_gradients
         ((9, 0), torch.float32, 64, "padded"),
         ((9, 0), torch.bfloat16, 100, "padded"),  # FlashAttention wants multiples of 8
         ((7, 5), torch.float16, 64, "padded"),
+        ((7, 5), torch.float16, 16, "padded"),
+        ((9, 0), torch.bfloat16, 12, "padded"),
+        ((9, 0), torch.float32, 8, "padded"),
+        ((6, 1), torch.float16, 64, "padded"),
     ],
 )
 def test_the_backend_follows_the_device(
