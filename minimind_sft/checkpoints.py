@@ -91,7 +91,7 @@ def link(existing: Path, name: str) -> None:
 
 class Checkpoints(Checkpoint):
     """Writes `last.ckpt` every `save_every` steps and after the last one, `best.ckpt` whenever a reading is the best
-    yet.
+    yet. Whatever is written is `last.ckpt` as well, which costs a link, so that a run goes on from its newest state.
 
     Args:
         folder: where they go.
@@ -148,18 +148,14 @@ class Checkpoints(Checkpoint):
         step = trainer.global_step
         names = []
         ending = step == pl_module.total_steps or trainer.should_stop
-        if ending or step % self.measure.intervals.save_every == 0:
-            names.append(LAST)
         if self.measure.best is not None and self.measure.best.step == step:
             names.append(BEST)
         if self.keep_every and step % self.keep_every == 0:
             names.append(milestone(step))
         # all ranks stop at the same window, whichever was told
         stopping = trainer.strategy.reduce_boolean_decision(self.stop.received is not None, all=False)
-        if stopping and LAST not in names:
-            names.insert(0, LAST)
-        if names:
-            self.save(trainer, names)
+        if names or ending or stopping or step % self.measure.intervals.save_every == 0:
+            self.save(trainer, [LAST, *names])
         if stopping and not ending:  # a run that ends anyway has its last screen still to write
             if trainer.is_global_zero:
                 print(f"stopped after step {step}; go on with the same command and --ckpt_path last", flush=True)

@@ -51,7 +51,10 @@ def find_checkpoint(asked: str | None, run_dir: Path, verb: str) -> str | None:
     path = folder / {"last": LAST, "best": BEST}[asked] if asked in ("last", "best") else Path(asked)
     if not path.is_file():
         there = ", ".join(sorted(str(p) for p in folder.glob("*.ckpt"))) or "none"
-        start = "; leave --ckpt_path out, or use auto, to start afresh" if verb == "fit" else ""
+        if there != "none":
+            start = "; name one of these"
+        else:
+            start = "; leave --ckpt_path out, or use auto, to start afresh" if verb == "fit" else ""
         what = f"{path} is a folder; name a file" if path.is_dir() else f"there is no {path}"
         raise ValueError(f"--ckpt_path {asked}: {what} (checkpoints of this run: {there}){start}")
     if (content := opened(path)) is not None:  # what cannot be read is told by who loads it

@@ -159,6 +159,22 @@ def test_a_signal_finishes_the_window_saves_and_says_so(
     assert same(checkpoint(run_dir)["state_dict"], checkpoint(whole)["state_dict"])
 
 
+def test_a_run_killed_behind_its_first_look_goes_on_from_there(
+    settings: list[str], whole: Path, tmp_path: Path
+) -> None:
+    run_dir, never = tmp_path / "run", "--save_every_steps=1000"
+    process = start(settings, run_dir, never)
+    while not (run_dir / "checkpoints" / "best.ckpt").is_file():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    step = checkpoint(run_dir)["global_step"]
+    assert step in (4, 8)
+    assert f"after step {step}" in finish(settings, run_dir, never, "--ckpt_path=auto")
+    assert rows(run_dir) == rows(whole)
+
+
 def test_the_rest_of_an_epoch_is_trained_once_when_the_batch_split_changes(
     settings: list[str], whole: Path, tmp_path: Path
 ) -> None:
