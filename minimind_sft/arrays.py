@@ -37,16 +37,34 @@ def kind_of(content: BinaryIO) -> str:
     Args:
         content: from its beginning, decompressed.
     """
-    head = content.read(HEAD).removeprefix(b"\xef\xbb\xbf").lstrip()
+    head = _head(content)
     if not head.startswith(b"{"):
         return "array" if head.startswith(b"[") else "lines"
+    return "object" if _is_all(head, content) else "lines"
+
+
+def is_one_array(content: BinaryIO) -> bool:
+    """Whether a file of lines, by its name, is a single array instead; as lines may be arrays, too.
+
+    Args:
+        content: from its beginning, decompressed.
+    """
+    head = _head(content)
+    return head.startswith(b"[") and _is_all(head, content)
+
+
+def _head(content: BinaryIO) -> bytes:
+    return content.read(HEAD).removeprefix(b"\xef\xbb\xbf").lstrip()
+
+
+def _is_all(head: bytes, content: BinaryIO) -> bool:
+    """Whether the value that a file begins with is not on a line of its own among others."""
     first, newline, rest = head.replace(b"\r", b"\n").partition(b"\n")
-    single = _goes_on(first.rstrip()) if rest.strip() else not _more(content, ended=bool(newline))
-    return "object" if single else "lines"
+    return _goes_on(first.rstrip()) if rest.strip() else not _more(content, ended=bool(newline))
 
 
 def _goes_on(line: bytes) -> bool:
-    """Whether an object that begins on this line needs another one: its end is missing, and not in mid-string."""
+    """Whether a value that begins on this line needs another one: its end is missing, and not in mid-string."""
     try:
         json.loads(line)
     except json.JSONDecodeError as error:

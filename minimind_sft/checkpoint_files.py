@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+DATA = (".jsonl", ".json", ".parquet", ".csv", ".txt", ".gz", ".zst")
 OURS = "minimind_sft"  # what a run notes in its checkpoints
 LISTED = 20  # things spelled out in one error; the rest are counted
 
@@ -59,6 +60,8 @@ def read(path: Path) -> RawCheckpoint:
     """
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
+    if path.name.endswith(DATA):
+        raise ValueError(f"{path} is data, not weights: chats go to data.train_path, text to data.pretrain_path")
     content: Any = read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     config = None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):  # Lightning's

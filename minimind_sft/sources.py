@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from minimind_sft.arrays import array_blocks, kind_of
+from minimind_sft.arrays import array_blocks, is_one_array, kind_of
 from minimind_sft.parquet import MAGIC as PARQUET
 from minimind_sft.parquet import parquet_blocks
 from minimind_sft.streams import stream_of, zstd_blocks
@@ -33,6 +33,7 @@ JSON = (".json", ".json.gz", ".json.zst")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", *JSON, ".parquet")  # what a folder is searched for
 TABLES = (".csv", ".tsv", ".xlsx", ".xls")  # not read, and never lines of JSON
 UNITS = {"array": "element", "parquet": "row"}
+ARCHIVE = b"PK\x03\x04"
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -99,7 +100,7 @@ class Source:
     size: int
     mtime_ns: int
     codec: str  # "plain", "gzip" or "zstd"
-    layout: str  # "lines", "array", "object" or "parquet"
+    layout: str  # "lines", "array", "object" or "parquet"; "misnamed" is an array whose name says lines
 
     @classmethod
     def of(cls, path: Path) -> "Source":
@@ -110,13 +111,22 @@ class Source:
             )
         with path.open("rb") as file:
             head = file.read(4)
+        if head == ARCHIVE:
+            raise ValueError(
+                f"{path} is an archive, as files of weights are, not JSON lines: name a file of chats or text, or "
+                "unpack it"
+            )
         codec = next((name for magic, name in MAGIC.items() if head.startswith(magic)), "plain")
         layout = "parquet" if head == PARQUET else "lines"
         source = cls(path=path, size=found.st_size, mtime_ns=found.st_mtime_ns, codec=codec, layout=layout)
-        if not path.name.endswith(JSON):
+        as_json = path.name.endswith(JSON)
+        if layout == "parquet" and not as_json:
             return source
         with path.open("rb", buffering=0) as raw, source._damage_named():
-            return replace(source, layout=kind_of(source._decompressed(cast(BinaryIO, raw))))
+            content = source._decompressed(cast(BinaryIO, raw))
+            if as_json:
+                return replace(source, layout=kind_of(content))
+            return replace(source, layout="misnamed") if is_one_array(content) else source
 
     @property
     def seekable(self) -> bool:
@@ -144,6 +154,11 @@ class Source:
             raise ValueError(
                 f"{self.path} is one JSON object, not an array of rows: take the list out of it (of `data`, say: "
                 f"`jq -c '.data[]' {self.path.name} > rows.jsonl`), or name a file with one object a line .jsonl"
+            )
+        if self.layout == "misnamed":
+            raise ValueError(
+                f"{self.path} is one JSON array, and by its name it has one object a line: give it a name in .json, "
+                "and its elements are the lines"
             )
         if self.layout == "parquet":
             return stream_of(parquet_blocks(self.path, raw), CHUNK)

@@ -152,6 +152,14 @@ def test_only_a_json_file_may_be_an_array(tmp_path):
     assert [line.text for line in read_lines([write(tmp_path / "in.jsonl", "[1]\n[2]")])] == ["[1]", "[2]"]
 
 
+@pytest.mark.parametrize("name", ["in.jsonl", "in.txt"])
+@pytest.mark.parametrize("content", ['[{"a": 1}, {"a": 2}]', '[{"a": 1},\n{"a": 2}]\n', '[\n  {"a": 1}\n]'])
+def test_an_array_that_is_named_as_lines_is_told_to_be_renamed(tmp_path, name, content):
+    path = write(tmp_path / name, content)
+    with pytest.raises(ValueError, match=f"{name} is one JSON array, .* give it a name in .json"):
+        list(read_lines([path]))
+
+
 # ---- wherever a line is
 
 
