@@ -206,7 +206,7 @@ def _retained(log: LossLog, result: Section) -> Section:
 
 def _notes(result: Section, vocab_size: int) -> list[str]:
     """What a reader of the figures should know."""
-    notes = []
+    notes = [] if (told := _of_another_base(result["base"], result["tuned"])) is None else [told]
     if chats := result.get("chats"):
         if told := text_for_chats(chats["chats"]):
             notes.append(f"--val_path: {told}; what is called the chats' loss is not that of chatting")
@@ -237,6 +237,19 @@ def _notes(result: Section, vocab_size: int) -> list[str]:
             "otherwise: the share of pretraining kept is rough"
         )
     return notes
+
+
+def _of_another_base(base: Section, tuned: Section) -> str | None:
+    """What to say where a run's record tells that the models are no base and its fine-tune."""
+    if base.get("trained_from") == tuned["sha256"]:
+        return "BASE was trained from TUNED: are the two in this order?"
+    began = tuned.get("trained_from")
+    if began in (None, base["sha256"], base.get("trained_from")):
+        return None
+    return (
+        f"TUNED's run did not begin from these weights (SHA-256 {began[:12]}, BASE has {base['sha256'][:12]}): the "
+        "difference is not that run's alone"
+    )
 
 
 # ---- output

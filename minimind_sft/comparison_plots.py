@@ -75,7 +75,13 @@ def _sources(text: dict[str, Any], limit: float, path: Path) -> None:
     points = [0.0, limit] + [row["difference"] for _, row in named] + list(text["interval"] or ())
     points = [point for point in points if math.isfinite(point)]  # a limit may be infinite, a broken model's loss NaN
     margin = 0.25 * ((max(points) - min(points)) or 1.0)
-    axes.set_xlim(min(points) - margin, max(points) + margin)
+    low, high = min(points) - margin, max(points) + margin
+    axes.set_xlim(low, high)
+    for place, (_, row) in enumerate(named):  # an arrow where an interval goes on outside
+        ends = row["interval"] or (low, high)
+        for edge, marker, outside in ((low, "<", ends[0] < low), (high, ">", ends[1] > high)):
+            if outside:
+                axes.plot(edge, place, marker=marker, color=ORANGE if row is text else BLUE, clip_on=False)
     axes.set_xlabel(f"forgotten, nats per token\nlines are {LEVEL:.0%} intervals; hollow: one parent, so no interval")
     _finish(figure, axes, "What was forgotten, by source (documents)", path, pad=14)
 

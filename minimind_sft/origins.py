@@ -6,6 +6,7 @@ checkpoints, its exports) know the run's tokenizer, framing and records, so whoe
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,17 @@ class Origin:
         except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
             return None  # a record that was edited by hand is no reason to refuse weights
 
+    @property
+    def base_sha256(self) -> str | None:
+        """Of the weights that the run began from; None where nothing tells."""
+        if self.run_dir is None:
+            return None
+        try:
+            facts = json.loads((self.run_dir / "run.json").read_text(encoding="utf-8"))
+            return facts.get("base_sha256")
+        except (OSError, ValueError, AttributeError):
+            return None
+
     def tokenizer(self, given: str | None = None) -> Path:
         """Folder of the tokenizer: the given one, else the run's, else what `tokenizer_beside` finds.
 
@@ -51,6 +63,19 @@ class Origin:
             return hub.local(resolve(given))
         if not self.path.exists():
             raise ValueError(f"{self.path} does not exist; it is a run, a weights file, or a Hugging Face folder")
+        if (found := self.known_tokenizer()) is not None:
+            return found
+        raise ValueError(
+            f"which tokenizer belongs to {self.path}? There is no tokenizer.json in or beside it, and no run around it "
+            "that tells; name the folder that holds its tokenizer.json with --tokenizer FOLDER"
+        )
+
+    def known_tokenizer(self) -> Path | None:
+        """Folder of the tokenizer in these weights, of their run, or beside them; None where there is none.
+
+        Raises:
+            ValueError: the run's is no longer there.
+        """
         if (self.path / "tokenizer.json").is_file():
             return self.path
         named = self.setting("data", "tokenizer")
@@ -61,12 +86,7 @@ class Origin:
                 f"the run {self.run_dir} was trained with the tokenizer in {named}, which is not there; say where it "
                 "is with --tokenizer FOLDER"
             )
-        if (beside := tokenizer_beside(self.path)) is not None:
-            return beside
-        raise ValueError(
-            f"which tokenizer belongs to {self.path}? There is no tokenizer.json in or beside it, and no run around it "
-            "that tells; name the folder that holds its tokenizer.json with --tokenizer FOLDER"
-        )
+        return tokenizer_beside(self.path)
 
 
 def tokenizer_beside(path: Path) -> Path | None:

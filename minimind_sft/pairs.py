@@ -21,7 +21,7 @@ from minimind_sft.documents import Documents
 from minimind_sft.evaluation import bytes_of_tokens, keeps_empty_think
 from minimind_sft.files import resolve
 from minimind_sft.model import Transformer
-from minimind_sft.origins import tokenizer_beside
+from minimind_sft.origins import find_origin
 from minimind_sft.progress import track
 from minimind_sft.sampling import Line
 from minimind_sft.scoring import Row, Scores, losses, score
@@ -35,7 +35,8 @@ class Pair:
     """Two models on one device, and how they are fed.
 
     Attributes:
-        about: what the models are, for the record: under `base` and `tuned`, `path`, `sha256` and `description`.
+        about: what the models are, for the record: under `base` and `tuned`, `path`, `sha256` and `description`, and of
+            a run's, as `trained_from`, the `sha256` of what it began from.
     """
 
     base: Transformer
@@ -122,13 +123,14 @@ def open_pair(
     models = [weights.build(loaded).to(where) for loaded in found]
     about = {
         name: {"path": str(loaded.path), "sha256": loaded.sha256, "description": loaded.describe()}
+        | ({"trained_from": sha256} if (sha256 := find_origin(loaded.path).base_sha256) else {})
         for name, loaded in zip(("base", "tuned"), found, strict=True)
     }
     return Pair(models[0], models[1], template, max_length, document_format, seed, about)
 
 
 def find_tokenizer(base: str, tuned: str, given: str | None) -> Path:
-    """The folder of the tokenizer: as given, or what lies in, beside, or in `tokenizer/` beside TUNED, then BASE.
+    """The folder of the tokenizer: as given, or what `Origin.known_tokenizer` finds of TUNED, then of BASE.
 
     Raises:
         ValueError: no such model, no tokenizer there, or two that give text different ids.
@@ -137,7 +139,8 @@ def find_tokenizer(base: str, tuned: str, given: str | None) -> Path:
         return resolve(given)
     for name, path in (("BASE", base), ("TUNED", tuned)):
         _check_there(name, path)
-    folders = [found for path in (tuned, base) if (found := tokenizer_beside(resolve(path))) is not None]
+    origins = [find_origin(resolve(path)) for path in (tuned, base)]
+    folders = [found for origin in origins if (found := origin.known_tokenizer()) is not None]
     if not folders:
         raise ValueError(f"no tokenizer.json in or beside {tuned} or {base}; give --tokenizer FOLDER")
     vocabularies = [Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab() for folder in folders]

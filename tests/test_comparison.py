@@ -190,6 +190,16 @@ def test_the_figures_are_those_of_fit_and_its_checkpoint_is_taken(material: dict
         assert row["difference"] == pytest.approx(forgetting, abs=1e-6)
     answers = json.loads((tmp_path / "run" / "answers.json").read_text(encoding="utf-8"))
     assert len(answers) == 3 and all(row["question"] and row["before"] != row["after"] for row in answers)
+    assert found["notes"] == []
+    for base, tuned, note in (
+        (tmp_path / "run", BASE, "BASE was trained from TUNED: are the two in this order?"),
+        (material["tuned"], tmp_path / "run", "TUNED's run did not begin from these weights"),
+        (tmp_path / "run", tmp_path / "run" / "export" / "last", None),
+    ):
+        words = ["compare", base, tuned, "--heldout_path", material["heldout"], "--out", tmp_path / "out"]
+        assert main([*map(str, words), "--own_chats=0"]) in (0, 3)  # the run tells which tokenizer
+        notes = read(tmp_path / "out")["notes"]
+        assert [noted.startswith(note) for noted in notes] == [True] if note else not notes
 
 
 def test_text_that_was_seen_is_measured_beside_unseen_text_which_is_judged(
