@@ -143,6 +143,7 @@ class SFTCLI(LightningCLI):
         print(
             forecast(
                 **{name: settings[name] for name in ("model", "data", "trainer", "device", "precision")},
+                val_every=settings["val_every_steps"],
                 keep_every=settings["keep_every_steps"],
                 tflops=settings["plan_tflops"],
             ),
@@ -276,6 +277,10 @@ def run(verb: str, argv: list[str]) -> int:
                 load_from_checkpoint_support=False,
                 args=words,
             )
+    except SystemExit as ending:
+        if isinstance(ending.__context__, KeyboardInterrupt):  # Lightning's end of it is a 1 without a word
+            raise KeyboardInterrupt from None
+        raise
     finally:
         if SFTCLI.lock is not None:
             leave_run_dir(SFTCLI.lock)

@@ -25,6 +25,7 @@ from minimind_sft.files import write_whole
 from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
 from minimind_sft.identity import of_training
 from minimind_sft.measuring import Measure
+from minimind_sft.oddities import TokenTexts, silent_answers
 from minimind_sft.pretraining_text import UNSEEN
 from minimind_sft.rundir import discard_earlier
 from minimind_sft.step_log import duration
@@ -178,6 +179,7 @@ def _data_rows(data: SFTDataModule, pl_module: SFTModule) -> list[tuple[str, str
         ("chats", account.chosen(data.dealt)),
         ("", account.used(data.dealt)),
         ("too long", account.too_long(documents)),
+        *_silent_rows(data),
         ("tokens", f"{tokens:,} per epoch, {targets / tokens:.1%} supervised"),
         ("SFT : text", report.ratio(documents.store.meta["note"]["bytes"], data.pretrain_bytes, RULE_OF_THUMB)),
     ]
@@ -196,6 +198,17 @@ def _data_rows(data: SFTDataModule, pl_module: SFTModule) -> list[tuple[str, str
     if data.own_chats == "auto" and OWN_CHATS not in data.evaluation:
         rows.append(("chats to keep", "none: the base is no chat model (a number as data.own_chats measures anyway)"))
     return rows
+
+
+def _silent_rows(data: SFTDataModule) -> list[tuple[str, str]]:
+    store = data.plan.documents.store
+    silent = silent_answers(store, TokenTexts(data.template.tokenizer))
+    if not silent:
+        return []
+    chats = "1 chat" if len(silent) == 1 else f"{len(silent):,} chats"
+    answers = "an answer that says" if silent.total() == 1 else f"{silent.total():,} answers that say"
+    told = f"{chats} with {answers} nothing, learned as such; the first: {store.where(min(silent))}"
+    return [("empty answers", told)]
 
 
 def _doubts(data: SFTDataModule, pl_module: SFTModule) -> list[tuple[str, str]]:

@@ -30,6 +30,7 @@ def forecast(
     trainer: Mapping[str, Any],
     device: str,
     precision: str,
+    val_every: int | None,
     keep_every: int | None,
     tflops: float | None,
 ) -> str:
@@ -38,6 +39,7 @@ def forecast(
     Args:
         model, data, trainer: settings, as `fit` takes them.
         device, precision: likewise; ``auto`` is a GPU with bf16.
+        val_every: steps between looks at the model; None for as often as costs 5 %.
         keep_every: steps between milestones.
         tflops: the throughput that the user counts on, in 10^12 operations per second.
 
@@ -96,7 +98,10 @@ def forecast(
         epochs = steps / math.ceil(known.documents / window)
         turns = bases + pull  # AdamW's and the pull's
         turning = steps * turns * memory.basis_flops(config)
-        parts.append(_time(config, known, epochs, on, tflops, replay, turning))
+        looks = "about 5 % more"
+        if val_every is not None:
+            looks = f"not counted (every {val_every:,} steps; val_every_steps null: {looks})"
+        parts.append(_time(config, known, epochs, on, tflops, replay, turning, looks))
     return "\n\n".join(parts)
 
 
@@ -209,6 +214,7 @@ def _time(
     tflops: float | None,
     replay: float,
     turning: int,
+    looks: str,
 ) -> str:
     """Minutes at a throughput that is given, or at each of several; text to replay is taken to be as long as the chats,
     and goes forward through the base as well, a third of what training on it takes. Turning into bases comes on top.
@@ -224,7 +230,7 @@ def _time(
     told = (
         f"{needed:.2e} operations for {tokens:,.0f} tokens{f' and {replay:g} of it replayed' if replay else ''}: "
         f"6 N a token and 6 L H E t^2 for the attention of a document"
-        f"{', layers forward twice' if checkpointing else ''}; looking at the model is about 5 % more"
+        f"{', layers forward twice' if checkpointing else ''}; looking at the model is {looks}"
     )
     where = "by --plan_tflops" if tflops else "no claim about any device; give yours with --plan_tflops"
     rows = [[f"{speed:g}", _short(needed / (speed * 1e12) / 60)] for speed in ((tflops,) if tflops else TFLOPS)]

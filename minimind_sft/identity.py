@@ -81,11 +81,11 @@ def check_training(data: SFTDataModule, saved: dict[str, Any]) -> None:
     if changed:
         raise ValueError(
             f"cannot resume: the checkpoint's data differs ({'; '.join(changed)}). `sample` stands for what the files "
-            "hold, the caps, data.seed, the tokenizer and what leaves training, such as validation chats; `targets` "
-            "for which of their messages are learned; `text to read` for the pretraining text that the optimizer's "
-            "basis and the pull are read from; `supervises` for data.supervise and data.supervise_reasoning; "
-            "`window_size` is batch_size x accumulate_grad_batches x ranks. Restore these settings, or start a new run "
-            "from the checkpoint with model.weights"
+            "hold, the caps (data.max_mb and others), data.seed, the tokenizer and what leaves training, such as "
+            "validation chats; `targets` for which of their messages are learned; `text to read` for the pretraining "
+            "text that the optimizer's basis and the pull are read from; `supervises` for data.supervise and "
+            "data.supervise_reasoning; `window_size` is batch_size x accumulate_grad_batches x ranks. Restore these "
+            "settings, or start a new run from the checkpoint with model.weights"
         )
 
 

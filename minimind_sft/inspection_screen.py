@@ -106,7 +106,7 @@ def screen(found: Inspection, *, color: bool) -> str:
                   + "\n" + _bars(found))
     if found.notable:
         table = [(n.what, n.value, n.where, n.text) for n in found.notable]
-        lines = [f"  {what:<24}{one_line(value):<42}  {visible(where)}\n  {'':<24}{one_line(text, 90)}"
+        lines = [f"  {what:<26}{one_line(value):<42}  {visible(where)}\n  {'':<26}{one_line(text, 90)}"
                  for what, value, where, text in table]
         blocks.append(_bold("the longest and the strangest rows", color) + "\n" + "\n".join(lines))
     blocks += [_bold(visible(warning), color) for warning in found.warnings]

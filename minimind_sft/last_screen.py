@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from minimind_sft.module import SFTModule
 
 SAMPLE_ANSWERS, SAMPLE_TOKENS = 3, 64
+EMPTY = "(an empty answer)"
 
 
 class LastScreen(Callback):
@@ -79,6 +80,8 @@ class LastScreen(Callback):
         write_whole(self.folder / "forgetting.json", json.dumps(finite(figures), indent=1) + "\n")
         table = report.forgetting_table(before, after, best, text=data.text, from_base=from_base)
         print("\n" + table, flush=True)
+        if best is not None and from_base and (note := report.never_better(before.chat_loss, best.chat_loss)):
+            print(note, flush=True)
         share = self.measure.intervals.live_share
         if share < 1 and best is not None and best.step != after.step:
             print(f"step {best.step} was looked at on {share:.0%} of the documents (val_every_steps: all of them)")
@@ -111,7 +114,8 @@ class LastScreen(Callback):
             write_whole(self.folder / "answers.json", json.dumps(told, indent=1, ensure_ascii=False) + "\n")
         for row in told:
             print(
-                f"\nuser    {row['question'][:200]}\nbefore  {row['before'][:200]}\nafter   {row['after'][:200]}",
+                f"\nuser    {row['question'][:200]}\nbefore  {row['before'][:200] or EMPTY}\n"
+                f"after   {row['after'][:200] or EMPTY}",
                 flush=True,
             )
 

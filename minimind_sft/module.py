@@ -52,8 +52,9 @@ class SFTModule(LightningModule):
     """A MiniMind transformer under full fine-tuning.
 
     Args:
-        weights: the base: a `.pth`, `.safetensors` or `.ckpt` file, a folder that holds one, or `scratch` for a seeded
-            random initialisation (pretraining; nothing to forget yet).
+        weights: the base: a `.pth`, `.safetensors` or `.ckpt` file, a folder that holds one, a Hugging Face folder, a
+            run directory (its best), `hf:owner/name` on the hub, or `scratch` for a seeded random initialisation
+            (pretraining; nothing to forget yet).
         learning_rate: peak of the schedule; auto: by the model's width, see `schedule.peak_for`.
         warmup_ratio: share of the steps over which the learning rate rises to its peak.
         min_lr_ratio: share of the peak that the cosine ends at.

@@ -55,6 +55,10 @@ class TokenTexts:
         """By id, the bytes of what is people's or the template's plain text; a NUL for a control token."""
         return [b"\0" if control else text for text, control in zip(self._bytes, self.is_control, strict=True)]
 
+    def says(self) -> np.ndarray:
+        """(V,) whether an id is more than white space or a control token."""
+        return np.array([bool(text.strip(b"\0 \t\r\n")) for text in self.plain()])
+
 
 def _byte_level(token: str) -> bytes:
     return bytes(_BYTES[letter] for letter in token) if _BYTES.keys() >= set(token) else token.encode()
@@ -96,8 +100,7 @@ class Scan(NamedTuple):
 
 def scan(store: Store, texts: TokenTexts, *, most_tokens: int = SCANNED_TOKENS) -> Scan:
     """Look for extremes in the first `most_tokens` tokens (at least one document)."""
-    plain = texts.plain()
-    says = np.array([bool(text.strip(b"\0 \t\r\n")) for text in plain])
+    plain, says = texts.plain(), texts.says()
     documents, repeated, word, hidden, silent = 0, None, None, Counter[tuple[int, str]](), Counter[int]()
     for first, last in _pieces(store, most_tokens):
         ids = np.asarray(store.ids[store.offsets[first] : store.offsets[last]])
@@ -116,21 +119,29 @@ def scan(store: Store, texts: TokenTexts, *, most_tokens: int = SCANNED_TOKENS) 
         if length and (word is None or length > word.length):
             word = Extreme(length, owner(at), data[at : at + length].decode())
         hidden.update((owner(at), control) for at, control in _spelled(data, texts.controls))
-        spans = slice(store.span_offsets[first], store.span_offsets[last])
-        supervised = np.repeat((store.span_flags[spans] & SUPERVISED) != 0, store.span_lengths[spans])
-        silent.update(_silent(says[ids], supervised, starts, first))
+        silent.update(_silent(store, says, first, last))
         documents = last
     return Scan(documents, repeated, word, hidden, silent)
 
 
-def _silent(says: np.ndarray, supervised: np.ndarray, starts: np.ndarray, first: int) -> list[int]:
-    """The document of every run of supervised tokens none of which says anything."""
+def silent_answers(store: Store, texts: TokenTexts, *, most_tokens: int = SCANNED_TOKENS) -> Counter[int]:
+    """Documents with an answer that says nothing, counted by how many, in the first `most_tokens` tokens."""
+    says = texts.says()
+    return Counter(number for piece in _pieces(store, most_tokens) for number in _silent(store, says, *piece))
+
+
+def _silent(store: Store, says: np.ndarray, first: int, last: int) -> list[int]:
+    """The document of every run of supervised tokens none of which says anything, of documents `first` to `last`."""
+    ids = np.asarray(store.ids[store.offsets[first] : store.offsets[last]])
+    starts = np.asarray(store.offsets[first : last + 1]) - store.offsets[first]
+    spans = slice(store.span_offsets[first], store.span_offsets[last])
+    supervised = np.repeat((store.span_flags[spans] & SUPERVISED) != 0, store.span_lengths[spans])
     before = np.concatenate([[False], supervised[:-1]])
     before[starts[:-1]] = False
     begins = np.flatnonzero(supervised & ~before)
     if not len(begins):
         return []
-    said = np.add.reduceat(supervised & says, begins, dtype=np.int64)
+    said = np.add.reduceat(supervised & says[ids], begins, dtype=np.int64)
     documents: list[int] = (first + np.searchsorted(starts, begins[said == 0], side="right") - 1).tolist()
     return documents
 

@@ -132,7 +132,12 @@ def probe_table(comparison: dict[str, Any], *, most: int = 12) -> str:
 def lost_facts(comparison: dict[str, Any]) -> list[str]:
     """The facts that the chats do not mention and raw text no longer tells, each as `name, answer -> what is said`."""
     lost = [row for row in comparison["lost"] if row["way"] == "raw" and not row["in_sft"]]
-    return [f"{row['name']}, {row['answer']} -> {' '.join(row['said'].split())[:24]}" for row in lost]
+    return [f"{row['name']}, {row['answer']} -> {_beginning(' '.join(row['said'].split()))}" for row in lost]
+
+
+def _beginning(text: str, most: int = 24) -> str:
+    """As much as there is room for, in whole words where it has any."""
+    return text if len(text) <= most else f"{text[:most].rsplit(' ', 1)[0]} ..."
 
 
 @contextmanager
@@ -246,6 +251,13 @@ def text_for_chats(chats: int) -> str | None:
 def likely_swapped(before: float, after: float) -> str | None:
     """What to say of a fine-tune that chats worse than its base: more often it is the base, in the wrong place."""
     return "TUNED is worse at the chats than BASE: are the two in this order?" if after > before else None
+
+
+def never_better(before: float | None, best: float | None) -> str | None:
+    """What to say of a run whose best reading of the chats is no better than the base's."""
+    if before is None or best is None or best < before:
+        return None
+    return "the chats were never learned better than the base knew them: best is only the least bad reading"
 
 
 def likely_not_its_tokenizer(loss: float, vocab_size: int) -> str | None:

@@ -141,9 +141,12 @@ def _check_basis(module: SFTModule, before: int) -> None:
 
 
 def _tell_differences(module: SFTModule, saved: dict[str, Any]) -> None:
-    changed = [f"{name} {saved.get(name)} -> {now}" for name, now in settings(module).items() if saved.get(name) != now]
+    now = settings(module)
+    changed = [f"{name} {saved.get(name)} -> {value}" for name, value in now.items() if saved.get(name) != value]
     if changed and module.trainer.is_global_zero:
         print(f"settings that differ from the checkpoint's: {', '.join(changed)}", flush=True)
+        if any(saved.get(name) != now[name] for name in ("trainer.max_epochs", "trainer.max_steps")):
+            print(f"the learning rate now falls until step {module.total_steps:,}", flush=True)
 
 
 def set_progress(checkpoint: dict[str, Any], *, windows: int, accumulate: int) -> int:

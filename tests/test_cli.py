@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from wandb.proto import wandb_internal_pb2
 from minimind_sft.__main__ import main
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
+from minimind_sft.module import SFTModule
 from minimind_sft.readings import read_metrics
 from minimind_sft.weights import export_minimind
 
@@ -241,6 +243,53 @@ def test_data_that_look_like_a_mistake_are_told_on_the_first_screen(
     assert "data.val_path: all of it is plain text, without a turn" in found["chats as text"]
 
 
+def test_answers_that_say_nothing_are_told_on_the_first_screen(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    silent = chats(3, first=12).replace("Hello there.", "").splitlines(keepends=True)
+    settings["data.train_path"].write_text(chats(12) + "".join(silent), encoding="utf-8")
+    assert run("fit", settings) == 0
+    said = capsys.readouterr().out
+    assert "empty answers" in said and "3 chats with 3 answers that say nothing, learned as such; the first: " in said
+    settings["data.train_path"].write_text(chats(12) + silent[0], encoding="utf-8")
+    assert run("fit", settings, "--overwrite") == 0
+    assert f"1 chat with an answer that says nothing, learned as such; the first: {settings['data.train_path']}:13" in (
+        capsys.readouterr().out
+    )
+    settings["data.train_path"].write_text(chats(12), encoding="utf-8")
+    assert run("fit", settings, "--overwrite") == 0
+    assert "empty answers" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rate", "better"), [(1e-2, True), (1.0, False)])
+def test_a_run_that_only_got_worse_says_so(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], rate: float, better: bool
+) -> None:
+    model = Transformer(ModelConfig.minimind3(hidden_size=16, num_hidden_layers=1, vocab_size=2560))
+    model.initialise(0)
+    export_minimind(model, tmp_path / "base.pth")
+    val = GOOD if better else GOOD.replace("Hello there", "No, not me")
+    settings["data.val_path"].write_text(val, encoding="utf-8")
+    more = {"model.weights": tmp_path / "base.pth", "data.own_chats": 0, "model.learning_rate": rate}
+    assert run("fit", settings | more, "--model.hidden_size=null", "--model.num_hidden_layers=null") == 0
+    assert ("never learned better than the base knew them" in capsys.readouterr().out) is not better
+
+
+def test_an_interrupt_before_training_is_told_and_is_130(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: SFTModule) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SFTModule, "on_fit_start", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert run("fit", settings) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning's end of it ignores the next one
+    assert capsys.readouterr().err.endswith("minimind_sft: interrupted\n")
+
+
 @pytest.mark.parametrize(("width", "peak"), [(16, 1e-3), (512, 5e-4)])
 def test_the_peak_of_the_learning_rate_may_follow_from_the_width(
     settings: dict[str, Any], capsys: pytest.CaptureFixture[str], width: int, peak: float
@@ -340,6 +389,8 @@ def test_a_damaged_checkpoint_is_named_with_the_whole_ones_beside_it(
         ({"data.tokenizer": "configs"}, "tokenizer.json"),
         ({"data.max_mb": "0.00001"}, "Raise max_mb"),
         ({"data.max_ratio": "0.001", "data.pretrain_path": "null"}, "data.pretrain_mb"),
+        ({"model.weights": f"{PROJECT}/data/sft_val.jsonl"}, "is data, not weights: chats go to data.train_path"),
+        ({"data.train_path": f"{PROJECT}/data/base.pth"}, "base.pth is an archive, as files of weights are"),
         ({"model.warmup_ratio": "2"}, "model.warmup_ratio"),
         ({"val_every_steps": "0"}, "val_every_steps"),
         ({"data.max_length": "1"}, "data.max_length"),

@@ -337,6 +337,13 @@ def test_a_given_throughput_takes_the_place_of_the_assumed_ones(plan: Callable[.
     assert float(minutes) == pytest.approx(200 * float(assumed[-4].split()[1]), rel=0.02)
 
 
+def test_what_looks_take_is_only_told_where_it_is_bounded(plan: Callable[..., str]) -> None:
+    assert "looking at the model is about 5 % more" in plan("--val_every_steps=null")
+    assert "looking at the model is not counted (every 7 steps; val_every_steps null: about 5 %" in plan(
+        "--val_every_steps=7"
+    )
+
+
 def test_what_changes_the_run_changes_the_plan(plan: Callable[..., str]) -> None:
     peak = "peak (not all of it is there at once)"
     before = rows(plan())
