@@ -7,9 +7,8 @@ al. 2020, arXiv 1910.02054, section 3.1, less its fp16 copies, which autocast ma
 for the moments (`fisher.py`) come on top, and in a step the weights as they were before it. Per token and layer, with s
 bytes (4, or 2 under autocast) and everything residual in fp32:
 
-    two norms       4 C each, and 4 C more where the norm is not one kernel (CPU); their outputs s C for each projection
-                    under autocast (3 and 2 casts), else once
-    q and k         4 (H + K) E where they are normed (twice that on a CPU), s (H + K) E rotated; v s K E
+    two norms       4 C each; their outputs s C for each projection under autocast (3 and 2 casts), else once
+    q and k         4 (H + K) E where they are normed, s (H + K) E rotated; v s K E
     attention       s H E of output (twice where documents are put together again), 4 H of log-sum-exp; a CPU attends
                     in fp32, so that q, k, v and the outputs by document are 4 bytes there
     feed-forward    4 s I: gate, silu(gate), up, and their product
@@ -19,8 +18,8 @@ their log-softmax are there a chunk at a time (`chunks.py`), 8 V a row; the grad
 layer, 4 C a target and 4 V C, are made with them and stay until the backward pass; replay text has 4 V C of its own.
 
 Measured against `fit` on a CPU (live bytes of all tensors): within 1 % from 6 M to 116 M parameters, with and without
-checkpointing. What CUDA's kernels keep is read off their signatures (a norm is one kernel there, FlashAttention takes
-ragged batches whole), not measured. Not counted: the device's context, fragmentation (the resident set of those runs
+checkpointing. What CUDA's kernels keep is read off their signatures (FlashAttention takes ragged batches whole), not
+measured. Not counted: the device's context, fragmentation (the resident set of those runs
 was 0.1 to 0.5 GiB above the live bytes), what saving takes in host memory, and what q, k and v grow by where a GPU has
 to pad documents (`attention.py`).
 
@@ -127,7 +126,7 @@ def layer_bytes(config: ModelConfig, *, half: bool, cuda: bool) -> int:
     """Kept per token in one layer, what goes into it included; see the module's table."""
     c, s = config.hidden_size, 2 if half else FP32
     heads, kv_heads, e = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    norm = FP32 if cuda else 2 * FP32  # of each element normed: one kernel keeps its input, several the result too
+    norm = FP32  # of each element normed: its input, or what comes of that before the weight
     reciprocal = FP32  # of the root mean square, one per row
     casts = 1 if not half else 3  # q, k and v take copies of their own; an fp32 output serves all three
     size = norm * c + reciprocal + casts * s * c
@@ -192,7 +191,7 @@ def footprint(
     waiting = table if config.tie_word_embeddings else 0
     layer, into_layer = layer_bytes(config, half=half, cuda=cuda) * tokens, FP32 * config.hidden_size * tokens
     rows = s * config.hidden_size * (targets + replayed)
-    ends = into_layer * (1 if cuda else 2) + rows + 24 * tokens  # last norm, rows, ids
+    ends = into_layer + rows + 24 * tokens  # last norm, rows, ids
     activations = ends + config.num_hidden_layers * (into_layer if activation_checkpointing else layer)
     head_copy, layer_copy = (2 * count.embedding, 2 * count.layers // config.num_hidden_layers) if half else (0, 0)
     copies = head_copy + layer_copy * config.num_hidden_layers

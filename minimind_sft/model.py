@@ -16,26 +16,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minimind_sft.attention import Attend, attention_backend, attention_over_documents, document_of_token
 from minimind_sft.model_config import ModelConfig as ModelConfig
 from minimind_sft.moe import AUX_SCOPES, FeedForward, MixtureOfExperts, Routing, balance_loss
+from minimind_sft.norm import RMSNorm
 from minimind_sft.rotary import cos_sin, frequencies, rotate
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm in fp32, back in the input's type."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
 
 
 class Attention(nn.Module):
