@@ -45,7 +45,8 @@ class SFTCLI(LightningCLI):
 
     command: list[str]
     descriptions = {
-        "fit": "Fine-tune a base on chats, hold on to what it knew, and measure what it forgets.",
+        "fit": "Fine-tune a base on chats, hold on to what it knew, and measure what it forgets. Defaults are those "
+        "without a config; sft.yaml sets its own.",
         "validate": "Measure a model on the validation chats and the pretraining text.",
         "predict": "Answer the validation chats, as JSON lines.",
     }

@@ -177,7 +177,7 @@ def plot(readings: Sequence[Reading], path: Path) -> None:
         axes.plot(chat[0], forgotten[0], color="#D55E00", marker="o", markersize=9)
         axes.annotate("base", (chat[0], forgotten[0]), textcoords="offset points", xytext=(0, 10), ha="center")
         for at in sorted({len(points) // 2, len(points) - 1} - {0}):
-            where: dict[str, Any] = {"textcoords": "offset points", "xytext": (-8, 2), "ha": "right"}
+            where: dict[str, Any] = {"textcoords": "offset points", "xytext": (7, -11), "ha": "left"}
             axes.annotate(f"step {steps[at]}", (chat[at], forgotten[at]), **where)
 
 

@@ -139,7 +139,7 @@ def _losses(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
     panes: list[Pane] = []
     for column, title in (
         ("train/loss", "training loss on chats, nats per token"),
-        ("train/replay", "loss on replayed text"),
+        ("train/replay", "loss on replayed text, nats per token"),
         ("lr", LEARNING_RATE),
     ):
         panes.append((title, [[(row["step"], row.get(column)) for row in run.metrics] for run in runs]))
@@ -187,17 +187,19 @@ def _sources(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
         if points:
             style = line_style(number, theme, points=1) | {"linestyle": "none", "markersize": 7}
             axes.plot(*zip(*points, strict=True), **style)
-    documents = {name: source.documents for sources in found for name, source in sources.items()}
-    labels = [
-        label(name or "(none)", f"source {number}") + (f"  ({documents[name]:,})" if documents[name] else "")
-        for number, name in enumerate(names, 1)
-    ]
+    labels = [label(name or "(none)", f"source {place}") + _counted(found, name) for place, name in enumerate(names, 1)]
     axes.set_yticks(range(len(names)), labels)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.margins(x=0.08)
     axes.set_xlabel("forgotten, nats per token of text (documents in brackets)")
     legend(figure, runs, theme, found, "none")
     return True
+
+
+def _counted(found: Sequence[dict[str, Source]], name: str) -> str:
+    """The documents of a source in brackets, where all runs have read as many."""
+    counts = {sources[name].documents for sources in found if name in sources}
+    return f"  ({count:,})" if len(counts) == 1 and (count := counts.pop()) else ""
 
 
 def _facts(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
