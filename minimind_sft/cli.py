@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 
 from minimind_sft.checkpoints import AtomicCheckpointIO, Checkpoints
-from minimind_sft.cli_options import NOT_OFFERED, Parser, add_run_options
+from minimind_sft.cli_options import NOT_OFFERED, OF_FIT, Parser, add_run_options
 from minimind_sft.data import SFTDataModule
 from minimind_sft.devices import pin_device, resolve_precision
 from minimind_sft.export import FORMATS
@@ -65,6 +66,10 @@ class SFTCLI(LightningCLI):
         (option,) = (action for action in parser._actions if action.dest == "ckpt_path")
         what = "go on from" if subcommand == "fit" else "load"
         option.help = f"checkpoint to {what}: last or best of run_dir, a file, or auto for last where there is one"
+        if subcommand != "fit":
+            for action in parser._actions:
+                if action.dest in OF_FIT:
+                    action.help = SUPPRESS
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

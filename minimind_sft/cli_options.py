@@ -103,6 +103,14 @@ def _has(content: Any, key: str) -> bool:
     return True
 
 
+# what `validate` and `predict` take only because a config of `fit` has it, and do not offer
+OF_FIT = (
+    "wandb",
+    *("log_every_steps", "val_every_steps", "save_every_steps", "keep_every_steps"),
+    *("patience", "on_nonfinite", "spike_ratio", "export", "overwrite", "plan", "plan_tflops"),
+)
+
+
 def add_run_options(parser: LightningArgumentParser) -> None:
     """Options of the run as a whole: where, on what, how often."""
     parser.add_argument("--run_dir", type=str, default="runs/sft", help="folder that records the run")

@@ -18,6 +18,7 @@ import wandb
 from wandb.proto import wandb_internal_pb2
 
 from minimind_sft.__main__ import main
+from minimind_sft.cli_options import OF_FIT
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 from minimind_sft.module import SFTModule
@@ -462,6 +463,11 @@ def test_help_of_a_verb_is_of_that_verb(verb: str, says: str, capsys: pytest.Cap
     said = " ".join(capsys.readouterr().out.split())
     assert says in said and "checkpoint to load: last or best of run_dir, a file, or auto" in said
     assert "__main__" not in said and "hpc" not in said
+    assert "--device DEVICE" in said and not any(f"[--{name}" in said for name in OF_FIT)
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    said = capsys.readouterr().out
+    assert all(f"[--{name}" in said for name in OF_FIT)
 
 
 def test_bad_lines_are_counted_up_to_the_bound_and_named_past_it(
