@@ -100,9 +100,12 @@ class EWC(Term):
             with matmul_precision(self._precision):
                 distance = basis.turned(parameter - self._base[name])
                 force = self.fisher[name] * distance
-                gradient = self.weight * (force if turned else basis.back(force))
-            nats += 0.5 * torch.sum(force * distance)
-            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+                gradient = force if turned else basis.back(force)
+            nats += 0.5 * torch.dot(force.flatten(), distance.flatten())
+            if parameter.grad is None:
+                parameter.grad = self.weight * gradient
+            else:
+                parameter.grad.add_(gradient, alpha=self.weight)
         return nats
 
 
