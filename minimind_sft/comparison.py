@@ -240,9 +240,7 @@ def _notes(result: Section, vocab_size: int) -> list[str]:
 
 
 def _of_another_base(base: Section, tuned: Section) -> str | None:
-    """What to say where a run's record tells that the models are no base and its fine-tune."""
-    if base.get("trained_from") == tuned["sha256"]:
-        return "BASE was trained from TUNED: are the two in this order?"
+    """What to say where a run's record tells that it did not begin from BASE."""
     began = tuned.get("trained_from")
     if began in (None, base["sha256"], base.get("trained_from")):
         return None

@@ -109,7 +109,8 @@ def open_pair(
     """Load both models.
 
     Raises:
-        ValueError: a model that cannot be loaded, vocabularies that differ, a device that is not there.
+        ValueError: a model that cannot be loaded, vocabularies that differ, a base that was trained from its fine-tune,
+            a device that is not there.
     """
     where = one_device(device)
     found = [_load(name, path, num_attention_heads) for name, path in (("BASE", base), ("TUNED", tuned))]
@@ -126,6 +127,8 @@ def open_pair(
         | ({"trained_from": sha256} if (sha256 := find_origin(loaded.path).base_sha256) else {})
         for name, loaded in zip(("base", "tuned"), found, strict=True)
     }
+    if about["base"].get("trained_from") == about["tuned"]["sha256"]:
+        raise ValueError(f"BASE ({base}) was trained from TUNED ({tuned}): give them in the other order")
     return Pair(models[0], models[1], template, max_length, document_format, seed, about)
 
 

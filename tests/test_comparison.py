@@ -157,7 +157,9 @@ def test_checkpoints_and_folders_of_other_tools_are_taken(material: dict[str, Pa
         assert read(out)["text"]["unseen"]["difference"] == 0.0
 
 
-def test_the_figures_are_those_of_fit_and_its_checkpoint_is_taken(material: dict[str, Path], tmp_path: Path) -> None:
+def test_the_figures_are_those_of_fit_and_its_checkpoint_is_taken(
+    material: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = {
         "model.weights": BASE,
         "model.learning_rate": 0.001,
@@ -192,7 +194,6 @@ def test_the_figures_are_those_of_fit_and_its_checkpoint_is_taken(material: dict
     assert len(answers) == 3 and all(row["question"] and row["before"] != row["after"] for row in answers)
     assert found["notes"] == []
     for base, tuned, note in (
-        (tmp_path / "run", BASE, "BASE was trained from TUNED: are the two in this order?"),
         (material["tuned"], tmp_path / "run", "TUNED's run did not begin from these weights"),
         (tmp_path / "run", tmp_path / "run" / "export" / "last", None),
     ):
@@ -200,6 +201,9 @@ def test_the_figures_are_those_of_fit_and_its_checkpoint_is_taken(material: dict
         assert main([*map(str, words), "--own_chats=0"]) in (0, 3)  # the run tells which tokenizer
         notes = read(tmp_path / "out")["notes"]
         assert [noted.startswith(note) for noted in notes] == [True] if note else not notes
+    capsys.readouterr()
+    assert compare(material, tmp_path / "out", tmp_path / "run", BASE) == 2
+    assert "was trained from TUNED" in capsys.readouterr().err
 
 
 def test_text_that_was_seen_is_measured_beside_unseen_text_which_is_judged(
