@@ -44,13 +44,13 @@ def kind_of(content: BinaryIO) -> str:
 
 
 def is_one_array(content: BinaryIO) -> bool:
-    """Whether a file of lines, by its name, is a single array instead; as lines may be arrays, too.
+    """Whether a file of lines, by its name, is a single array of objects instead; as a line may be an array, too.
 
     Args:
         content: from its beginning, decompressed.
     """
     head = _head(content)
-    return head.startswith(b"[") and _is_all(head, content)
+    return head.startswith(b"[") and head[1:].lstrip().startswith(b"{") and _is_all(head, content)
 
 
 def _head(content: BinaryIO) -> bytes:

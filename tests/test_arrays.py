@@ -150,6 +150,8 @@ def test_json_lines_in_a_json_file_are_lines(tmp_path, monkeypatch, content, hea
 
 def test_only_a_json_file_may_be_an_array(tmp_path):
     assert [line.text for line in read_lines([write(tmp_path / "in.jsonl", "[1]\n[2]")])] == ["[1]", "[2]"]
+    for odd in ("[]", '["a"]', '[{"a": 1}]\n[{"a": 2}]'):
+        assert [line.text for line in read_lines([write(tmp_path / "in.jsonl", odd)])] == odd.split("\n")
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.txt"])
