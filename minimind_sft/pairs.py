@@ -121,7 +121,6 @@ def open_pair(
             f"({found[1].path}); they can only be compared token by token with the same one"
         )
     weights.check_vocab(template.vocab_size, found[0].config, key="--tokenizer")
-    models = [weights.build(loaded).to(where) for loaded in found]
     about = {
         name: {"path": str(loaded.path), "sha256": loaded.sha256, "description": loaded.describe()}
         | ({"trained_from": sha256} if (sha256 := find_origin(loaded.path).base_sha256) else {})
@@ -129,6 +128,7 @@ def open_pair(
     }
     if about["base"].get("trained_from") == about["tuned"]["sha256"]:
         raise ValueError(f"BASE ({base}) was trained from TUNED ({tuned}): give them in the other order")
+    models = [weights.build(loaded).to(where) for loaded in found]
     return Pair(models[0], models[1], template, max_length, document_format, seed, about)
 
 

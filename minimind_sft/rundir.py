@@ -50,13 +50,11 @@ def find_checkpoint(asked: str | None, run_dir: Path, verb: str) -> str | None:
         return str(folder / LAST) if (folder / LAST).is_file() else None
     path = folder / {"last": LAST, "best": BEST}[asked] if asked in ("last", "best") else Path(asked)
     if not path.is_file():
-        there = ", ".join(sorted(str(p) for p in folder.glob("*.ckpt"))) or "none"
-        if there != "none":
-            start = "; name one of these"
-        else:
-            start = "; leave --ckpt_path out, or use auto, to start afresh" if verb == "fit" else ""
+        there = sorted(str(p) for p in folder.glob("*.ckpt"))
+        afresh = "; leave --ckpt_path out, or use auto, to start afresh" if verb == "fit" else ""
+        remedy = "; name one of these" if there else afresh
         what = f"{path} is a folder; name a file" if path.is_dir() else f"there is no {path}"
-        raise ValueError(f"--ckpt_path {asked}: {what} (checkpoints of this run: {there}){start}")
+        raise ValueError(f"--ckpt_path {asked}: {what} (checkpoints of this run: {', '.join(there) or 'none'}){remedy}")
     if (content := opened(path)) is not None:  # what cannot be read is told by who loads it
         check_of_a_run(content, path)
     return str(path)
