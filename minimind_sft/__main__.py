@@ -64,6 +64,9 @@ MODULES = {  # of the other verbs; each has a `main`
 }
 VERBS = (*TRAINING_VERBS, *MODULES)
 SHOW_TRACEBACK = "MINIMIND_SFT_TRACEBACK"
+# A CPU's kernels for bf16 are kept by the number of tokens, which every micro-batch has anew, in two caches of 1,024:
+# more than half a gigabyte, in pieces all over a heap that grew to 8 GB for them in 1,000 steps. 128 serve as well.
+KERNELS_KEPT = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 CLOSED = 141  # as a shell tells of SIGPIPE: `| head` has seen enough
 
 
@@ -91,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean {near[0]}?" if near else f"; verbs are {', '.join(VERBS)}"
         print(f"minimind_sft: error: {verb!r} is not a verb{hint}", file=sys.stderr)
         return 2
+    for name, kernels in KERNELS_KEPT.items():  # read when first needed, and by processes of ours
+        os.environ.setdefault(name, kernels)
     try:
         status = _verb(verb)(rest)
         sys.stdout.flush()

@@ -1,5 +1,6 @@
 """A long run of a tiny model: memory, open files and processes stay as they were."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from minimind_sft.readings import read_metrics
 
@@ -23,6 +25,38 @@ def resident(pid: int) -> int:
 def last_step(metrics: Path) -> int:
     lines = metrics.read_text(encoding="utf-8").splitlines()[1:-1] if metrics.is_file() else []  # the last may be half
     return int(lines[-1].split(",")[0]) if lines else -1
+
+
+SHAPES = """
+import ctypes, sys, torch
+from minimind_sft.__main__ import main
+assert main(["sample", *sys.argv[1:], "--max_mb", "1"]) == 0
+fields = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+heap = type("mallinfo2", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in fields]})
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = heap
+torch.set_num_threads(1)
+weight = torch.ones(256, 256, dtype=torch.bfloat16)
+for tokens in range(1, 1001):
+    torch.mm(torch.ones(tokens, 256, dtype=torch.bfloat16), weight)
+    if tokens in (200, 1000):
+        print(mallinfo().uordblks)
+"""
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported() or not hasattr(ctypes.CDLL(None), "mallinfo2"),
+    reason="this CPU does not multiply bf16, or its C library does not tell what is in use",
+)
+def test_kernels_for_ever_new_numbers_of_tokens_do_not_pile_up(tmp_path: Path) -> None:
+    places = [str(PROJECT / "data" / "sft_val.jsonl"), str(tmp_path / "sample.jsonl")]
+    environment = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
+    child = subprocess.run(
+        [sys.executable, "-c", SHAPES, *places], env=environment, cwd=PROJECT, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    warm, end = map(int, child.stdout.split()[-2:])
+    assert end - warm < 4 << 20  # 444 MB as torch has it
 
 
 @pytest.mark.slow
