@@ -122,7 +122,7 @@ class SFTCLI(LightningCLI):
             refuse_own_weights(self.run_dir, settings["model"]["weights"])
         if self.subcommand == "fit" and is_rank_zero():
             SFTCLI.lock = prepare_run_dir(
-                self.run_dir, resuming=settings["ckpt_path"] is not None, overwrite=settings["overwrite"]
+                self.run_dir, checkpoint=settings["ckpt_path"], overwrite=settings["overwrite"]
             )
 
     @property
@@ -235,7 +235,7 @@ class SFTCLI(LightningCLI):
         if settings["wandb"] and is_rank_zero():  # it notes its id in the run's folder
             loggers.append(
                 wandb_logger(
-                    self.run_dir, offline=settings["wandb"] == "offline", resuming=settings["ckpt_path"] is not None
+                    self.run_dir, offline=settings["wandb"] == "offline", checkpoint=settings["ckpt_path"]
                 )
             )
         return loggers

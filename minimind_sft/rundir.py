@@ -74,7 +74,13 @@ def refuse_own_weights(run_dir: Path, weights: str) -> None:
         )
 
 
-def prepare_run_dir(run_dir: Path, *, resuming: bool, overwrite: bool) -> IO[str]:
+def goes_on(run_dir: Path, checkpoint: str | None) -> bool:
+    """Whether a run from this checkpoint, None for a fresh start, is the one of this folder; a checkpoint from elsewhere
+    begins another."""
+    return checkpoint is not None and Path(checkpoint).parent.resolve() == (run_dir / "checkpoints").resolve()
+
+
+def prepare_run_dir(run_dir: Path, *, checkpoint: str | None, overwrite: bool) -> IO[str]:
     """Take the run directory for this process; refuse to write over another run, or set it aside when asked to.
 
     What is set aside is removed by `discard_earlier` once the new run trains; a run that is refused before that puts it
@@ -101,7 +107,7 @@ def prepare_run_dir(run_dir: Path, *, resuming: bool, overwrite: bool) -> IO[str
         pass  # a file system without locks
     _put_back(run_dir)  # of a start that was killed
     try:
-        if not resuming:
+        if not goes_on(run_dir, checkpoint):
             _set_aside(run_dir, overwrite=overwrite)
     except (ValueError, OSError):
         leave_run_dir(lock)
@@ -169,10 +175,10 @@ def is_rank_zero() -> bool:
     return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
-def wandb_logger(run_dir: Path, *, offline: bool, resuming: bool) -> WandbLogger:
+def wandb_logger(run_dir: Path, *, offline: bool, checkpoint: str | None) -> WandbLogger:
     """A W&B run that keeps its id when the run is resumed."""
     note = run_dir / "wandb_id"
-    if not (resuming and note.is_file()):
+    if not (goes_on(run_dir, checkpoint) and note.is_file()):
         note.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
     name = run_dir.resolve().name
     return WandbLogger(

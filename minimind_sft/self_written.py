@@ -18,7 +18,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -227,6 +227,7 @@ class Author:
         key = {
             "kind": "self_written",
             "base": self.base_sha256,
+            "model": asdict(self.model.config),  # what a file leaves open, such as the number of heads, as well
             "tokenizer": self.template.fingerprint,
             "max_length": self.max_length,
             "seed": self.seed,

@@ -16,6 +16,7 @@ from minimind_sft.checkpoints import AtomicCheckpointIO
 from minimind_sft.fisher import RotatedAdamW
 from minimind_sft.guard import MAX_OVERFLOWS, Guard, StepResult
 from minimind_sft.module import SFTModule
+from minimind_sft.readings import read_metrics
 from minimind_sft.signals import StopRequest
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -174,7 +175,7 @@ def test_a_run_directory_in_use_is_refused(
 ) -> None:
     from minimind_sft.rundir import prepare_run_dir
 
-    with prepare_run_dir(tmp_path / "run", resuming=False, overwrite=False):
+    with prepare_run_dir(tmp_path / "run", checkpoint=None, overwrite=False):
         assert fit(settings) == 2
         assert "another process is training in" in capsys.readouterr().err
     assert fit(settings) == 0
@@ -216,6 +217,21 @@ def test_a_run_that_is_refused_replaces_nothing(mistake: str, settings: dict[str
     assert (run / "checkpoints" / "last.ckpt").is_file() and not (run / ".earlier").exists()
 
 
+def test_a_checkpoint_from_elsewhere_begins_another_run_than_the_one_in_the_folder(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    assert fit(settings, "--keep_every_steps=4") == fit(settings, f"--run_dir={other}") == 0
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    there = [f"--run_dir={other}", f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'step-000004.ckpt'}"]
+    capsys.readouterr()
+    assert fit(settings, *there) == 2
+    assert "holds the checkpoints of a run" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
+    assert fit(settings, *there, "--overwrite") == 0
+    assert [int(row["step"]) for row in read_metrics(other / "metrics.csv")][0] == 5
+
+
 def test_files_that_are_no_runs_are_not_replaced(
     settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,7 +250,7 @@ def test_what_a_killed_start_set_aside_comes_back(settings: dict[str, Any], tmp_
     run = tmp_path / "run"
     assert fit(settings) == 0
     last = (run / "checkpoints" / "last.ckpt").read_bytes()
-    prepare_run_dir(run, resuming=False, overwrite=True).close()
+    prepare_run_dir(run, checkpoint=None, overwrite=True).close()
     assert (run / EARLIER).is_dir() and not any((run / name).exists() for name in OUR_FILES)
     assert fit(settings) == 2  # as it would without the killed start
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == last

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,17 @@ def test_texts_are_written_once_by_the_seed_and_open_as_a_document(
         contents(author(tmp_path / "b").texts("measured", documents=3, document_format="minimind3"))
         == (contents(first)[:3])
     )
+
+
+def test_text_of_a_model_that_computes_otherwise_is_not_taken_from_the_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = a_model()
+    author(tmp_path, model).texts("measured", documents=3, document_format="minimind3")
+    model.config = replace(model.config, rope_theta=1e4)  # as a `.pth` leaves open
+    capsys.readouterr()
+    author(tmp_path, model).texts("measured", documents=3, document_format="minimind3")
+    assert "the base wrote text to measure on" in capsys.readouterr().out
 
 
 def test_what_is_measured_on_is_not_replayed(tmp_path: Path) -> None:
