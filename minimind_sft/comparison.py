@@ -23,8 +23,9 @@ from minimind_sft.comparison_screen import screen
 from minimind_sft.corpus import Store
 from minimind_sft.files import resolve, write_whole
 from minimind_sft.measures import Section
-from minimind_sft.pairs import Pair, find_tokenizer, open_pair
-from minimind_sft.pretraining_text import SELF_WRITTEN
+from minimind_sft.origins import find_origin
+from minimind_sft.pairs import Pair, fed_as, find_tokenizer, open_pair
+from minimind_sft.pretraining_text import SEEN, SELF_WRITTEN
 from minimind_sft.probes import load_probes
 from minimind_sft.report import (
     chats_for_text,
@@ -84,8 +85,8 @@ def compare(
     probes: str | None = None,
     pretrain_log: str | None = None,
     documents: int = 1000,
-    max_length: int = 768,
-    document_format: str = "minimind3",
+    max_length: int | None = None,
+    document_format: str | None = None,
     prompts: int = 32,
     answer_tokens: int = 256,
     max_forgetting: float | None = None,
@@ -111,6 +112,7 @@ def compare(
     if not has_text and pretrain_log is not None:
         raise ValueError("--pretrain_log needs text like the log's: give --heldout_path or --pretrain_path")
     log = None if pretrain_log is None else load_log(resolve(pretrain_log))
+    max_length, document_format = fed_as(base, tuned, max_length, document_format)
     make_stores = partial(
         Stores,
         train_path=[],
@@ -133,10 +135,12 @@ def compare(
         seed=seed,
     )
     result: Section = {**pair.about, "seed": seed, "max_length": max_length, "document_format": document_format}
+    origin = find_origin(resolve(tuned))
+    halve = origin.replays  # what was replayed is not measured on
     given = [make_stores(heldout_path=heldout_path, pretrain_path=pretrain_path)] if heldout_path else []
     given += [make_stores(pretrain_path=pretrain_path)] if pretrain_path else []
     texts: dict[str, tuple[Store | None, Iterator[Line] | None]] = {
-        str(of.text.kind): (of.open(train=False).measured, None) for of in given
+        str(of.text.kind): (of.open(train=False, halve=halve).measured, None) for of in given
     }
     if not texts and own_documents:
         texts[SELF_WRITTEN] = pair.own_text(stores.cache, own_documents)
@@ -151,6 +155,8 @@ def compare(
     if log is not None:
         result["retained"] = _retained(log, result)
     result["notes"] = _notes(result, pair.base.config.vocab_size)
+    if halve and SEEN in result["text"] and origin.setting("data", "heldout_path"):
+        result["notes"].append("the seen text may be what TUNED's run replayed: it tells less than the unseen does")
     return result, rows
 
 

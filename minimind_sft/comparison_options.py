@@ -57,8 +57,10 @@ def parser() -> argparse.ArgumentParser:
         "--pretrain_log", metavar="FILE", help="the base's loss log, CSV or JSON lines: how much of pretraining is kept"
     )
     add("--documents", type=_count, default=1000, metavar="N", help="documents of text to measure on")
-    add("--max_length", type=_count, default=768, metavar="N", help="tokens; longer documents and chats are cut")
-    add("--document_format", choices=list(DOCUMENT_FRAMES), default="minimind3", help="how pretraining framed a text")
+    add("--max_length", type=_count, metavar="N", help="tokens; longer documents and chats are cut; by default as in "
+        "the run that a model is of, else 768")  # fmt: skip
+    add("--document_format", choices=list(DOCUMENT_FRAMES), help="how pretraining framed a text; by default as in the "
+        "run that a model is of, else minimind3")  # fmt: skip
     add("--prompts", type=_count, default=32, metavar="N", help="validation prompts to answer")
     add("--answer_tokens", type=_count, default=256, metavar="N", help="tokens of an answer at most")
     add(

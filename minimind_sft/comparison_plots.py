@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minimind_sft.run_record import WAYS
 from minimind_sft.significance import LEVEL
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.6"
 MOST_SOURCES = 40
 SOURCES, DOCUMENTS, FACTS = "sources.png", "documents.png", "facts.png"
-WAYS = {"raw": "raw text", "chat": "as a chat", "in_sft": "in the chats", "not_in_sft": "not in the chats"}
 
 
 def draw(result: dict[str, Any], documents: Sequence[dict[str, Any]], folder: Path) -> list[str]:

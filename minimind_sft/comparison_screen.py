@@ -8,10 +8,10 @@ from typing import Any
 from minimind_sft.answer_format import RUN, TIMES
 from minimind_sft.inspection_screen import one_line
 from minimind_sft.report import aligned, table
+from minimind_sft.run_record import WAYS
 from minimind_sft.significance import LEVEL, RESAMPLES
 
 MOST_SOURCES, MOST_WORST, MOST_NAMED = 12, 5, 8
-WAYS = {"raw": "raw text", "chat": "as a chat", "in_sft": "in the chats", "not_in_sft": "not in the chats"}
 
 
 def screen(result: dict[str, Any]) -> str:
@@ -157,7 +157,7 @@ def _facts(section: dict[str, Any]) -> str:
         rows.append([f"{WAYS[way]}, {WAYS[member]}", *(f"{group[name]:,}" for name in columns), p_value])
     text = table(["facts", "asked", "base", "tuned", "kept", "lost", "gained", "McNemar p"], rows)
     for what, tell in (("lost", _lost), ("gained", _name)):
-        for way in ("raw", "chat"):
+        for way in dict.fromkeys(row["way"] for row in section[what]):
             named = [tell(row) for row in section[what] if row["way"] == way]
             if named:
                 more = f"; and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""

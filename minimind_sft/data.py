@@ -94,7 +94,7 @@ class SFTDataModule(LightningDataModule):
         replay_documents: documents to replay from, at most; of `pretrain_path` chosen by content hash.
         format: of the lines: auto, or one of the formats in the README.
         document_format: how pretraining framed a raw text: minimind3, minimind2 (the markers are in the text) or bare.
-        probes_path: facts to ask before and after training, see `probes.py`.
+        probes_path: facts to ask before and after training (prompt, answer, distractors, question), see `probes.py`.
         cache_dir: where tokenized stores are kept; null for the user's cache folder.
         workers: processes that tokenize, where it takes over a second; null for one per core, 16 at most.
 

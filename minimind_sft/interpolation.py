@@ -29,7 +29,7 @@ from minimind_sft.files import write_whole
 from minimind_sft.model import Transformer
 from minimind_sft.options import OptionParser
 from minimind_sft.origins import Origin, find_origin
-from minimind_sft.pairs import Pair, find_tokenizer, open_pair
+from minimind_sft.pairs import Pair, fed_as, find_tokenizer, open_pair
 from minimind_sft.sampling import Line, read_lines
 from minimind_sft.significance import Interval
 from minimind_sft.stores import Stores
@@ -71,8 +71,9 @@ def parser() -> OptionParser:
     add("--documents", type=int, default=1000, metavar="N", help="documents of text to measure on (1000)")
     add("--own_documents", type=int, default=200, metavar="N", help="documents that the base writes, where no text is "
         "given (200)")  # fmt: skip
-    add("--max_length", type=int, default=768, metavar="N", help="tokens; longer documents are cut (768)")
-    add("--document_format", choices=list(DOCUMENT_FRAMES), default="minimind3", help="how pretraining framed a text")
+    add("--max_length", type=int, metavar="N", help="tokens; longer documents are cut (as in TUNED's run, else 768)")
+    add("--document_format", choices=list(DOCUMENT_FRAMES), help="how pretraining framed a text (as in TUNED's run, "
+        "else minimind3)")  # fmt: skip
     add("--num_attention_heads", type=int, metavar="N", help="of both, where tensors leave it open; MiniMind's is 8")
     add("--seed", type=int, default=42, help="of the intervals (42)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:7")
@@ -109,14 +110,17 @@ def main(argv: Sequence[str]) -> int:
         options.base, options.tuned, options.tokenizer
     )  # fmt: skip
     template = ChatTemplate.from_folder(tokenizer)
+    max_length, document_format = fed_as(
+        options.base, options.tuned, options.max_length, options.document_format
+    )
     pair = open_pair(
         options.base,
         str(origin.path),
         template,
         num_attention_heads=options.num_attention_heads,
         device=options.device,
-        max_length=options.max_length,
-        document_format=options.document_format,
+        max_length=max_length,
+        document_format=document_format,
         seed=options.seed,
     )
     stores = Stores(
@@ -126,11 +130,11 @@ def main(argv: Sequence[str]) -> int:
         heldout_path=options.heldout_path,
         pretrain_path=None if options.heldout_path else options.pretrain_path,
         measure_documents=options.documents,
-        document_format=options.document_format,
+        document_format=document_format,
         cache_dir=options.cache_dir,
     )
     own = None if has_text else pair.own_text(stores.cache, options.own_documents)
-    points = curve(pair, stores, alphas, own=own)
+    points = curve(pair, stores, alphas, own=own, halve=origin.replays)
     best = choose(points, options.tolerance)
     model = interpolate(pair.base, pair.tuned, best.alpha, template.control_ids)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +182,7 @@ def curve(
     alphas: Sequence[float],
     *,
     own: tuple[Store, Iterator[Line]] | None = None,
+    halve: bool = False,
     tell: bool = True,
 ) -> list[Point]:
     """Chat loss and forgetting at every alpha; told as they come, unless `tell` is false.
@@ -187,9 +192,10 @@ def curve(
         stores: of validation chats and text.
         alphas: where to measure.
         own: text by the base and its lines, in place of the stores'.
+        halve: as for `Stores.open`.
         tell: whether to print every point.
     """
-    opened = stores.open(train=False)
+    opened = stores.open(train=False, halve=halve)
     assert opened.validation is not None
     if own is None:
         assert opened.measured is not None

@@ -38,7 +38,7 @@ class LastScreen(Callback):
     Args:
         folder: the run directory.
         measure: the readings.
-        probes: file of fact probes, or None.
+        probes: files of fact probes, or none.
         document_format: framing of raw text.
         exports: formats that the best and the last checkpoint are exported to.
     """
@@ -47,7 +47,7 @@ class LastScreen(Callback):
         self,
         folder: Path,
         measure: Measure,
-        probes: Path | None,
+        probes: Sequence[Path],
         document_format: str,
         exports: Sequence[str] = (),
     ) -> None:

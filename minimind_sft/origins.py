@@ -7,6 +7,7 @@ checkpoints, its exports) know the run's tokenizer, framing and records, so whoe
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ class Origin:
             return config[section].get(key)
         except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
             return None  # a record that was edited by hand is no reason to refuse weights
+
+    @property
+    def replays(self) -> bool:
+        """Whether the run replayed, or read, pretraining text."""
+        return bool(self.setting("data", "replay_ratio") or self.setting("model", "fisher_tokens"))
 
     @property
     def base_sha256(self) -> str | None:
@@ -107,6 +113,12 @@ def find_origin(source: str | Path) -> Origin:
         if file.is_file() and not (path / "config.json").is_file():
             return Origin(file, _run_around(path))
     return Origin(path, _run_around(path))
+
+
+def as_trained(origins: Sequence[Origin], key: str, default: Any) -> Any:
+    """The setting of `data` of the first of these that a run tells it of, if it is of the default's type."""
+    told = (origin.setting("data", key) for origin in origins)
+    return next((value for value in told if type(value) is type(default)), default)
 
 
 def _run_around(path: Path) -> Path | None:

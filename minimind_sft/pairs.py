@@ -7,7 +7,7 @@ here: vocabularies of two sizes, two tokenizers, a tokenizer with ids that the m
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,14 @@ from minimind_sft.documents import Documents
 from minimind_sft.evaluation import bytes_of_tokens, keeps_empty_think
 from minimind_sft.files import resolve
 from minimind_sft.model import Transformer
-from minimind_sft.origins import find_origin
+from minimind_sft.origins import as_trained, find_origin
 from minimind_sft.progress import track
 from minimind_sft.sampling import Line
 from minimind_sft.scoring import Row, Scores, losses, score
 from minimind_sft.self_written import Author
 
-EMPTY_THINK_RATIO = 0.2  # of chats that keep their empty think blocks; the default of fit
+# the defaults of `fit`: share of the chats that keep their empty think blocks, tokens of a document, framing of a text
+EMPTY_THINK_RATIO, MAX_LENGTH, DOCUMENT_FORMAT = 0.2, 768, "minimind3"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def open_pair(
     document_format: str,
     seed: int,
 ) -> Pair:
-    """Load both models.
+    """Load both models. What one's tensors leave open (heads, theta, eps) is as the other's config says, where it does.
 
     Raises:
         ValueError: a model that cannot be loaded, vocabularies that differ, a base that was trained from its fine-tune,
@@ -121,6 +122,7 @@ def open_pair(
             f"({found[1].path}); they can only be compared token by token with the same one"
         )
     weights.check_vocab(template.vocab_size, found[0].config, key="--tokenizer")
+    found = [_settled(found[0], found[1]), _settled(found[1], found[0])]
     about = {
         name: {"path": str(loaded.path), "sha256": loaded.sha256, "description": loaded.describe()}
         | ({"trained_from": sha256} if (sha256 := find_origin(loaded.path).base_sha256) else {})
@@ -130,6 +132,27 @@ def open_pair(
         raise ValueError(f"BASE ({base}) was trained from TUNED ({tuned}): give them in the other order")
     models = [weights.build(loaded).to(where) for loaded in found]
     return Pair(models[0], models[1], template, max_length, document_format, seed, about)
+
+
+def _settled(loaded: weights.Loaded, other: weights.Loaded) -> weights.Loaded:
+    """With the config of the other of the pair, where its own was read off its tensors and the other's was not."""
+    shapes, others = (
+        {name: tensor.shape for name, tensor in one.state_dict.items() if name.startswith("model.layers.")}
+        for one in (loaded, other)
+    )
+    if not loaded.defaults or other.defaults or shapes != others:
+        return loaded
+    own = {name: getattr(loaded.config, name) for name in ("vocab_size", "tie_word_embeddings")}
+    return replace(loaded, config=replace(other.config, **own), defaults=())
+
+
+def fed_as(base: str, tuned: str, max_length: int | None, document_format: str | None) -> tuple[int, str]:
+    """Length and framing as given, else as a run around TUNED or BASE has them, else the defaults of `fit`."""
+    origins = [find_origin(resolve(path)) for path in (tuned, base)]
+    return (
+        max_length or as_trained(origins, "max_length", MAX_LENGTH),
+        document_format or as_trained(origins, "document_format", DOCUMENT_FORMAT),
+    )
 
 
 def find_tokenizer(base: str, tuned: str, given: str | None) -> Path:

@@ -1,24 +1,34 @@
 """Fact probes: does the model still know what it knew, asked as raw text and asked as a chat?
 
-A probe is a line of JSON: `prompt` (raw text that the answer continues), `question` (the same as a user would ask
-it), `answer`, and optionally `name` and `in_sft` (whether the training chats contain the fact). Both ways are
-answered greedily. Raw counts when the continuation begins with the answer, a chat when its reply contains it.
+A probe is a line of JSON: `prompt` (raw text that the answer continues), `answer`, and optionally `question` (the same
+as a user would ask it, without which the prompt is asked), `name` and `in_sft` (whether the training chats contain the
+fact). Both ways are answered greedily. Raw counts when the continuation begins with the answer, a chat when its reply
+contains it. With `distractors`, a list of wrong answers, the model also chooses, both ways: right is where it finds the
+answer likelier than any of them, by the sum of its tokens' log-probabilities. A choice tells of knowledge that is too
+faint to be said, and of its loss.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minimind_sft.chat import ChatTemplate
+import numpy as np
+
+from minimind_sft.chat import DOCUMENT_FRAMES, ChatTemplate
 from minimind_sft.generate import generate
 from minimind_sft.model import Transformer
 from minimind_sft.sampling import read_lines
+from minimind_sft.scoring import losses
 from minimind_sft.strict_json import Rejected, load
 
 RAW_EXTRA, CHAT_TOKENS = 4, 48  # tokens beyond the answer's own; tokens of a chat reply
+
+
+WAYS = ("raw", "chat", "raw_choice", "chat_choice")  # of asking
 
 
 @dataclass(frozen=True)
@@ -28,59 +38,133 @@ class Probe:
     answer: str
     name: str
     in_sft: bool
+    distractors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model said to one probe, and whether that was right."""
+    """What the model said to one probe, or chose, and whether that was right."""
 
     raw: str
     raw_right: bool
     chat: str
     chat_right: bool
+    raw_choice: str = ""
+    raw_choice_right: bool = False
+    chat_choice: str = ""
+    chat_choice_right: bool = False
 
 
-def load_probes(path: Path) -> list[Probe]:
-    """Read probes, from any file that chats may come from.
+def load_probes(paths: Sequence[Path]) -> list[Probe]:
+    """Read probes, from any files that chats may come from.
 
     Raises:
-        ValueError: naming file, line and what is missing.
+        ValueError: naming file, line and what is missing, or where the same was asked before.
     """
-    probes = []
-    for line in read_lines([path]):
+    asked: dict[Probe, str] = {}
+    for line in read_lines(paths):
+        where = f"{line.file}:{line.number}"
         try:
-            row = load(line.text)
-            fields = {name: row.get(name) for name in ("prompt", "question", "answer")}
-            if wrong := [name for name, value in fields.items() if not (isinstance(value, str) and value)]:
-                raise ValueError(f"no text as {' and '.join(wrong)}")
-            prompt, question, answer = fields.values()
-            name, in_sft = str(row.get("name", prompt)), bool(row.get("in_sft", False))
-            probes.append(Probe(prompt, question, answer, name, in_sft))
-        except (ValueError, KeyError, TypeError, Rejected) as error:
+            probe = _probe(load(line.text))
+        except (ValueError, AttributeError, Rejected) as error:
             raise ValueError(
-                f"{path}:{line.number}: not a probe ({type(error).__name__}: {error}); a line is an object with "
-                "prompt, question and answer"
+                f"{where}: not a probe ({type(error).__name__}: {error}); a line is an object with prompt and answer, "
+                "and question where a user would ask otherwise"
             ) from error
-    if not probes:
-        raise ValueError(f"{path} holds no probe")
-    return probes
+        if probe in asked:
+            raise ValueError(f"{where}: the probe of {asked[probe]} again, to be counted twice; leave one of them out")
+        asked[probe] = where
+    if not asked:
+        raise ValueError(f"{' and '.join(map(str, paths))} holds no probe")
+    return list(asked)
+
+
+def _probe(row: dict[str, Any]) -> Probe:
+    fields = {"question": row.get("prompt")} | {name: value for name, value in row.items() if value is not None}
+    texts = {name: fields.get(name) for name in ("prompt", "question", "answer")}
+    if wrong := [name for name, value in texts.items() if not (isinstance(value, str) and value.strip())]:
+        raise ValueError(f"no text as {' and '.join(wrong)}")
+    prompt, question, answer = map(str, texts.values())
+    others = fields.get("distractors", [])
+    if not (isinstance(others, list) and all(isinstance(other, str) and other.strip() for other in others)):
+        raise ValueError(f"distractors are {others!r}, not a list of texts")
+    answer, distractors = answer.strip(), tuple(other.strip() for other in others)
+    if answer in distractors:
+        raise ValueError(f"the answer {answer!r} is among its distractors")
+    return Probe(prompt, question, answer, str(fields.get("name", prompt)), bool(row.get("in_sft", False)), distractors)
 
 
 def ask(model: Transformer, template: ChatTemplate, probes: Sequence[Probe], *, document_format: str) -> list[Reply]:
-    """Ask every probe both ways, greedily."""
-    raw_prompts = []
-    for probe in probes:
-        ids = [id for span in template.document(probe.prompt, format=document_format) for id in span.ids]
-        raw_prompts.append(ids[:-1] if ids[-1] in template.stop_ids else ids)
-    longest = max(len(template.encode_text(probe.answer)) for probe in probes)
+    """Ask every probe in all ways."""
+    raw_prompts = [_raw(template, probe.prompt, document_format) for probe in probes]
     chat_prompts = [template.prompt([{"role": "user", "content": probe.question}]) for probe in probes]
+    longest = max(len(template.encode_text(probe.answer)) for probe in probes)
     raw = generate(model, raw_prompts, max_new_tokens=longest + RAW_EXTRA, stop_ids=template.stop_ids)
     chat = generate(model, chat_prompts, max_new_tokens=CHAT_TOKENS, stop_ids=template.stop_ids)
+    raw_chosen, chat_chosen = _choose(model, template, probes, raw_prompts, chat_prompts, document_format)
     replies = []
-    for probe, raw_ids, chat_ids in zip(probes, raw, chat, strict=True):
+    for probe, raw_ids, chat_ids, one, other in zip(probes, raw, chat, raw_chosen, chat_chosen, strict=True):
         said, reply = answer_text(template, raw_ids), answer_text(template, chat_ids)
-        replies.append(Reply(said, begins_with(said, probe.answer), reply, contains(reply, probe.answer)))
+        right = begins_with(said, probe.answer), contains(reply, probe.answer)
+        chosen = (one, one == probe.answer, other, other == probe.answer)
+        replies.append(Reply(said, right[0], reply, right[1], *chosen))
     return replies
+
+
+def _choose(
+    model: Transformer,
+    template: ChatTemplate,
+    probes: Sequence[Probe],
+    raw_prompts: list[list[int]],
+    chat_prompts: list[list[int]],
+    document_format: str,
+) -> tuple[list[str], list[str]]:
+    """The likeliest choice of every probe behind its prompt, in raw text and in a chat; empty where there is none."""
+    raw = [
+        [_raw(template, f"{probe.prompt}{_space(probe.prompt)}{text}", document_format) for text in _choices(probe)]
+        for probe in probes
+    ]
+    chat = [
+        [prompt + template.encode_text(text) for text in _choices(probe)]
+        for probe, prompt in zip(probes, chat_prompts, strict=True)
+    ]
+    raw_chosen, chat_chosen = (
+        [_choices(probe)[place] if probe.distractors else "" for probe, place in zip(probes, places, strict=True)]
+        for places in (_likeliest(model, raw_prompts, raw), _likeliest(model, chat_prompts, chat))
+    )
+    return raw_chosen, chat_chosen
+
+
+def _raw(template: ChatTemplate, text: str, document_format: str) -> list[int]:
+    """A document that is not at its end."""
+    ends = {*template.stop_ids, template.token_id(DOCUMENT_FRAMES[document_format][1])}  # behind them, a new one begins
+    ids = [id for span in template.document(text, format=document_format) for id in span.ids]
+    return ids[:-1] if ids[-1] in ends else ids
+
+
+def _space(prompt: str) -> str:
+    """What stands between a prompt and its answer: nothing in Chinese, nor where there is one already."""
+    return " " if prompt[-1].isascii() and not prompt[-1].isspace() else ""
+
+
+def _choices(probe: Probe) -> list[str]:
+    """The answer first; nothing to choose from without distractors."""
+    return [probe.answer, *probe.distractors] if probe.distractors else []
+
+
+def _likeliest(model: Transformer, prompts: list[list[int]], candidates: list[list[list[int]]]) -> list[int]:
+    """For every prompt the place of its likeliest candidate, prompts that go on; of several the last, so that a model
+    which finds all alike knows nothing. Scored is what does not stand in the prompt and all candidates."""
+    rows = []
+    for prompt, those in zip(prompts, candidates, strict=True):
+        shared = len(os.path.commonprefix([prompt, *those]))  # of lists as well as of paths
+        rows += [(np.array(ids), np.arange(len(ids)) >= shared) for ids in those]
+    nats = iter(losses(model, rows)[1].tolist() if rows else [])
+    found = []
+    for those in candidates:
+        scores = [next(nats) for _ in those]
+        found.append(max((place for place, score in enumerate(scores) if score == min(scores)), default=0))
+    return found
 
 
 def answer_text(template: ChatTemplate, ids: list[int]) -> str:
@@ -116,17 +200,17 @@ def compare(probes: Sequence[Probe], before: Sequence[Reply], after: Sequence[Re
     """Counts of kept, lost and gained facts, and the losses by name; what `probes.json` holds.
 
     Returns:
-        `groups`: for `raw` and `chat`, `in_sft` and `not_in_sft`: `probes`, `before`, `after`, `kept`, `lost`,
-        `gained`; `lost` and `gained`: rows with `name`, `way`, `in_sft`, `answer`, `said`; `replies`: all of them.
+        `groups`: for each of `WAYS` that was asked, `in_sft` and `not_in_sft`: `probes`, `before`, `after`, `kept`,
+        `lost`, `gained`; `lost` and `gained`: rows with `name`, `way`, `in_sft`, `answer`, `said`; `replies`: all.
     """
     groups: dict[str, dict[str, Any]] = {}
     lost, gained = [], []
-    for way in ("raw", "chat"):
+    for way in WAYS:
         for member in (False, True):
             rows = [
                 (probe, getattr(old, f"{way}_right"), getattr(new, f"{way}_right"), getattr(new, way))
                 for probe, old, new in zip(probes, before, after, strict=True)
-                if probe.in_sft is member
+                if probe.in_sft is member and (probe.distractors or "choice" not in way)
             ]
             if not rows:
                 continue

@@ -111,6 +111,8 @@ def probe_table(comparison: dict[str, Any], *, most: int = 12) -> str:
     names = {
         "raw": "continuing raw text",
         "chat": "asked as a chat",
+        "raw_choice": "choosing in raw text",
+        "chat_choice": "choosing in a chat",
         "in_sft": "in the chats",
         "not_in_sft": "not in the chats",
     }

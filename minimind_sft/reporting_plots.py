@@ -24,7 +24,7 @@ from minimind_sft.reporting_style import (
     legend,
     line_style,
 )
-from minimind_sft.run_record import Run, Source
+from minimind_sft.run_record import WAYS, Run, Source
 
 MOST_SOURCES = 30
 MOST_NOISY = 3  # runs whose noisy lines can be told apart
@@ -204,7 +204,6 @@ def _counted(found: Sequence[dict[str, Source]], name: str) -> str:
 
 def _facts(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
     """Facts kept, lost and gained by every run, in shares of those asked."""
-    ways = {"raw": "raw text", "chat": "as a chat", "in_sft": "in the chats", "not_in_sft": "not in the chats"}
     groups = list(dict.fromkeys(key for run in runs if run.facts for key in run.facts.groups))
     bars = [(key, run) for key in groups for run in runs if run.facts and key in run.facts.groups]
     if not bars:
@@ -216,7 +215,7 @@ def _facts(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
     for place, (key, run) in zip(places, bars, strict=True):
         assert run.facts
         _fact_bar(axes, place, run.facts.groups[key], theme, named=not labels)
-        asked = ", ".join(ways.get(part, part) for part in key.split("/"))
+        asked = ", ".join(WAYS.get(part, part) for part in key.split("/"))
         labels.append(asked if len(runs) == 1 else f"{asked}: {label(*known(runs, run), longest=18)}")
     axes.set_yticks(places, labels)
     axes.set_ylim(places[-1] + 0.6, -0.6)

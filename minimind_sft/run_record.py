@@ -11,6 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FINISHED, RUNNING, STOPPED = "finished", "running", "stopped"
+WAYS = {  # that facts are asked in, and where they stand
+    "raw": "raw text",
+    "chat": "as a chat",
+    "raw_choice": "choice, raw text",
+    "chat_choice": "choice, as a chat",
+    "in_sft": "in the chats",
+    "not_in_sft": "not in the chats",
+}
 COUNTS = ("probes", "before", "after", "kept", "lost", "gained")
 
 
@@ -37,7 +45,7 @@ class Fact(NamedTuple):
     """A fact that was lost or gained."""
 
     name: str
-    way: str  # raw or chat
+    way: str  # one of WAYS
     in_sft: bool
     answer: str
     said: str  # by the model in the end

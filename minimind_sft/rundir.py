@@ -75,8 +75,8 @@ def refuse_own_weights(run_dir: Path, weights: str) -> None:
 
 
 def goes_on(run_dir: Path, checkpoint: str | None) -> bool:
-    """Whether a run from this checkpoint, None for a fresh start, is the one of this folder; a checkpoint from elsewhere
-    begins another."""
+    """Whether a run from this checkpoint, None for a fresh start, is the one of this folder; one from elsewhere begins
+    another."""
     return checkpoint is not None and Path(checkpoint).parent.resolve() == (run_dir / "checkpoints").resolve()
 
 

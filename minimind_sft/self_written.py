@@ -86,7 +86,7 @@ class Author:
             ValueError: a tokenizer without a token that opens a document.
         """
         first, last = (self.template.token_id(token) for token in DOCUMENT_FRAMES[document_format])
-        known = [id for id in (first, self.template.bos_id, self.template.eos_id) if id is not None]
+        known = [id for id in (first, self.template.bos_id, last, self.template.eos_id) if id is not None]
         opens = next((id for id in known if id < self.model.config.vocab_size), None)
         if opens is None:
             raise ValueError(

@@ -48,7 +48,7 @@ class Stores:
         template: tokenizer and chat template.
         cache: the folder of all stores.
         text: of pretraining, to measure on and to replay.
-        probes: the file of fact probes, or None.
+        probes: the files of fact probes, or none.
 
     Raises:
         ValueError: with the setting, file, line, value and remedy.
@@ -106,7 +106,7 @@ class Stores:
             raise ValueError("data.val_path and data.val_fraction are both set; set one of them to null")
         self.cache = Path(cache_dir) if cache_dir else default_cache()
         self._files = Files(self.cache)
-        self.probes = self._files.expand(probes_path, "data.probes_path")[0] if probes_path else None
+        self.probes = self._files.expand(probes_path, "data.probes_path") if probes_path else []
         self.template = ChatTemplate.from_folder(hub.local(resolve(tokenizer)))
         self._maker = StoreMaker(
             cache=self.cache,

@@ -222,7 +222,8 @@ def test_stores_take_arrays_for_chats_text_and_validation_and_name_the_element(p
 
 def test_probes_may_be_an_array(tmp_path):
     probe = {"prompt": "1 + 1 =", "question": "1 + 1?", "answer": "2"}
-    assert load_probes(write(tmp_path / "in.json", json.dumps([probe, probe])))[1].answer == "2"
+    another = probe | {"answer": "two"}
+    assert load_probes([write(tmp_path / "in.json", json.dumps([probe, another]))])[1].answer == "two"
     with pytest.raises(ValueError, match=r"in\.json:2: not a probe"):
-        load_probes(write(tmp_path / "in.json", json.dumps([probe, {}])))
+        load_probes([write(tmp_path / "in.json", json.dumps([probe, {}]))])
 

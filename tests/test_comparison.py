@@ -5,7 +5,7 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,8 @@ def test_the_figures_are_those_of_fit_and_its_checkpoint_is_taken(
         "model.learning_rate": 0.001,
         "data.train_path": DATA / "sft_train.jsonl",
         "data.max_mb": 0.01,
+        "data.max_length": 64,  # which compare takes from the run, as the framing
+        "data.document_format": "bare",
         "data.val_path": material["val"],
         "data.heldout_path": material["heldout"],
         "data.max_overlap": 1.0,
@@ -204,6 +206,40 @@ def test_the_figures_are_those_of_fit_and_its_checkpoint_is_taken(
     capsys.readouterr()
     assert compare(material, tmp_path / "out", tmp_path / "run", BASE) == 2
     assert "was trained from TUNED" in capsys.readouterr().err
+
+
+def test_what_a_base_s_file_leaves_open_is_as_in_the_config_of_its_fine_tune(
+    material: dict[str, Path], tmp_path: Path
+) -> None:
+    model, _ = load_model(BASE)
+    checkpoint = {
+        "state_dict": {f"model.{name}": tensor for name, tensor in model.state_dict().items()},
+        "hyper_parameters": {"model_config": asdict(replace(model.config, rope_theta=1e4))},
+    }
+    torch.save(checkpoint, tmp_path / "tuned.ckpt")
+    for base, tuned in ((BASE, tmp_path / "tuned.ckpt"), (tmp_path / "tuned.ckpt", BASE)):
+        compare(material, tmp_path / "out", base, tuned)
+        text = read(tmp_path / "out")["text"]["unseen"]
+        assert (text["difference"], text["kl"]) == (0.0, 0.0)
+
+
+def test_text_that_a_run_replayed_is_not_measured_on(material: dict[str, Path], tmp_path: Path) -> None:
+    seen, run = first_lines("pretrain.jsonl", 10, tmp_path), tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    model, _ = load_model(material["tuned"])
+    checkpoint = {
+        "state_dict": {f"model.{name}": tensor for name, tensor in model.state_dict().items()},
+        "hyper_parameters": {"model_config": asdict(model.config)},
+    }
+    torch.save(checkpoint, run / "checkpoints" / "last.ckpt")
+    (run / "run.json").write_text("{}")
+    for ratio, documents in ((0.0, 10), (0.2, 5)):  # fit leaves half of so little text to replay
+        (run / "config.yaml").write_text(f"data: {{tokenizer: {DATA / 'tokenizer'}, replay_ratio: {ratio}}}")
+        compare(material, tmp_path / "out", BASE, run, "--pretrain_path", str(seen), data="none")
+        assert read(tmp_path / "out")["text"]["seen"]["documents"] == documents
+    (run / "config.yaml").write_text("data: {replay_ratio: 0.2, heldout_path: text.jsonl}")
+    compare(material, tmp_path / "out", BASE, run, "--pretrain_path", str(seen), "--tokenizer", str(DATA / "tokenizer"))
+    assert any("may be what TUNED's run replayed" in note for note in read(tmp_path / "out")["notes"])
 
 
 def test_text_that_was_seen_is_measured_beside_unseen_text_which_is_judged(

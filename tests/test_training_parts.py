@@ -1,5 +1,6 @@
 """The small pure parts of training and reporting: schedule, losses, meter, records, probes, tables."""
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from minimind_sft import losses
+from minimind_sft.chat import ChatTemplate
 from minimind_sft.checkpoints import link
 from minimind_sft.devices import pin_device
 from minimind_sft.evaluation import OTHER_SOURCES, affordable_interval, sources_of
@@ -18,12 +20,14 @@ from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 from minimind_sft.module import SFTModule
 from minimind_sft.optimizing import Optimization
-from minimind_sft.probes import Probe, Reply, begins_with, compare, contains, load_probes
+from minimind_sft.probes import Probe, Reply, ask, begins_with, compare, contains, load_probes
 from minimind_sft.readings import read_metrics
 from minimind_sft.records import MetricsFile
 from minimind_sft.report import forgetting_table, ratio
 from minimind_sft.schedule import learning_rate_at, peak_for
-from minimind_sft.weights import export_minimind
+from minimind_sft.weights import export_minimind, load_model
+
+DATA = Path(__file__).resolve().parents[1] / "data"
 
 
 def test_the_schedule_is_the_originals() -> None:
@@ -216,8 +220,45 @@ def test_losses_are_named() -> None:
 
 def test_a_bad_probe_is_named(tmp_path: Path) -> None:
     (tmp_path / "probes.jsonl").write_text('{"prompt": "a", "question": "b", "answer": "c"}\n{"prompt": "a"}\n')
-    with pytest.raises(ValueError, match=r"probes.jsonl:2: not a probe .*no text as question and answer"):
-        load_probes(tmp_path / "probes.jsonl")
+    with pytest.raises(ValueError, match=r"probes.jsonl:2: not a probe .*no text as answer"):
+        load_probes([tmp_path / "probes.jsonl"])
+
+
+def test_probes_of_several_files_are_asked_without_a_question_by_their_prompt_and_none_twice(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text('{"prompt": "The capital of Peru is", "answer": " Lima"}\n')
+    second.write_text('{"prompt": "1 + 1 =", "question": "1 + 1?", "answer": "2"}\n')
+    peru, sum_ = load_probes([first, second])
+    assert (peru.question, peru.answer) == ("The capital of Peru is", "Lima")
+    assert sum_.question == "1 + 1?"
+    with pytest.raises(ValueError, match=r"b.jsonl:1: the probe of .*b.jsonl:1 again"):
+        load_probes([second, second])
+
+
+def test_a_model_chooses_the_answer_that_it_knows_among_distractors_in_both_ways(tmp_path: Path) -> None:
+    asked = {"prompt": "The capital of Poland is", "question": "What is the capital of Poland?"}
+    rows = [
+        asked | {"answer": "Warsaw", "distractors": ["Santiago", "Sarajevo", "Bissau"]},
+        asked | {"answer": "Bissau", "distractors": ["Santiago", "Warsaw", "Warsaw II"]},  # one begins another
+        asked | {"answer": "Santiago"},
+    ]
+    (tmp_path / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    probes = load_probes([tmp_path / "probes.jsonl"])
+    template = ChatTemplate.from_folder(DATA / "tokenizer")
+    replies = ask(load_model(DATA / "base.pth")[0], template, probes, document_format="minimind3")
+    assert [(reply.raw_choice, reply.raw_choice_right) for reply in replies] == [
+        ("Warsaw", True),
+        ("Warsaw", False),
+        ("", False),
+    ]
+    assert replies[0].chat_choice in ("Warsaw", "Santiago", "Sarajevo", "Bissau")  # it has never seen a chat
+    groups = compare(probes, replies, replies)["groups"]
+    counts = {way.removesuffix("/not_in_sft"): group["probes"] for way, group in groups.items()}
+    assert counts == {"raw": 3, "chat": 3, "raw_choice": 2, "chat_choice": 2}
+    assert groups["raw_choice/not_in_sft"]["kept"] == 1
+    with pytest.raises(ValueError, match="the answer 'a' is among its distractors"):
+        (tmp_path / "probes.jsonl").write_text('{"prompt": "p", "answer": "a", "distractors": ["b", "a"]}\n')
+        load_probes([tmp_path / "probes.jsonl"])
 
 
 @pytest.fixture
