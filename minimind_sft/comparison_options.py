@@ -21,12 +21,17 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}{f'. The nearest option is {near}' if near else '; see compare --help'}")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line of `compare`."""
     parser = _Parser(
         prog="minimind_sft compare",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
         description="Measure what TUNED learned and forgot over BASE. Models are .pth, .safetensors or .ckpt files, or "
         f"folders (Hugging Face's too). Exit status {EXCEEDED} when forgetting on pretraining text, in nats per token, "
         "is above --max_forgetting (the point estimate decides); 2 for a mistake.",

@@ -19,6 +19,7 @@ from minimind_sft.chat import ChatTemplate
 from minimind_sft.documents import Documents
 from minimind_sft.formats import Conversation, Rejected, parse
 from minimind_sft.sampling import Line
+from minimind_sft.token_texts import TokenTexts
 
 EVALUATION_TOKENS = 8_192  # of one batch
 MOST_SOURCES = 40
@@ -100,15 +101,8 @@ def drawn(count: int, share: float, seed: int, *, rest: bool = False) -> np.ndar
 
 def bytes_of_tokens(template: ChatTemplate) -> np.ndarray:
     """Bytes of text that each id stands for, (V,) int64; a control token counts none."""
-    tokenizer = template.tokenizer
-    added = set(tokenizer.get_added_tokens_decoder())
-    byte_level = "ByteLevel" in repr(tokenizer.decoder)  # then a token is written with one character per byte
-    sizes = np.zeros(template.vocab_size, np.int64)
-    for id in range(template.vocab_size):
-        token = tokenizer.id_to_token(id)
-        if token is not None and id not in added:
-            sizes[id] = len(token) if byte_level else len(tokenizer.decode([id]).encode())
-    return sizes
+    texts = TokenTexts(template.tokenizer)
+    return np.array([0 if control else len(text) for control, text in zip(texts.is_control, texts.bytes, strict=True)])
 
 
 def prompts(

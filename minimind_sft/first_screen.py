@@ -25,10 +25,11 @@ from minimind_sft.files import write_whole
 from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
 from minimind_sft.identity import of_training
 from minimind_sft.measuring import Measure
-from minimind_sft.oddities import TokenTexts, silent_answers
+from minimind_sft.oddities import silent_answers
 from minimind_sft.pretraining_text import UNSEEN
 from minimind_sft.rundir import discard_earlier
 from minimind_sft.step_log import duration
+from minimind_sft.token_texts import TokenTexts
 
 if TYPE_CHECKING:
     from minimind_sft.data import SFTDataModule

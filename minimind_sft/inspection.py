@@ -20,10 +20,10 @@ from minimind_sft.files import write_whole
 from minimind_sft.findings import inspect_store
 from minimind_sft.inspection_rows import View, rejected_rows
 from minimind_sft.inspection_screen import ASCII, screen, visible
-from minimind_sft.oddities import TokenTexts
 from minimind_sft.report import no_more_output
 from minimind_sft.settings import SettingsParser
 from minimind_sft.stores import Stores
+from minimind_sft.token_texts import TokenTexts
 
 OptionalStr = Union[str, None]  # noqa: UP007 (jsonargparse wants an object)
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from minimind_sft.dealing import VALIDATION, Dealt
 from minimind_sft.documents import NO_PROMPT
-from minimind_sft.oddities import TokenTexts
 from minimind_sft.packing import OPTIONAL, SUPERVISED
+from minimind_sft.token_texts import TokenTexts
 from minimind_sft.windows import Plan
 
 USED, LEFT_OUT, CUT = "used", "left out", "cut"

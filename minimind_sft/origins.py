@@ -86,8 +86,8 @@ class Origin:
             return self.path
         named = self.setting("data", "tokenizer")
         if isinstance(named, str):
-            if (resolve(named) / "tokenizer.json").is_file():
-                return resolve(named)
+            if ((folder := hub.local(resolve(named))) / "tokenizer.json").is_file():
+                return folder
             raise ValueError(
                 f"the run {self.run_dir} was trained with the tokenizer in {named}, which is not there; say where it "
                 "is with --tokenizer FOLDER"

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from minimind_sft import self_written, weights
+from minimind_sft import hub, self_written, weights
 from minimind_sft.chat import ChatTemplate
 from minimind_sft.corpus import Store
 from minimind_sft.devices import one_device
@@ -179,7 +179,7 @@ def find_tokenizer(base: str, tuned: str, given: str | None) -> Path:
 
 
 def _check_there(name: str, path: str) -> None:
-    if not resolve(path).exists():
+    if not hub.local(resolve(path)).exists():
         raise ValueError(f"{name} {path} does not exist; it is a .pth, .safetensors or .ckpt file, or a folder")
 
 

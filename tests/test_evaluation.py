@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+
 from minimind_sft.chat import ChatTemplate
-from minimind_sft.evaluation import prompts
+from minimind_sft.evaluation import bytes_of_tokens, prompts
 from minimind_sft.files import PROJECT
 from minimind_sft.sampling import read_lines
 
@@ -52,3 +56,11 @@ def test_rows_are_read_in_the_format_that_is_given(tmp_path: Path) -> None:
     for format, question in (("openai", "A?"), ("completion", "P")):
         (found,) = asked(tmp_path, template, both, format=format)
         assert found["messages"][-1]["content"] == question
+
+
+def test_bytes_of_sentencepiece_s_tokens_are_those_of_the_text() -> None:
+    tokens = ["<unk>", "<0xE4>", "<0xB8>", "\u2581the", "é", "</s>"]
+    tokenizer = Tokenizer(BPE({token: id for id, token in enumerate(tokens)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(["<unk>", "</s>"])
+    assert bytes_of_tokens(SimpleNamespace(tokenizer=tokenizer)).tolist() == [0, 1, 1, 4, 2, 0]  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 from minimind_sft.module import SFTModule
 from minimind_sft.origins import find_origin
+from minimind_sft.pairs import find_tokenizer
 from minimind_sft.rundir import refuse_own_weights
 from minimind_sft.stores import Stores
 from minimind_sft.weights import load
@@ -127,6 +128,12 @@ def test_fit_takes_weights_and_tokenizer_from_the_hub(fake_hub: FakeHub, tmp_pat
     assert str(fake_hub.folder) in SFTModule(weights="hf:someone/small-model").start.description
     stores = Stores(train_path="x.jsonl", tokenizer="hf:someone/small-model", cache_dir=str(tmp_path))
     assert stores.template.vocab_size == 2560 and len(fake_hub.calls) == 2
+
+
+def test_a_run_s_tokenizer_and_a_pair_s_models_may_be_on_the_hub(fake_hub: FakeHub, run_dir: Path) -> None:
+    (run_dir / "config.yaml").write_text("data:\n  tokenizer: hf:someone/small-model\n")
+    assert find_origin(run_dir).known_tokenizer() == fake_hub.folder
+    assert find_tokenizer("hf:someone/small-model", "hf:someone/small-model", None) == fake_hub.folder
 
 
 def test_pickled_weights_are_fetched_only_where_there_are_no_safetensors(fake_hub: FakeHub) -> None:
