@@ -15,15 +15,17 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minimind_sft import report
 from minimind_sft.caps import RULE_OF_THUMB
-from minimind_sft.files import write_whole
+from minimind_sft.files import resolve, write_whole
 from minimind_sft.fit_process import run_fit
 from minimind_sft.options import OptionParser
+from minimind_sft.origins import find_origin
 from minimind_sft.power_law import PowerLaw
 from minimind_sft.selection import MEBIBYTE
 from minimind_sft.settings import SettingsParser, find_config, named_configs
@@ -126,6 +128,11 @@ def _claim(folder: Path, caps: Sequence[float], fit_options: Sequence[str], *, o
             raise ValueError(
                 f"{run} holds a run of other settings; pass --overwrite to replace it, or another --run_dir"
             )
+        elif is_whole(run) and (file := _changed(run)):  # `fit` itself sees to those that go on
+            raise ValueError(
+                f"{run} holds a run of another {file} than there is now; pass --overwrite to replace it, or another "
+                "--run_dir"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     for cap in caps:
         note = folder / f"{cap:g}mb.json"
@@ -137,6 +144,26 @@ def _fingerprint(fit_options: Sequence[str]) -> list[str]:
     """The options, and hashes of the configs that they name: a YAML may be edited between two calls."""
     files = [Path(name) for _, _, name in named_configs(fit_options)]
     return [*fit_options, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file())]
+
+
+def _changed(run: Path) -> str | None:
+    """Of the chats and the base of a whole run, the first file that is no longer what it was."""
+    known = {resolve(entry["name"]): entry["sha256"] for entry in _read(run / "sample.json").get("inputs", [])}
+    origin = find_origin(run)
+    if isinstance(weights := origin.setting("model", "weights"), str) and origin.base_sha256:
+        known[find_origin(resolve(weights)).path] = origin.base_sha256
+    for path, sha256 in known.items():
+        if not path.exists() or path.is_file() and _sha256(path, path.stat().st_mtime_ns) != sha256:
+            return str(path)
+    return None
+
+
+@cache
+def _sha256(path: Path, changed: int) -> str:
+    """Of a file that was last changed then."""
+    from minimind_sft.checkpoint_files import sha256_file
+
+    return sha256_file(path)
 
 
 def _trial(folder: Path, cap: float, fit_options: Sequence[str]) -> Trial:

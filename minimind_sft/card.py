@@ -42,17 +42,24 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```"""
 
 
-def model_card(title: str, loaded: Loaded, origin: Origin) -> str:
-    """The card as Markdown."""
+def model_card(title: str, loaded: Loaded, origin: Origin, *, made: str = "") -> str:
+    """The card as Markdown.
+
+    Args:
+        title: its heading.
+        loaded: the weights, or those that they were made from.
+        origin: where they lie.
+        made: how these weights were made from those, and what they were measured at; empty where they are the same.
+    """
     record = read_record(loaded.path) if loaded.path.is_file() else {}
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- minimind\n- sft\n---",
         f"# {title}",
         f"A language model: {loaded.summary()}. {_made(record)} minimind_sft, supervised fine-tuning that measures "
         "what a model forgets.",
-        _cost(origin.run_dir, record),
+        f"## How it was made\n\n{made}" if made else _cost(origin.run_dir, record),
         "## Where it comes from",
-        _table(["", ""], [("weights", _weights(loaded, record)), *_lineage(origin, record)]),
+        _table(["", ""], [("made from" if made else "weights", _weights(loaded, record)), *_lineage(origin, record)]),
         _settings(origin.run_dir, record),
         "## Use",
         USE,

@@ -41,6 +41,8 @@ from minimind_sft.sampling import Line, read_lines
 from minimind_sft.stores import Stores
 from minimind_sft.strict_json import finite
 
+RESULT, DOCUMENTS = "compare.json", "documents.jsonl"
+
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb.
@@ -57,17 +59,20 @@ def main(argv: Sequence[str]) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {out}: cannot be made ({error.strerror})") from error
+    there = [name for name in (DOCUMENTS, *comparison_plots.PICTURES) if (out / name).exists()]
+    if there and not (out / RESULT).is_file():  # an earlier comparison's are replaced, nobody else's
+        raise ValueError(f"--out {out} has {', '.join(there)}, but is no comparison's folder; choose another")
     with errors_name_options():
         result, documents = compare(**options)
     result["command"] = ["compare", *argv]
-    write_whole(out / "compare.json", json.dumps(finite(result), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
-    (out / "documents.jsonl").unlink(missing_ok=True)
+    write_whole(out / RESULT, json.dumps(finite(result), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    (out / DOCUMENTS).unlink(missing_ok=True)
     if documents:
         write_whole(
-            out / "documents.jsonl", "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in documents)
+            out / DOCUMENTS, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in documents)
         )
     pictures = comparison_plots.draw(result, documents, out)
-    files = ["compare.json", *(["documents.jsonl"] if documents else []), *pictures]
+    files = [RESULT, *([DOCUMENTS] if documents else []), *pictures]
     _say(f"{screen(result)}\n\nin {out}: {', '.join(files)}")
     return EXCEEDED if result["verdict"]["exceeded"] else 0
 

@@ -15,7 +15,7 @@ from minimind_sft.significance import LEVEL
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.6"
 MOST_SOURCES = 40
-SOURCES, DOCUMENTS, FACTS = "sources.png", "documents.png", "facts.png"
+PICTURES = SOURCES, DOCUMENTS, FACTS = "sources.png", "documents.png", "facts.png"
 
 
 def draw(result: dict[str, Any], documents: Sequence[dict[str, Any]], folder: Path) -> list[str]:
@@ -32,7 +32,7 @@ def draw(result: dict[str, Any], documents: Sequence[dict[str, Any]], folder: Pa
     import matplotlib
 
     matplotlib.use("Agg")
-    for name in (SOURCES, DOCUMENTS, FACTS):  # an earlier comparison's would be taken for this one's
+    for name in PICTURES:  # an earlier comparison's would be taken for this one's
         (folder / name).unlink(missing_ok=True)
     drawn = []
     if documents:

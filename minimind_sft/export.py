@@ -102,10 +102,11 @@ def write_hf(
     tokenizer: Path,
     *,
     title: str,
+    made: str = "",
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """A Hugging Face folder with tokenizer and model card.
+    """A Hugging Face folder with tokenizer and model card, see `card.model_card`.
 
     Raises:
         ValueError: as `huggingface.export_hf`; or a tokenizer that does not fit, or has no chat template.
@@ -122,7 +123,7 @@ def write_hf(
         model,
         folder,
         tokenizer=tokenizer,
-        card=model_card(title, loaded, origin),
+        card=model_card(title, loaded, origin, made=made),
         dtype=getattr(torch, dtype or DTYPES[0]),
         stop_ids=template.stop_ids,
         overwrite=overwrite,

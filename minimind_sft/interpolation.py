@@ -103,8 +103,9 @@ def main(argv: Sequence[str]) -> int:
             "forgetting is measured on text: give --heldout_path, --pretrain_path, or --own_documents of the base"
         )
     out = Path(options.out)
-    if out.exists() and not options.overwrite:
-        raise ValueError(f"{out} exists; pass --overwrite to replace it, or another name")
+    curve_files = [out.with_name(f"{out.name}{ending}") for ending in (".json", ".png")]
+    if not options.overwrite and (there := [str(path) for path in (out, *curve_files) if path.exists()]):
+        raise ValueError(f"already there: {', '.join(there)}; pass --overwrite to replace, or another name")
     origin = find_origin(options.tuned)
     tokenizer = origin.tokenizer() if origin.run_dir and not options.tokenizer else find_tokenizer(
         options.base, options.tuned, options.tokenizer
@@ -145,9 +146,9 @@ def main(argv: Sequence[str]) -> int:
         "chosen": best.alpha,
         "points": [point._asdict() for point in points],
     }
-    write_whole(out.with_name(f"{out.name}.json"), json.dumps(finite(record), indent=1, ensure_ascii=False) + "\n")
-    report.plot_interpolation(points, best, out.with_name(f"{out.name}.png"))
-    _write(model, best, origin, tokenizer, options)
+    write_whole(curve_files[0], json.dumps(finite(record), indent=1, ensure_ascii=False) + "\n")
+    report.plot_interpolation(points, best, curve_files[1])
+    _write(model, best, pair, origin, tokenizer, options)
     print(_table(points, best))
     if told := report.likely_swapped(points[0].chat_loss, points[-1].chat_loss):
         print(f"\nnote: {told}")
@@ -224,14 +225,22 @@ def choose(points: Sequence[Point], tolerance: float) -> Point:
     return min((point for point in points if point.chat_loss <= tuned + tolerance), key=lambda point: point.alpha)
 
 
-def _write(model: Transformer, best: Point, origin: Origin, tokenizer: Path, options: argparse.Namespace) -> None:
+def _write(
+    model: Transformer, best: Point, pair: Pair, origin: Origin, tokenizer: Path, options: argparse.Namespace
+) -> None:
     out = Path(options.out)
     if out.suffix == ".pth":
         weights.export_minimind(model, out)
         return
     loaded = weights.load(origin.path, num_attention_heads=options.num_attention_heads)
     title = f"{out.name}: {best.alpha:g} of the way from its base to {origin.path.name}"
-    export.write_hf(model, loaded, origin, out, tokenizer, title=title, overwrite=options.overwrite)
+    made = (
+        f"Base + {best.alpha:g} (fine-tune - base), weight by weight, but for the rows of control tokens, which are "
+        f"the fine-tune's; base SHA-256 `{pair.about['base']['sha256']}`, fine-tune SHA-256 "
+        f"`{pair.about['tuned']['sha256']}`. Measured: {best.chat_loss:.4f} nats per token on validation chats, "
+        f"{best.forgetting:+.4f} on text against the base."
+    )
+    export.write_hf(model, loaded, origin, out, tokenizer, title=title, made=made, overwrite=options.overwrite)
 
 
 def _table(points: Sequence[Point], best: Point) -> str:

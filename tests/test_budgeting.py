@@ -1,5 +1,6 @@
 """The verb `budget`: the power law on literals, the choice, mistakes, what is skipped, and two real runs."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -115,6 +116,28 @@ def test_runs_that_are_whole_are_skipped_and_cut_ones_resumed(
     assert "other settings" in capsys.readouterr().err
     assert main([*command[:-1], "--trainer.max_steps=6", "--overwrite"]) == 0
     assert trained[4:] == ["1mb", "2mb", "4mb"]
+
+
+@pytest.mark.parametrize("which", ["chats", "base"])
+def test_whole_runs_of_other_data_or_another_base_are_not_taken_for_these(
+    which: str, trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, file = ["budget", f"--run_dir={tmp_path / 'b'}", "--max_mb", "1", "2"], tmp_path / f"{which}.jsonl"
+    file.write_text("one")
+    assert main(command) == 0
+    known = {"sha256": hashlib.sha256(b"one").hexdigest(), "name": str(file)}
+    for run in (tmp_path / "b" / "1mb", tmp_path / "b" / "2mb"):
+        if which == "chats":
+            (run / "sample.json").write_text(json.dumps({"bytes": 2**20, "tightest": "max_mb", "inputs": [known]}))
+        else:
+            (run / "run.json").write_text(json.dumps({"base_sha256": known["sha256"]}))
+            settings = json.loads((run / "config.yaml").read_text()) | {"model": {"weights": str(file)}}
+            (run / "config.yaml").write_text(json.dumps(settings))
+    assert main(command) == 0 and trained == ["1mb", "2mb"]
+    capsys.readouterr()
+    file.write_text("two")
+    assert main(command) == 2
+    assert f"of another {file} than there is now; pass --overwrite" in capsys.readouterr().err
 
 
 def test_no_cap_is_tried_beyond_the_end_of_the_chats(trained: list[str], tmp_path: Path) -> None:

@@ -223,6 +223,16 @@ def test_what_a_base_s_file_leaves_open_is_as_in_the_config_of_its_fine_tune(
         assert (text["difference"], text["kl"]) == (0.0, 0.0)
 
 
+def test_files_that_are_no_comparison_s_are_not_replaced(
+    material: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "documents.jsonl"
+    mine.write_bytes(material["heldout"].read_bytes())
+    assert compare(material, tmp_path, BASE, BASE, "--heldout_path", str(mine), data="none") == 2
+    assert "has documents.jsonl, but is no comparison's folder" in capsys.readouterr().err
+    assert mine.read_bytes() == material["heldout"].read_bytes()
+
+
 def test_text_that_a_run_replayed_is_not_measured_on(material: dict[str, Path], tmp_path: Path) -> None:
     seen, run = first_lines("pretrain.jsonl", 10, tmp_path), tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)

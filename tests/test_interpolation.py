@@ -109,6 +109,8 @@ def test_heads_that_tensors_do_not_tell_go_into_the_folder(command: list[str], t
     command[1:4] = [str(tmp_path / name) for name in ("old.pth", "old.pth", "held")]
     assert main([*command, "--alphas", "0.5", "--num_attention_heads=16"]) == 0
     assert json.loads((tmp_path / "held" / "config.json").read_text(encoding="utf-8"))["num_attention_heads"] == 16
+    card = (tmp_path / "held" / "README.md").read_text(encoding="utf-8")
+    assert "Base + 0.5 (fine-tune - base)" in card and "| made from |" in card and "What training cost" not in card
 
 
 @pytest.mark.parametrize("order", ["as it should be", "swapped"])
@@ -141,7 +143,10 @@ def test_mistakes_are_told(
     assert said in capsys.readouterr().err
 
 
-def test_what_is_there_is_kept(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "held.pth").write_text("mine")
+@pytest.mark.parametrize("name", ["held.pth", "held.pth.json", "held.pth.png"])
+def test_what_is_there_is_kept(
+    name: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text("mine")
     assert main(command) == 2
-    assert "--overwrite" in capsys.readouterr().err and (tmp_path / "held.pth").read_text() == "mine"
+    assert "--overwrite" in capsys.readouterr().err and (tmp_path / name).read_text() == "mine"
