@@ -112,7 +112,6 @@ def _place(kind: str, known: dict[str, Any], data: SFTDataModule, module: SFTMod
         "version": VERSION,
         "base": module.start.sha256,
         "model": asdict(module.model.config),
-        "head": [module.start.reset_head, module.start.seed],
         "device": [str(module.device.type), str(module.trainer.precision), torch.get_num_threads()],
         "torch": torch.__version__,
     }

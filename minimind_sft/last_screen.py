@@ -128,7 +128,8 @@ class LastScreen(Callback):
         kept = BaseAnswers(trainer.datamodule, pl_module, asked)  # type: ignore[attr-defined]
         if (found := kept.find()) is not None:
             return found
-        replies, answers = self._ask(trainer, pl_module)
+        with pl_module.as_base():
+            replies, answers = self._ask(trainer, pl_module)
         kept.keep(replies, answers)
         return replies, answers
 

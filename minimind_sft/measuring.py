@@ -157,7 +157,8 @@ class Measure(Callback):
             self.readings.append(known.reading)
             self.live_start, self.seconds, self.base_is_known = known.live, known.seconds, True
             return known.reading
-        reading = self.look(trainer, pl_module, whole=True)
+        with pl_module.as_base():
+            reading = self.look(trainer, pl_module, whole=True)
         baselines.keep(Baseline(reading, self.live_start, self.seconds))
         return reading
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -191,6 +192,16 @@ class SFTModule(LightningModule):
     def base(self) -> Transformer:
         """The model as it is, with the base's output layer; before training, the base."""
         return self.model if self.start.head is None else frozen_copy(self.model, self.start.head)
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """With the base in place of the model, before the first step; where the output layer is not new, they are one.
+        What is forgotten is the base's, not that of random weights."""
+        own, self.model = self.model, self.base
+        try:
+            yield
+        finally:
+            self.model = own
 
     def configure_model(self) -> None:
         """Build what needs the tokenizer: a model from scratch, rows for new tokens, and the meter."""
