@@ -93,6 +93,8 @@ def main(argv: Sequence[str]) -> int:
     law = PowerLaw(**found["power_law"]) if found["power_law"] else None
     report.plot_budget(trials, law, options.max_forgetting, folder / "budget.png")
     print("\n" + _table(trials) + "\n\n" + _told(found), flush=True)
+    if find_origin(folder / f"{caps[0]:g}mb").setting("data", "val_fraction"):
+        print("note: by data.val_fraction every cap has other validation chats; with data.val_path, losses compare")
     print(f"\nwritten {folder / 'budget.json'} and budget.png", flush=True)
     return 0
 

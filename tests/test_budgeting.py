@@ -90,7 +90,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (run / "metrics.csv").write_text("step,seconds\n0,\n5,1.0\n")
         (run / "sample.json").write_text(json.dumps({"bytes": cap * 2**20, "tightest": "max_mb" if cap < 9 else "end"}))
         data = {"train_path": "data/sft_train.jsonl", "tokenizer": "data/tokenizer", "pretrain_mb": 4000}
+        data |= {"val_fraction": float(given["--data.val_fraction"])} if "--data.val_fraction" in given else {}
         (run / "config.yaml").write_text(json.dumps({"data": data}))
+        (run / "run.json").write_text("{}")
         return 1.0
 
     monkeypatch.setattr(budgeting, "run_fit", fake)
@@ -138,6 +140,14 @@ def test_whole_runs_of_other_data_or_another_base_are_not_taken_for_these(
     file.write_text("two")
     assert main(command) == 2
     assert f"of another {file} than there is now; pass --overwrite" in capsys.readouterr().err
+
+
+def test_validation_chats_that_differ_from_cap_to_cap_are_told(
+    trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, more in enumerate(([], ["--data.val_fraction=0.1"])):
+        assert main(["budget", f"--run_dir={tmp_path / str(number)}", "--max_mb", "1", "2", *more]) == 0
+        assert ("every cap has other validation chats" in capsys.readouterr().out) == bool(more)
 
 
 def test_no_cap_is_tried_beyond_the_end_of_the_chats(trained: list[str], tmp_path: Path) -> None:
