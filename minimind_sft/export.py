@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
         if target.exists() and not options.overwrite:
             raise ValueError(f"{target} exists; pass --overwrite to replace it, or another --name")
         minimind.export_minimind(model, target)
-        print(f"written {target}")
+        print(f"written {target}{minimind.untold(loaded.config)}")
     return 0
 
 
@@ -157,11 +157,12 @@ def export_run(run_dir: Path, formats: Sequence[str]) -> list[str]:
                 if format == "minimind":
                     target = run_dir / "export" / minimind.file_name(name, loaded.config)
                     minimind.export_minimind(model, target)
+                    more = minimind.untold(loaded.config)
                 else:
-                    target = run_dir / "export" / name
+                    target, more = run_dir / "export" / name, ""
                     title = f"{run_dir.resolve().name}, {name}"
                     write_hf(model, loaded, origin, target, origin.tokenizer(), title=title, overwrite=True)
-                written.append(str(target))
+                written.append(f"{target}{more}")
             except (ValueError, OSError) as error:
                 told.append(f"not exported: {error}")
         if written:

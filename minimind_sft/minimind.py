@@ -67,6 +67,15 @@ def file_name(name: str, config: ModelConfig) -> str:
     return f"{name}_{config.hidden_size}{'_moe' if config.num_experts else ''}.pth"
 
 
+def untold(config: ModelConfig) -> str:
+    """What whoever reads the file must be told, since tensors do not tell and it is not the family's: behind the file's
+    name; empty where there is nothing."""
+    twin = (ModelConfig.minimind3 if config.qk_norm else ModelConfig.minimind2)(num_experts=config.num_experts)
+    names = [*([] if config.qk_norm else ["num_attention_heads"]), "num_experts_per_tok"]
+    found = [f"{name} {getattr(config, name)}" for name in names if getattr(config, name) != getattr(twin, name)]
+    return f" (whose reader must be told {' and '.join(found)})" if found else ""
+
+
 def _unlike_minimind(config: ModelConfig) -> list[str]:
     """What of a model its tensors do not tell, and is not MiniMind's."""
     make = ModelConfig.minimind3 if config.qk_norm else ModelConfig.minimind2

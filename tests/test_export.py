@@ -290,6 +290,23 @@ def test_best_and_last_of_a_run_are_exported_in_every_format_asked_for(tmp_path:
         assert f"# sft, {name}\n" in (run / "export" / name / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("minimind3", ""),  # whose norms tell the heads
+        ("minimind2", " (whose reader must be told num_attention_heads 4)"),
+        ("minimind3_moe", " (whose reader must be told num_experts_per_tok 2)"),
+    ],
+)
+def test_what_a_file_of_minimind_s_does_not_tell_is_said_when_it_is_written(
+    name: str, more: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, file = make_run(tmp_path / "sft", name), f"_32{'_moe' * name.endswith('moe')}.pth"
+    assert export_run(run, ("minimind",))[0].endswith(f"best{file}{more}")
+    assert export(run, tmp_path / "out", "--format=minimind") == 0
+    assert capsys.readouterr().out.rstrip().endswith(f"sft{file}{more}")
+
+
 def test_what_cannot_be_exported_is_told_and_stops_nothing(tmp_path: Path) -> None:
     told = export_run(make_run(tmp_path / "untied", "minimind3_untied"), ("minimind", "hf"))
     assert [line.split(":")[0].split()[0] for line in told] == ["not", "exported", "not", "exported"]
