@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minimind_sft.run_record import WAYS
+from minimind_sft.run_record import ASKED
 from minimind_sft.significance import LEVEL
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.6"
@@ -129,7 +129,7 @@ def _facts(groups: dict[str, dict[str, Any]], path: Path) -> None:
         axes.annotate(
             f"{counts} of {group['probes']}", (start, place), xytext=(5, 0), textcoords="offset points", va="center"
         )
-    axes.set_yticks(range(len(groups)), [", ".join(WAYS[part] for part in key.split("/")) for key in groups])
+    axes.set_yticks(range(len(groups)), [", ".join(ASKED[part] for part in key.split("/")) for key in groups])
     axes.set_ylim(len(groups) - 0.4, -0.6)
     axes.set_xlim(0, 140)
     axes.set_xticks(range(0, 101, 20))

@@ -8,7 +8,7 @@ from typing import Any
 from minimind_sft.answer_format import RUN, TIMES
 from minimind_sft.inspection_screen import one_line
 from minimind_sft.report import aligned, table
-from minimind_sft.run_record import WAYS
+from minimind_sft.run_record import ASKED
 from minimind_sft.significance import LEVEL, RESAMPLES
 
 MOST_SOURCES, MOST_WORST, MOST_NAMED = 12, 5, 8
@@ -154,14 +154,14 @@ def _facts(section: dict[str, Any]) -> str:
     for key, group in section["groups"].items():
         way, member = key.split("/")
         p_value = f"{group['p_value']:.3f}" if group["p_value"] >= 0.001 else f"{group['p_value']:.1e}"
-        rows.append([f"{WAYS[way]}, {WAYS[member]}", *(f"{group[name]:,}" for name in columns), p_value])
+        rows.append([f"{ASKED[way]}, {ASKED[member]}", *(f"{group[name]:,}" for name in columns), p_value])
     text = table(["facts", "asked", "base", "tuned", "kept", "lost", "gained", "McNemar p"], rows)
     for what, tell in (("lost", _lost), ("gained", _name)):
         for way in dict.fromkeys(row["way"] for row in section[what]):
             named = [tell(row) for row in section[what] if row["way"] == way]
             if named:
                 more = f"; and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
-                text += f"\n  {what}, {WAYS[way]}: {'; '.join(named[:MOST_NAMED])}{more}"
+                text += f"\n  {what}, {ASKED[way]}: {'; '.join(named[:MOST_NAMED])}{more}"
     return text
 
 

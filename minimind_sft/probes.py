@@ -120,16 +120,17 @@ def _choose(
     document_format: str,
 ) -> tuple[list[str], list[str]]:
     """The likeliest choice of every probe behind its prompt, in raw text and in a chat; empty where there is none."""
+    choices = [[probe.answer, *probe.distractors] if probe.distractors else [] for probe in probes]
     raw = [
-        [_raw(template, f"{probe.prompt}{_space(probe.prompt)}{text}", document_format) for text in _choices(probe)]
-        for probe in probes
+        [_raw(template, f"{probe.prompt}{_space(probe.prompt)}{text}", document_format) for text in texts]
+        for probe, texts in zip(probes, choices, strict=True)
     ]
     chat = [
-        [prompt + template.encode_text(text) for text in _choices(probe)]
-        for probe, prompt in zip(probes, chat_prompts, strict=True)
+        [prompt + template.encode_text(text) for text in texts]
+        for prompt, texts in zip(chat_prompts, choices, strict=True)
     ]
     raw_chosen, chat_chosen = (
-        [_choices(probe)[place] if probe.distractors else "" for probe, place in zip(probes, places, strict=True)]
+        [texts[place] if texts else "" for texts, place in zip(choices, places, strict=True)]
         for places in (_likeliest(model, raw_prompts, raw), _likeliest(model, chat_prompts, chat))
     )
     return raw_chosen, chat_chosen
@@ -147,23 +148,19 @@ def _space(prompt: str) -> str:
     return " " if prompt[-1].isascii() and not prompt[-1].isspace() else ""
 
 
-def _choices(probe: Probe) -> list[str]:
-    """The answer first; nothing to choose from without distractors."""
-    return [probe.answer, *probe.distractors] if probe.distractors else []
-
-
 def _likeliest(model: Transformer, prompts: list[list[int]], candidates: list[list[list[int]]]) -> list[int]:
     """For every prompt the place of its likeliest candidate, prompts that go on; of several the last, so that a model
-    which finds all alike knows nothing. Scored is what does not stand in the prompt and all candidates."""
+    which finds all alike, or is broken, knows nothing. Scored is what does not stand in the prompt and all candidates.
+    """
     rows = []
     for prompt, those in zip(prompts, candidates, strict=True):
         shared = len(os.path.commonprefix([prompt, *those]))  # of lists as well as of paths
         rows += [(np.array(ids), np.arange(len(ids)) >= shared) for ids in those]
-    nats = iter(losses(model, rows)[1].tolist() if rows else [])
+    nats = iter(np.nan_to_num(losses(model, rows)[1], nan=np.inf).tolist() if rows else [])
     found = []
     for those in candidates:
         scores = [next(nats) for _ in those]
-        found.append(max((place for place, score in enumerate(scores) if score == min(scores)), default=0))
+        found.append(min(range(len(those)), key=lambda place: (scores[place], -place), default=0))
     return found
 
 

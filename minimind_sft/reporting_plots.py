@@ -24,7 +24,7 @@ from minimind_sft.reporting_style import (
     legend,
     line_style,
 )
-from minimind_sft.run_record import WAYS, Run, Source
+from minimind_sft.run_record import ASKED, Run, Source
 
 MOST_SOURCES = 30
 MOST_NOISY = 3  # runs whose noisy lines can be told apart
@@ -215,7 +215,7 @@ def _facts(figure: Any, runs: Sequence[Run], theme: Theme) -> bool:
     for place, (key, run) in zip(places, bars, strict=True):
         assert run.facts
         _fact_bar(axes, place, run.facts.groups[key], theme, named=not labels)
-        asked = ", ".join(WAYS.get(part, part) for part in key.split("/"))
+        asked = ", ".join(ASKED.get(part, part) for part in key.split("/"))
         labels.append(asked if len(runs) == 1 else f"{asked}: {label(*known(runs, run), longest=18)}")
     axes.set_yticks(places, labels)
     axes.set_ylim(places[-1] + 0.6, -0.6)

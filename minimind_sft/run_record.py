@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FINISHED, RUNNING, STOPPED = "finished", "running", "stopped"
-WAYS = {  # that facts are asked in, and where they stand
+ASKED = {  # in words: the ways of asking (`probes.WAYS`), and where a fact stands
     "raw": "raw text",
     "chat": "as a chat",
     "raw_choice": "choice, raw text",
@@ -45,7 +45,7 @@ class Fact(NamedTuple):
     """A fact that was lost or gained."""
 
     name: str
-    way: str  # one of WAYS
+    way: str  # one of `probes.WAYS`
     in_sft: bool
     answer: str
     said: str  # by the model in the end

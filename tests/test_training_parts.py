@@ -256,6 +256,9 @@ def test_a_model_chooses_the_answer_that_it_knows_among_distractors_in_both_ways
     counts = {way.removesuffix("/not_in_sft"): group["probes"] for way, group in groups.items()}
     assert counts == {"raw": 3, "chat": 3, "raw_choice": 2, "chat_choice": 2}
     assert groups["raw_choice/not_in_sft"]["kept"] == 1
+    broken = load_model(DATA / "base.pth")[0]
+    torch.nn.init.constant_(broken.model.norm.weight, math.nan)
+    assert not any(reply.raw_choice_right for reply in ask(broken, template, probes, document_format="minimind3"))
     with pytest.raises(ValueError, match="the answer 'a' is among its distractors"):
         (tmp_path / "probes.jsonl").write_text('{"prompt": "p", "answer": "a", "distractors": ["b", "a"]}\n')
         load_probes([tmp_path / "probes.jsonl"])
