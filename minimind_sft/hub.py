@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 PREFIX = "hf:"
@@ -25,6 +26,12 @@ def local(source: str | Path) -> Path:
     path, text = Path(source), str(source)
     if not text.startswith(PREFIX) or path.exists():
         return path
+    return _fetched(text)
+
+
+@cache
+def _fetched(text: str) -> Path:
+    """The folder of a hub name; asked for once, so that all of a process has the same."""
     name, _, revision = text.removeprefix(PREFIX).partition("@")
     if not _NAME.fullmatch(name):
         raise ValueError(f"{text} is not a hub name; write hf:owner/name or hf:owner/name@revision")

@@ -56,7 +56,7 @@ class EWC(Term):
 
     def start(self, base: Transformer, control_ids: list[int], *, half: torch.dtype | None) -> None:
         self._base = dict(base.named_parameters())
-        self._precision = turning_precision(tensor_cores=half is not None and base.lm_head.weight.is_cuda)
+        self._precision = turning_precision(base.lm_head.weight.device, half=half is not None)
 
     def share(self, broadcast: Callable[[Any], Any]) -> None:
         fisher = broadcast({name: values.to("cpu") for name, values in self.fisher.items()})

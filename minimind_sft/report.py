@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minimind_sft.readings import perplexity
+from minimind_sft.run_record import ASKED
 
 if TYPE_CHECKING:  # torchmetrics takes seconds to import, and only annotations need it
     from minimind_sft.budgeting import Trial
@@ -108,20 +109,12 @@ def _number(
 
 def probe_table(comparison: dict[str, Any], *, most: int = 12) -> str:
     """Facts known before and after, and the losses by name."""
-    names = {
-        "raw": "continuing raw text",
-        "chat": "asked as a chat",
-        "raw_choice": "choosing in raw text",
-        "chat_choice": "choosing in a chat",
-        "in_sft": "in the chats",
-        "not_in_sft": "not in the chats",
-    }
     rows = []
     for key, group in comparison["groups"].items():
         way, member = key.split("/")
         rows.append(
             [
-                f"{names[way]}, {names[member]}",
+                f"{ASKED[way]}, {ASKED[member]}",
                 *(f"{group[c]:,}" for c in ("probes", "before", "after", "kept", "lost", "gained")),
             ]
         )

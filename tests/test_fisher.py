@@ -12,7 +12,7 @@ from torch.optim import AdamW
 
 from minimind_sft.batching import MicroBatch, pack
 from minimind_sft.drawing import draw
-from minimind_sft.fisher import Basis, RotatedAdamW, Scores, bases_of
+from minimind_sft.fisher import Basis, RotatedAdamW, Scores, bases_of, turning_precision
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 
@@ -192,7 +192,7 @@ def test_gradients_that_were_turned_already_are_not_turned_again() -> None:
     assert torch.equal(*found)
 
 
-def test_on_tensor_cores_only_the_turning_is_less_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_turning_is_less_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     precisions: list[str] = []
 
     def watched(method: Any) -> Any:
@@ -205,12 +205,20 @@ def test_on_tensor_cores_only_the_turning_is_less_exact(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Basis, "turned", watched(Basis.turned))
     monkeypatch.setattr(Basis, "back", watched(Basis.back))
-    for tensor_cores, expected in ((False, "highest"), (True, "high")):
+    for precision in ("highest", "high"):
         weight = torch.nn.Parameter(torch.ones(2, 2))
-        optimizer = RotatedAdamW([weight], lr=0.1, tensor_cores=tensor_cores)
+        optimizer = RotatedAdamW([weight], lr=0.1, precision=precision)
         optimizer.turn({weight: Basis(DIAGONAL, None)})
         steps(optimizer, weight, some_gradients(1, 2, 2))
-        assert precisions[-2:] == [expected, expected] and torch.get_float32_matmul_precision() == "highest"
+        assert precisions[-2:] == [precision, precision] and torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(
+    "device, half, expected",
+    [("cpu", False, "highest"), ("cpu", True, "medium"), ("cuda", True, "high"), ("mps", True, "highest")],
+)
+def test_what_comes_from_half_precision_is_turned_in_less(device: str, half: bool, expected: str) -> None:
+    assert turning_precision(torch.device(device), half=half) == expected
 
 
 def test_a_parameter_without_gradient_stays() -> None:

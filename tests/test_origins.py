@@ -3,6 +3,7 @@
 import builtins
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,27 +108,28 @@ class FakeHub:
 
 
 @pytest.fixture
-def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     export_hf(Transformer(CONFIG), tmp_path / "snapshot", tokenizer=PROJECT / "data" / "tokenizer", card="")
     fake = FakeHub(tmp_path / "snapshot")
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=fake))
-    return fake
+    yield fake
+    hub._fetched.cache_clear()
 
 
-def test_a_hub_name_is_fetched_and_read_like_a_folder(fake_hub: FakeHub) -> None:
+def test_a_hub_name_is_fetched_once_and_read_like_a_folder(fake_hub: FakeHub) -> None:
     assert load("hf:someone/small-model").path == fake_hub.folder
     assert find_origin("hf:someone/small-model@v1.0").tokenizer() == fake_hub.folder
     assert find_origin("x.pth").tokenizer("hf:someone/small-model") == fake_hub.folder
     safe = ["*.json", "*.jinja", "*.safetensors"]
     assert fake_hub.calls == [
-        ("someone/small-model", None, safe), ("someone/small-model", "v1.0", safe), ("someone/small-model", None, safe),
+        ("someone/small-model", None, safe), ("someone/small-model", "v1.0", safe),
     ]  # fmt: skip
 
 
 def test_fit_takes_weights_and_tokenizer_from_the_hub(fake_hub: FakeHub, tmp_path: Path) -> None:
     assert str(fake_hub.folder) in SFTModule(weights="hf:someone/small-model").start.description
     stores = Stores(train_path="x.jsonl", tokenizer="hf:someone/small-model", cache_dir=str(tmp_path))
-    assert stores.template.vocab_size == 2560 and len(fake_hub.calls) == 2
+    assert stores.template.vocab_size == 2560 and len(fake_hub.calls) == 1
 
 
 def test_a_run_s_tokenizer_and_a_pair_s_models_may_be_on_the_hub(fake_hub: FakeHub, run_dir: Path) -> None:
