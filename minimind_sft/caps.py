@@ -35,6 +35,8 @@ class Caps(NamedTuple):
         for name in ("max_rows", "max_tokens"):
             if (cap := getattr(self, name)) is not None and cap < 1:
                 raise ValueError(f"data.{name} is {cap}; give a number of at least 1, or null for no cap")
+        if self.max_mb is not None and not self.max_mb >= 0:
+            raise ValueError(f"data.max_mb is {self.max_mb}; give a number of MB, 0 or above, or null for no cap")
         if self.max_ratio is not None and not self.max_ratio > 0:
             raise ValueError(f"data.max_ratio is {self.max_ratio}; give a ratio above 0, or null for no cap")
         if self.max_ratio is not None and self.pretrain_bytes is None:

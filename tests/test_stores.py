@@ -167,6 +167,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], tmp_p
     for wrong, says in (
         ({"val_fraction": 0.1, "val_path": "v.jsonl"}, "data.val_path and data.val_fraction"),
         ({"val_fraction": 1.5}, "data.val_fraction is 1.5"),
+        ({"max_mb": -1.0}, "data.max_mb is -1.0"),
         ({"max_rows": 0}, "data.max_rows is 0"),
         ({"max_tokens": 3}, "the first document has more"),
         ({"too_long": "cut"}, "data.too_long 'cut' is not known"),
