@@ -167,9 +167,9 @@ def _eigenvectors(moment: Tensor | None) -> Tensor | None:
 def turning_precision(device: torch.device, *, half: bool) -> str:
     """What `matmul_precision` takes to turn matrices.
 
-    Gradients that come from half precision are turned in TF32 on a GPU, where fp32 would take a tenth to a third of such
-    a step; and on a CPU by oneDNN, in bf16 where there is AMX and else in fp32 (on AMD in half of the time). Otherwise
-    it is what is set.
+    Gradients that come from half precision are turned in TF32 on a GPU, where fp32 would take a tenth to a third of
+    such a step; and on a CPU by oneDNN, in bf16 where there is AMX and else in fp32 (on AMD in half of the time).
+    Otherwise it is what is set.
     """
     faster = {"cuda": "high", "cpu": "medium"}.get(device.type) if half else None
     return faster or torch.get_float32_matmul_precision()
