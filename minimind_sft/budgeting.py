@@ -47,6 +47,7 @@ class Trial(NamedTuple):
     chat_loss: float | None
     forgetting: float | None  # nats per token of text, at the last step
     minutes: float
+    tightest: str = "max_mb"  # what ended its sample: a cap by name, or `end`
 
 
 def parser() -> OptionParser:
@@ -85,8 +86,8 @@ def main(argv: Sequence[str]) -> int:
     trials = []
     for cap in caps:
         trials.append(_trial(folder, cap, fit_options))
-        if _has_everything(folder / f"{cap:g}mb") and cap != caps[-1]:
-            print(f"the chats end at {trials[-1].mb:.3g} MB; a larger cap would be the same run", flush=True)
+        if trials[-1].tightest != "max_mb" and cap != caps[-1]:
+            print(f"{_ended(trials[-1])} at {trials[-1].mb:.3g} MB; a larger cap would be the same run", flush=True)
             break
     found = _findings(trials, options.max_forgetting, _pretrain_bytes(folder / f"{caps[0]:g}mb" / "config.yaml"))
     write_whole(folder / "budget.json", json.dumps({"command": ["budget", *argv], **found}, indent=1) + "\n")
@@ -184,8 +185,9 @@ def _trial(folder: Path, cap: float, fit_options: Sequence[str]) -> Trial:
             write_whole(note_path, json.dumps(note, indent=1) + "\n")
     figures = _read(run / "forgetting.json")
     after = figures["after"]
-    taken = _read(run / "sample.json")["bytes"] / MEBIBYTE
-    return Trial(cap, taken, after["step"], after["chat_loss"], figures["forgetting"], _read(note_path)["minutes"])
+    sample, minutes = _read(run / "sample.json"), _read(note_path)["minutes"]
+    taken, tightest = sample["bytes"] / MEBIBYTE, sample.get("tightest", "max_mb")
+    return Trial(cap, taken, after["step"], after["chat_loss"], figures["forgetting"], minutes, tightest)
 
 
 def is_whole(run: Path) -> bool:
@@ -202,8 +204,9 @@ def _has_work(run: Path) -> bool:
     return any((run / "checkpoints").glob("*.ckpt")) or is_whole(run)
 
 
-def _has_everything(run: Path) -> bool:
-    return bool(_read(run / "sample.json").get("tightest") == "end")
+def _ended(trial: Trial) -> str:
+    """What ends at the size of a trial."""
+    return "the chats end" if trial.tightest == "end" else f"data.{trial.tightest} ends the sample"
 
 
 def _read(path: Path) -> Any:
@@ -265,8 +268,9 @@ def _told(found: dict[str, Any]) -> str:
     """The choice, the law and the rules of thumb, one line each."""
     law, predicted, bound = found["power_law"], found["predicted_mb"], found["max_forgetting"]
     chosen = "none of these caps" if found["chosen_mb"] is None else f"{found['chosen_mb']:g} MB"
-    if found["chosen_mb"] is not None and found["taken_mb"] < 0.99 * found["chosen_mb"]:
-        chosen += f", which takes all {found['taken_mb']:.3g} MB that there are"
+    trial = next((Trial(**trial) for trial in found["trials"] if trial["cap"] == found["chosen_mb"]), None)
+    if trial is not None and trial.tightest != "max_mb":
+        chosen += f", of which {trial.mb:.3g} MB are taken: {_ended(trial)} there"
     if all(trial["forgetting"] is None for trial in found["trials"]):
         chosen = "unknown: forgetting was not measured (set data.heldout_path or data.pretrain_path)"
     rows = [(f"largest cap within {bound:g} nats", chosen)]

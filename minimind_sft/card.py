@@ -175,10 +175,16 @@ def _settings(run_dir: Path | None, record: Mapping[str, Any]) -> str:
 def _public(value: Any) -> Any:
     """Settings that are set, with paths cut to their last part."""
     if isinstance(value, Mapping):
-        return {name: _public(entry) for name, entry in value.items() if entry is not None and name != "cache_dir"}
+        return {name: _texts(entry) if name == "system_prompts" else _public(entry)
+                for name, entry in value.items() if entry is not None and name != "cache_dir"}  # fmt: skip
     if isinstance(value, list):
         return [_public(entry) for entry in value]
     return _last_part(value) if isinstance(value, str) else value
+
+
+def _texts(prompts: Any) -> Any:
+    """System prompts, which are texts where they are a list, and a path where they are not."""
+    return prompts if isinstance(prompts, list) else _public(prompts)
 
 
 def _last_part(text: object) -> str:

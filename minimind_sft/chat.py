@@ -214,6 +214,13 @@ class ChatTemplate:
         """The id of a control token, or None where there is no such token."""
         return self._controls.get(control)
 
+    def opening_id(self, format: str, vocab_size: int) -> int | None:
+        """The id of the token behind which a model of so many tokens writes a document: what frames one, or else begins
+        or ends a text; None where there is no such token."""
+        first, last = (self.token_id(token) for token in DOCUMENT_FRAMES[format])
+        known = (id for id in (first, self.bos_id, last, self.eos_id) if id is not None)
+        return next((id for id in known if id < vocab_size), None)
+
     def decode(self, ids: list[int]) -> str:
         """The text of ids, control tokens included."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)

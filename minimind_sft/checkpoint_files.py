@@ -20,6 +20,7 @@ from torch import Tensor
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 DATA = (".jsonl", ".json", ".parquet", ".csv", ".txt", ".gz", ".zst")
+EMBEDDING = "model.embed_tokens.weight"
 OURS = "minimind_sft"  # what a run notes in its checkpoints
 LISTED = 20  # things spelled out in one error; the rest are counted
 
@@ -67,7 +68,7 @@ def read(path: Path) -> RawCheckpoint:
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):  # Lightning's
         hyper_parameters = content.get("hyper_parameters")
         config = hyper_parameters.get("model_config") if isinstance(hyper_parameters, Mapping) else None
-        content = {n.removeprefix("model."): t for n, t in content["state_dict"].items() if n.startswith("model.")}
+        content = _of_the_model(_canonical_names(content["state_dict"], path))
     elif isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):  # the original's half-run state
         content = content["model"]
     if not isinstance(content, Mapping) or not content:
@@ -76,6 +77,14 @@ def read(path: Path) -> RawCheckpoint:
     if strangers:
         raise ValueError(f"{path} is not a checkpoint: these entries are not tensors: {listing(strangers)}")
     return RawCheckpoint(_canonical_names(content, path), config)
+
+
+def _of_the_model(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The entries of a LightningModule's state that are the transformer's, without the name that it has in the module:
+    `model.` in ours, `net.` or none in others'."""
+    name = next((name for name in state if name.endswith(EMBEDDING)), EMBEDDING)
+    prefix = name.removesuffix(EMBEDDING)
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Literal
 
 from minimind_sft import comparison_plots, measures
-from minimind_sft.comparison_options import EXCEEDED, MAX_FORGETTING, errors_name_options, parser
+from minimind_sft.comparison_options import EXCEEDED, MAX_FORGETTING, parser
 from minimind_sft.comparison_screen import screen
 from minimind_sft.corpus import Store
 from minimind_sft.files import resolve, write_whole
 from minimind_sft.measures import Section
+from minimind_sft.options import errors_name_options
 from minimind_sft.origins import find_origin
 from minimind_sft.pairs import Pair, fed_as, find_tokenizer, open_pair
 from minimind_sft.pretraining_text import SEEN, SELF_WRITTEN
@@ -71,9 +72,9 @@ def main(argv: Sequence[str]) -> int:
         write_whole(
             out / DOCUMENTS, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in documents)
         )
+    _say(screen(result))
     pictures = comparison_plots.draw(result, documents, out)
-    files = [RESULT, *([DOCUMENTS] if documents else []), *pictures]
-    _say(f"{screen(result)}\n\nin {out}: {', '.join(files)}")
+    _say(f"\nin {out}: {', '.join([RESULT, *([DOCUMENTS] if documents else []), *pictures])}")
     return EXCEEDED if result["verdict"]["exceeded"] else 0
 
 
@@ -97,7 +98,7 @@ def compare(
     max_forgetting: float | None = None,
     max_bad_ratio: float = 0.01,
     num_attention_heads: int | None = None,
-    seed: int = 42,
+    seed: int | None = None,
     device: str = "auto",
     cache_dir: str | None = None,
 ) -> tuple[Section, list[Section]]:
@@ -117,13 +118,15 @@ def compare(
     if not has_text and pretrain_log is not None:
         raise ValueError("--pretrain_log needs text like the log's: give --heldout_path or --pretrain_path")
     log = None if pretrain_log is None else load_log(resolve(pretrain_log))
-    max_length, document_format = fed_as(base, tuned, max_length, document_format)
+    fed = fed_as(base, tuned, max_length=max_length, document_format=document_format, seed=seed)
     make_stores = partial(
         Stores,
         train_path=[],
         tokenizer=str(find_tokenizer(base, tuned, tokenizer)),
         measure_documents=documents,
-        document_format=document_format,
+        document_format=fed.document_format,
+        supervise=fed.supervise,
+        supervise_reasoning=fed.supervise_reasoning,
         max_bad_ratio=max_bad_ratio,
         cache_dir=cache_dir,
     )
@@ -135,11 +138,9 @@ def compare(
         stores.template,
         num_attention_heads=num_attention_heads,
         device=device,
-        max_length=max_length,
-        document_format=document_format,
-        seed=seed,
+        fed=fed,
     )
-    result: Section = {**pair.about, "seed": seed, "max_length": max_length, "document_format": document_format}
+    result: Section = {**pair.about, **fed._asdict()}
     origin = find_origin(resolve(tuned))
     halve = origin.replays  # what was replayed is not measured on
     given = [make_stores(heldout_path=heldout_path, pretrain_path=pretrain_path)] if heldout_path else []

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NoReturn
 
 from minimind_sft.chat import DOCUMENT_FRAMES
-from minimind_sft.options import nearest_option
+from minimind_sft.options import nearest_option, whole_from_0, whole_from_1
 
 EXCEEDED = 3  # exit status
 MAX_FORGETTING = 0.02
@@ -44,14 +41,14 @@ def parser() -> argparse.ArgumentParser:
     add("--pretrain_path", metavar="FILE", help="text that the base was pretrained on")
     add(
         "--own_documents",
-        type=_number,
+        type=whole_from_0,
         default=200,
         metavar="N",
         help="without either text, documents to measure on that BASE writes itself; 0 for none",
     )
     add(
         "--own_chats",
-        type=lambda text: text if text == "auto" else _number(text),
+        type=lambda text: text if text == "auto" else whole_from_0(text),
         default="auto",
         metavar="N",
         help="chats to measure on that BASE writes itself; auto: 64 where it is a chat model, 0 for none",
@@ -61,13 +58,13 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--pretrain_log", metavar="FILE", help="the base's loss log, CSV or JSON lines: how much of pretraining is kept"
     )
-    add("--documents", type=_count, default=1000, metavar="N", help="documents of text to measure on")
-    add("--max_length", type=_count, metavar="N", help="tokens; longer documents and chats are cut; by default as in "
-        "the run that a model is of, else 768")  # fmt: skip
+    add("--documents", type=whole_from_1, default=1000, metavar="N", help="documents of text to measure on")
+    add("--max_length", type=whole_from_1, metavar="N", help="tokens; longer documents and chats are cut; by default "
+        "as in the run that a model is of, else 768")  # fmt: skip
     add("--document_format", choices=list(DOCUMENT_FRAMES), help="how pretraining framed a text; by default as in the "
         "run that a model is of, else minimind3")  # fmt: skip
-    add("--prompts", type=_count, default=32, metavar="N", help="validation prompts to answer")
-    add("--answer_tokens", type=_count, default=256, metavar="N", help="tokens of an answer at most")
+    add("--prompts", type=whole_from_1, default=32, metavar="N", help="validation prompts to answer")
+    add("--answer_tokens", type=whole_from_1, default=256, metavar="N", help="tokens of an answer at most")
     add(
         "--max_forgetting",
         type=_limit,
@@ -75,26 +72,13 @@ def parser() -> argparse.ArgumentParser:
         help=f"the most that may be forgotten; {MAX_FORGETTING} where it is not given",
     )
     add("--max_bad_ratio", type=float, default=0.01, metavar="X", help="refuse files with a larger share of bad lines")
-    add("--num_attention_heads", type=_count, metavar="N", help="of both, where tensors leave it open; MiniMind's is 8")
-    add("--seed", type=int, default=42, help="of the intervals and of what is drawn")
+    add("--num_attention_heads", type=whole_from_1, metavar="N", help="of both, where tensors leave it open; "
+        "MiniMind's is 8")  # fmt: skip
+    add("--seed", type=whole_from_0, help="of the intervals and of what is drawn; by default as in the run, else 42")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:7")
     add("--out", default="runs/compare", metavar="DIR", help="where compare.json and the pictures go")
     add("--cache_dir", metavar="DIR", help="folder of tokenized data")
     return parser
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1")
-    return number
-
-
-def _number(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
-    return number
 
 
 def _limit(text: str) -> float:
@@ -102,15 +86,3 @@ def _limit(text: str) -> float:
     if not number >= 0:
         raise argparse.ArgumentTypeError(f"{text} is not a number of nats per token from 0")
     return number
-
-
-@contextmanager
-def errors_name_options() -> Iterator[None]:
-    """What `fit` calls `data.val_path` is `--val_path` here."""
-    names = "heldout_path|pretrain_path|val_path|tokenizer|max_bad_ratio|max_length|document_format|cache_dir|own_chats"
-    names += "|own_documents"
-    try:
-        yield
-    except ValueError as error:
-        message = str(error).replace("data.probes_path", "--probes")
-        raise ValueError(re.sub(rf"\bdata\.({names})\b", r"--\1", message)) from error

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minimind_sft.reporting_style import fonts, label
 from minimind_sft.run_record import ASKED
 from minimind_sft.significance import LEVEL
 
@@ -35,14 +36,16 @@ def draw(result: dict[str, Any], documents: Sequence[dict[str, Any]], folder: Pa
     for name in PICTURES:  # an earlier comparison's would be taken for this one's
         (folder / name).unlink(missing_ok=True)
     drawn = []
-    if documents:
-        text = result["text"][result["judged"]]
-        _sources(text, result["verdict"]["max_forgetting"], folder / SOURCES)
-        _documents(documents, text, folder / DOCUMENTS)
-        drawn += [SOURCES, DOCUMENTS]
-    if "facts" in result:
-        _facts(result["facts"]["groups"], folder / FACTS)
-        drawn.append(FACTS)
+    settings: Any = {"font.family": list(fonts())}
+    with matplotlib.rc_context(settings):
+        if documents:
+            text = result["text"][result["judged"]]
+            _sources(text, result["verdict"]["max_forgetting"], folder / SOURCES)
+            _documents(documents, text, folder / DOCUMENTS)
+            drawn += [SOURCES, DOCUMENTS]
+        if "facts" in result:
+            _facts(result["facts"]["groups"], folder / FACTS)
+            drawn.append(FACTS)
     return drawn
 
 
@@ -51,7 +54,8 @@ def _sources(text: dict[str, Any], limit: float, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = text["by_source"][:MOST_SOURCES]
-    named = [(row["source"] or "(none)", row) for row in rows] if len(text["by_source"]) > 1 else []
+    several = len(text["by_source"]) > 1
+    named = [(label(row["source"] or "(none)", f"source {n}"), row) for n, row in enumerate(rows, 1)] if several else []
     left_out = len(text["by_source"]) - len(rows)
     named.append((f"all{f' (with {left_out} more sources)' if left_out else ''}", text))
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.26 * len(named)), layout="constrained")
@@ -94,7 +98,8 @@ def _documents(documents: Sequence[dict[str, Any]], text: dict[str, Any], path: 
     before, rise = [row["before"] for row in documents], [row["difference"] for row in documents]
     axes.scatter(before, rise, s=14, alpha=0.5, color=BLUE, linewidths=0)
     for number, row in enumerate(text["worst"][:3], 1):
-        axes.annotate(f"{number}", (row["before"], row["difference"]), xytext=(5, 1), textcoords="offset points")
+        if math.isfinite(row["difference"]):
+            axes.annotate(f"{number}", (row["before"], row["difference"]), xytext=(5, 1), textcoords="offset points")
     axes.axhline(0, color=GREY, linewidth=1)
     axes.axhline(text["difference"], color=ORANGE, linewidth=1.5)
     axes.annotate(
@@ -139,7 +144,7 @@ def _facts(groups: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def _short(where: str) -> str:
-    return where.rsplit("/", 1)[-1]
+    return label(where.rsplit("/", 1)[-1], f"line {where.rpartition(':')[-1]}")
 
 
 def _finish(figure: Any, axes: Any, title: str, path: Path, *, pad: float = 6) -> None:

@@ -93,7 +93,12 @@ def _without_frame(text: str, template: ChatTemplate, document_format: str) -> t
         lead = next((token for token in controls if text.startswith(token)), "")
         tail = next((token for token in controls if text.endswith(token)), "")
         text = text.removeprefix(lead).removesuffix(tail)
-    return [controls[lead]] if lead else [], text
+    if not lead:
+        return [], text
+    first = controls.get(lead)
+    if first is None:  # text by the base, which wrote it behind another token
+        first = template.opening_id(document_format, template.vocab_size)
+    return [] if first is None else [first], text
 
 
 def _shortened(text: str, template: ChatTemplate, room: int) -> str:

@@ -278,6 +278,11 @@ class SFTDataModule(LightningDataModule):
                     f"none of the {MEASURED_ON[name]} can be measured on (rejected: {rejected(documents.rejected)}); "
                     "give others, or a larger data.max_length"
                 )
+        if stage == "validate" and not self.evaluation:
+            raise ValueError(
+                "there is nothing to validate on: set data.val_path (chats), data.heldout_path or data.pretrain_path "
+                "(text), or data.own_documents, for text that the base writes"
+            )
         if stage == "fit":
             assert self.dealt.train is not None
             self.spare_text = None if opened.replay is None else Documents(opened.replay, max_length=self.max_length)

@@ -1,6 +1,6 @@
 """`python -m minimind_sft demo`: the demo's base trained twice, as the original does and holding on, side by side.
 
-Both runs are plain `fit`s of two and a half epochs with the shipped settings (`original.yaml` over `sft.yaml`, and
+Both runs are plain `fit`s of two and a quarter epochs with the shipped settings (`original.yaml` over `sft.yaml`, and
 `sft.yaml` alone), each in a process of its own. On a CPU they run side by side, each on half of the cores: a model
 this small does not speed up much with more, and both take their time under the same conditions. Then one table, the
 facts that were lost by name, and one picture: chat loss against forgetting. Under 4 minutes on 2 cores.
@@ -48,8 +48,9 @@ def parser() -> OptionParser:
     add("--lang", choices=sorted(WORDS), help="of the words on the screen; by default as $LANG says")
     add("--run_dir", default="runs/demo", metavar="DIR", help="where both runs go (runs/demo)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:7")
-    epochs = "by default after two and a half epochs, " + ", ".join(f"{kind} {count}" for kind, count in STEPS.items())
-    add("--max_steps", type=int, metavar="N", help=f"end both runs after so many steps ({epochs})")
+    steps = ", ".join(f"{kind} {count}" for kind, count in STEPS.items())
+    add("--max_steps", type=int, metavar="N", help="end both runs after so many steps (by default after two and a "
+        f"quarter epochs, {steps})")  # fmt: skip
     add("--overwrite", action="store_true", help="replace an earlier demo")
     return parser
 
@@ -135,7 +136,7 @@ def _interpolated(folder: Path, device: str) -> list[tuple[float, float]]:
     """(chat loss, forgetting) at `ALPHAS` on the line from the base to the held model."""
     from minimind_sft.chat import ChatTemplate
     from minimind_sft.interpolation import curve
-    from minimind_sft.pairs import open_pair
+    from minimind_sft.pairs import Fed, open_pair
     from minimind_sft.stores import Stores
 
     tokenizer = DATA / "tokenizer"
@@ -145,9 +146,7 @@ def _interpolated(folder: Path, device: str) -> list[tuple[float, float]]:
         ChatTemplate.from_folder(tokenizer),
         num_attention_heads=None,
         device=device,
-        max_length=768,
-        document_format="minimind3",
-        seed=42,
+        fed=Fed(),
     )
     stores = Stores(
         train_path=[],

@@ -15,6 +15,7 @@ keys of each line, so a file may mix them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -148,8 +149,12 @@ def _read_text(row: dict[str, Any]) -> PlainText:
         raise Rejected("content_not_a_string", f"text is {describe(text)}; write it as a string")
     if not text or text.isspace():
         raise Rejected("empty", "text is blank")
-    source, parent = (value if isinstance(value, str) else None for value in (row.get("source"), row.get("parent")))
-    return PlainText(text, source, parent)
+    return PlainText(text, _name(row.get("source")), _name(row.get("parent")))
+
+
+def _name(value: Any) -> str | None:
+    """Of a source or a parent: text, a number such as an id, or whatever else tells one from another."""
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 _READERS: dict[str, Callable[[dict[str, Any]], Conversation | PlainText]] = {

@@ -28,12 +28,18 @@ INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # where they are not in shards; the first that is there
 WRITTEN = ("config.json", "generation_config.json", "model.safetensors", "README.md", *TOKENIZER_FILES)
 
 
 def is_folder(source: Path) -> bool:
     """Whether this is a Hugging Face folder."""
     return (source / "config.json").is_file()
+
+
+def folder_of(source: Path) -> Path:
+    """The Hugging Face folder whose weights this file is, which tells what they leave open; else the file itself."""
+    return source.parent if source.name in WEIGHTS and is_folder(source.parent) else source
 
 
 def read_folder(folder: Path) -> tuple[RawCheckpoint, ModelConfig, list[Path]]:
@@ -54,7 +60,8 @@ def read_folder(folder: Path) -> tuple[RawCheckpoint, ModelConfig, list[Path]]:
         for file in files:
             tensors |= read_safetensors(file)
     else:
-        files = [find_file(folder)]
+        usual = [file for name in WEIGHTS if (file := folder / name).is_file()]
+        files = usual[:1] or [find_file(folder)]
         tensors = read(files[0]).tensors
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     try:
@@ -160,7 +167,8 @@ def _state(model: Transformer, dtype: torch.dtype, folder: Path) -> dict[str, Te
 def _special_ids(tokenizer: Path) -> dict[str, int]:
     """Ids of the tokens that begin, end and pad, as far as the tokenizer's own files name them."""
     ids = {token["content"]: token["id"] for token in _read_json(tokenizer / "tokenizer.json").get("added_tokens", [])}
-    named = _read_json(tokenizer / "tokenizer_config.json")
+    described = tokenizer / "tokenizer_config.json"
+    named = _read_json(described) if described.is_file() else {}
     found = {}
     for key in ("bos", "eos", "pad"):
         token = named.get(f"{key}_token")

@@ -15,19 +15,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from minimind_sft import export, measures, report, weights
+from minimind_sft import export, huggingface, huggingface_config, measures, minimind, report, weights
 from minimind_sft.chat import DOCUMENT_FRAMES, ChatTemplate
 from minimind_sft.corpus import Store
-from minimind_sft.documents import Documents
 from minimind_sft.files import write_whole
 from minimind_sft.model import Transformer
-from minimind_sft.options import OptionParser
+from minimind_sft.options import OptionParser, errors_name_options, whole_from_0, whole_from_1
 from minimind_sft.origins import Origin, find_origin
 from minimind_sft.pairs import Pair, fed_as, find_tokenizer, open_pair
 from minimind_sft.sampling import Line, read_lines
@@ -68,14 +68,17 @@ def parser() -> OptionParser:
     add("--alphas", type=float, nargs="+", default=list(ALPHAS), metavar="A", help="where to measure, from 0 "
         "(the base, but for control tokens, which stay the fine-tune's) to 1")  # fmt: skip
     add("--tolerance", type=float, default=TOLERANCE, metavar="NATS", help="chat loss that may be given up (0.02)")
-    add("--documents", type=int, default=1000, metavar="N", help="documents of text to measure on (1000)")
-    add("--own_documents", type=int, default=200, metavar="N", help="documents that the base writes, where no text is "
-        "given (200)")  # fmt: skip
-    add("--max_length", type=int, metavar="N", help="tokens; longer documents are cut (as in TUNED's run, else 768)")
+    add("--documents", type=whole_from_1, default=1000, metavar="N", help="documents of text to measure on (1000)")
+    add("--own_documents", type=whole_from_0, default=200, metavar="N", help="documents that the base writes, where no "
+        "text is given (200)")  # fmt: skip
+    add("--max_length", type=whole_from_1, metavar="N", help="tokens; longer documents are cut (as in TUNED's run, "
+        "else 768)")  # fmt: skip
     add("--document_format", choices=list(DOCUMENT_FRAMES), help="how pretraining framed a text (as in TUNED's run, "
         "else minimind3)")  # fmt: skip
-    add("--num_attention_heads", type=int, metavar="N", help="of both, where tensors leave it open; MiniMind's is 8")
-    add("--seed", type=int, default=42, help="of the intervals (42)")
+    add("--max_bad_ratio", type=float, default=0.01, metavar="RATIO", help="refuse data with more bad lines (0.01)")
+    add("--num_attention_heads", type=whole_from_1, metavar="N", help="of both, where tensors leave it open; "
+        "MiniMind's is 8")  # fmt: skip
+    add("--seed", type=whole_from_0, help="of the intervals and of what is drawn (as in TUNED's run, else 42)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:7")
     add("--cache_dir", metavar="DIR", help="folder of tokenized data")
     add("--overwrite", action="store_true", help="replace what is at OUT")
@@ -97,11 +100,17 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--alphas {options.alphas}: an alpha is from 0 (the base) to 1 (the fine-tune)")
     if not options.tolerance >= 0.0:
         raise ValueError(f"--tolerance is {options.tolerance}; it is in nats, 0 or above")
-    has_text = bool(options.heldout_path or options.pretrain_path)
-    if not has_text and options.own_documents < 1:
+    if not (options.heldout_path or options.pretrain_path or options.own_documents):
         raise ValueError(
             "forgetting is measured on text: give --heldout_path, --pretrain_path, or --own_documents of the base"
         )
+    with errors_name_options():
+        _run(options, alphas, argv)
+    return 0
+
+
+def _run(options: argparse.Namespace, alphas: Sequence[float], argv: Sequence[str]) -> None:
+    has_text = bool(options.heldout_path or options.pretrain_path)
     out = Path(options.out)
     curve_files = [out.with_name(f"{out.name}{ending}") for ending in (".json", ".png")]
     if not options.overwrite and (there := [str(path) for path in (out, *curve_files) if path.exists()]):
@@ -111,8 +120,12 @@ def main(argv: Sequence[str]) -> int:
         options.base, options.tuned, options.tokenizer
     )  # fmt: skip
     template = ChatTemplate.from_folder(tokenizer)
-    max_length, document_format = fed_as(
-        options.base, options.tuned, options.max_length, options.document_format
+    fed = fed_as(
+        options.base,
+        options.tuned,
+        max_length=options.max_length,
+        document_format=options.document_format,
+        seed=options.seed,
     )
     pair = open_pair(
         options.base,
@@ -120,10 +133,9 @@ def main(argv: Sequence[str]) -> int:
         template,
         num_attention_heads=options.num_attention_heads,
         device=options.device,
-        max_length=max_length,
-        document_format=document_format,
-        seed=options.seed,
+        fed=fed,
     )
+    _check_out(pair.tuned, out, overwrite=options.overwrite)
     stores = Stores(
         train_path=[],
         tokenizer=str(tokenizer),
@@ -131,7 +143,10 @@ def main(argv: Sequence[str]) -> int:
         heldout_path=options.heldout_path,
         pretrain_path=None if options.heldout_path else options.pretrain_path,
         measure_documents=options.documents,
-        document_format=document_format,
+        document_format=fed.document_format,
+        supervise=fed.supervise,
+        supervise_reasoning=fed.supervise_reasoning,
+        max_bad_ratio=options.max_bad_ratio,
         cache_dir=options.cache_dir,
     )
     own = None if has_text else pair.own_text(stores.cache, options.own_documents)
@@ -153,7 +168,6 @@ def main(argv: Sequence[str]) -> int:
     if told := report.likely_swapped(points[0].chat_loss, points[-1].chat_loss):
         print(f"\nnote: {told}")
     print(f"\nwritten {out} (alpha {best.alpha:g}), {out.name}.json and {out.name}.png", flush=True)
-    return 0
 
 
 @torch.no_grad()
@@ -202,7 +216,7 @@ def curve(
         assert opened.measured is not None
         own = opened.measured, read_lines([Path(file) for file in opened.measured.meta["files"]])
     text, lines = own
-    chats, documents = (Documents(store, max_length=pair.max_length) for store in (opened.validation, text))
+    chats, documents = pair.chats(opened.validation), pair.text(text)
     measures.require_some(chats, "validation chats")
     measures.require_some(documents, "pretraining text")
     draws = measures.resampling(measures.origins(text, documents.index, lines), pair.seed)
@@ -220,9 +234,27 @@ def curve(
 
 
 def choose(points: Sequence[Point], tolerance: float) -> Point:
-    """The point of the smallest alpha within `tolerance` of the chat loss at alpha 1."""
+    """The point of the smallest alpha within `tolerance` of the chat loss at alpha 1.
+
+    Raises:
+        ValueError: a fine-tune without a chat loss.
+    """
     tuned = max(points, key=lambda point: point.alpha).chat_loss
+    if not math.isfinite(tuned):
+        raise ValueError(
+            f"the chat loss of TUNED is {tuned}: the fine-tune is broken, and no part of the way to it is of use; take "
+            "a checkpoint from before it broke"
+        )
     return min((point for point in points if point.chat_loss <= tuned + tolerance), key=lambda point: point.alpha)
+
+
+def _check_out(model: Transformer, out: Path, *, overwrite: bool) -> None:
+    """Refuse what cannot be written, before minutes are spent on measuring."""
+    if out.suffix == ".pth":
+        minimind.check_holds(model.config, out)
+        return
+    huggingface.check_target(out, overwrite=overwrite)
+    huggingface_config.config_to_json(model.config)
 
 
 def _write(
@@ -230,7 +262,7 @@ def _write(
 ) -> None:
     out = Path(options.out)
     if out.suffix == ".pth":
-        weights.export_minimind(model, out)
+        minimind.export_minimind(model, out)
         return
     loaded = weights.load(origin.path, num_attention_heads=options.num_attention_heads)
     title = f"{out.name}: {best.alpha:g} of the way from its base to {origin.path.name}"

@@ -65,13 +65,14 @@ def measure_text(pair: Pair, store: Store, lines: Iterator[Line]) -> tuple[Secti
     Returns:
         The section; a row per document; where the documents come from.
     """
-    documents = Documents(store, max_length=pair.max_length)
+    documents = pair.text(store)
     require_some(documents, "pretraining text")
     found = origins(store, documents.index, lines)
     scores = pair.score_documents(documents, "pretraining text")
     sources = np.array([origin.source for origin in found])
     rows = [_document(origin, scores.at(np.array([place]))) for place, origin in enumerate(found)]
-    worst = sorted((row for row in rows if row["difference"] > 0), key=lambda row: -row["difference"])[:WORST]
+    rose = [row for row in rows if not row["difference"] <= 0]  # what is not a number is the worst
+    worst = sorted(rose, key=lambda row: -np.nan_to_num(row["difference"], nan=math.inf))[:WORST]
     by_source = []
     for source in sorted(set(sources.tolist())):
         members = np.flatnonzero(sources == source)
@@ -83,7 +84,7 @@ def measure_text(pair: Pair, store: Store, lines: Iterator[Line]) -> tuple[Secti
 
 def measure_chats(pair: Pair, store: Store) -> Section:
     """Loss on what the assistant says in the validation chats; every chat is its own parent."""
-    documents = Documents(store, max_length=pair.max_length)
+    documents = pair.chats(store)
     require_some(documents, "validation chats")
     scores = pair.score_documents(documents, "validation chats")
     found = [Origin(store.where(number), "", store.where(number), "") for number in documents.index.tolist()]

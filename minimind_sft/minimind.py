@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from minimind_sft.checkpoint_files import listing
+from minimind_sft.checkpoint_files import EMBEDDING, listing
 from minimind_sft.files import sync_folder
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 from minimind_sft.rotary import MINIMIND_YARN
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD = "lm_head.weight"
 
 
 def export_minimind(model: Transformer, path: str | Path) -> None:
@@ -29,21 +29,10 @@ def export_minimind(model: Transformer, path: str | Path) -> None:
         path: where to; an existing file is replaced.
 
     Raises:
-        ValueError: if the head is untied (the original ties it on loading, so one of the two matrices would be lost),
-            the model computes otherwise than MiniMind's (tensors do not tell, so it would be read as another model),
-            or a weight does not fit fp16.
+        ValueError: as `check_holds` does, or if a weight does not fit fp16.
     """
     path = Path(path)
-    if others := _unlike_minimind(model.config):
-        raise ValueError(
-            f"cannot export to {path}: MiniMind's file format holds MiniMind's models only, and this one has "
-            f"{', '.join(others)}; export it as format hf"
-        )
-    if not model.config.tie_word_embeddings:
-        raise ValueError(
-            f"cannot export to {path}: the output layer is untied (model.reset_head), and MiniMind's file format has "
-            "one matrix for both output layer and embedding"
-        )
+    check_holds(model.config, path)
     state = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in model.state_dict().items()}
     overflown = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if overflown:
@@ -60,6 +49,25 @@ def export_minimind(model: Transformer, path: str | Path) -> None:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_holds(config: ModelConfig, path: Path) -> None:
+    """Refuse a model that the format cannot hold.
+
+    Raises:
+        ValueError: if the head is untied (the original ties it on loading, so one of the two matrices would be lost),
+            or the model computes otherwise than MiniMind's (tensors do not tell, so it would be read as another model).
+    """
+    if others := _unlike_minimind(config):
+        raise ValueError(
+            f"cannot export to {path}: MiniMind's file format holds MiniMind's models only, and this one has "
+            f"{', '.join(others)}; export it as format hf"
+        )
+    if not config.tie_word_embeddings:
+        raise ValueError(
+            f"cannot export to {path}: the output layer is untied (model.reset_head), and MiniMind's file format has "
+            "one matrix for both output layer and embedding"
+        )
 
 
 def file_name(name: str, config: ModelConfig) -> str:

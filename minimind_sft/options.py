@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 
@@ -42,3 +45,31 @@ class OptionParser(argparse.ArgumentParser):
         group = self.add_argument_group("what a bare file of tensors leaves open")
         group.add_argument("--num_attention_heads", type=int, metavar="N", help="of minimind2 (default: 8)")
         group.add_argument("--num_experts_per_tok", type=int, metavar="N", help="of an MoE (default: the family's)")
+
+
+def whole_from_1(text: str) -> int:
+    """A whole number of at least 1, for `type` of an option."""
+    return _whole(text, 1)
+
+
+def whole_from_0(text: str) -> int:
+    """The same of at least 0."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not re.fullmatch(r"\d+", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least}")
+    return int(text)
+
+
+@contextmanager
+def errors_name_options() -> Iterator[None]:
+    """What `fit` calls `data.val_path` is `--val_path` in a verb of its own."""
+    names = "heldout_path|pretrain_path|val_path|tokenizer|max_bad_ratio|max_length|document_format|cache_dir|own_chats"
+    names += "|own_documents"
+    try:
+        yield
+    except ValueError as error:
+        message = str(error).replace("data.probes_path", "--probes").replace("data.measure_documents", "--documents")
+        raise ValueError(re.sub(rf"\bdata\.({names})\b", r"--\1", message)) from error

@@ -45,8 +45,11 @@ class Origin:
 
     @property
     def replays(self) -> bool:
-        """Whether the run replayed, or read, pretraining text."""
-        return bool(self.setting("data", "replay_ratio") or self.setting("model", "fisher_tokens"))
+        """Whether the run replayed, or read, pretraining text from files."""
+        source = self.setting("data", "replay_source")
+        by_the_base = source == "self" or source == "auto" and self.setting("data", "pretrain_path") is None
+        reads = self.setting("data", "replay_ratio") or self.setting("model", "fisher_tokens")
+        return bool(reads) and not by_the_base
 
     @property
     def base_sha256(self) -> str | None:
@@ -118,7 +121,8 @@ def find_origin(source: str | Path) -> Origin:
 def as_trained(origins: Sequence[Origin], key: str, default: Any) -> Any:
     """The setting of `data` of the first of these that a run tells it of, if it is of the default's type."""
     told = (origin.setting("data", key) for origin in origins)
-    return next((value for value in told if type(value) is type(default)), default)
+    kinds = (int, float) if isinstance(default, float) else (type(default),)
+    return next((value for value in told if type(value) in kinds), default)
 
 
 def _run_around(path: Path) -> Path | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -27,8 +28,17 @@ from minimind_sft.sampling import Line
 from minimind_sft.scoring import Row, Scores, losses, score
 from minimind_sft.self_written import Author
 
-# the defaults of `fit`: share of the chats that keep their empty think blocks, tokens of a document, framing of a text
-EMPTY_THINK_RATIO, MAX_LENGTH, DOCUMENT_FORMAT = 0.2, 768, "minimind3"
+
+class Fed(NamedTuple):
+    """How documents are fed to models: settings of `data`, here as `fit` has them by default."""
+
+    max_length: int = 768
+    document_format: str = "minimind3"
+    too_long: str = "truncate_right"
+    supervise: str = "all"
+    supervise_reasoning: bool = True
+    empty_think_ratio: float = 0.2
+    seed: int = 42
 
 
 @dataclass(frozen=True)
@@ -43,10 +53,31 @@ class Pair:
     base: Transformer
     tuned: Transformer
     template: ChatTemplate
-    max_length: int
-    document_format: str
-    seed: int
+    fed: Fed
     about: dict[str, dict[str, str]]
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a document at most."""
+        return self.fed.max_length
+
+    @property
+    def document_format(self) -> str:
+        """How pretraining framed a text."""
+        return self.fed.document_format
+
+    @property
+    def seed(self) -> int:
+        """Of intervals, and of what is drawn."""
+        return self.fed.seed
+
+    def chats(self, store: Store) -> Documents:
+        """The chats of a store, cut as `fit` would."""
+        return Documents(store, max_length=self.max_length, too_long=self.fed.too_long)
+
+    def text(self, store: Store) -> Documents:
+        """The documents of a store of text, likewise."""
+        return Documents(store, max_length=self.max_length)
 
     def author(self, cache: Path) -> Author:
         """The base as one that writes."""
@@ -80,7 +111,7 @@ class Pair:
             return losses(model, rows, progress=progress)
 
     def _rows(self, documents: Documents) -> list[Row]:
-        keep = keeps_empty_think(len(documents), EMPTY_THINK_RATIO, self.seed)
+        keep = keeps_empty_think(len(documents), self.fed.empty_think_ratio, self.seed)
         return [documents.row(number, bool(kept)) for number, kept in enumerate(keep)]
 
     def score_rows(self, base_rows: Sequence[Row], tuned_rows: Sequence[Row], what: str) -> Scores:
@@ -103,9 +134,7 @@ def open_pair(
     *,
     num_attention_heads: int | None,
     device: str,
-    max_length: int,
-    document_format: str,
-    seed: int,
+    fed: Fed,
 ) -> Pair:
     """Load both models. What one's tensors leave open (heads, theta, eps) is as the other's config says, where it does.
 
@@ -131,7 +160,7 @@ def open_pair(
     if about["base"].get("trained_from") == about["tuned"]["sha256"]:
         raise ValueError(f"BASE ({base}) was trained from TUNED ({tuned}): give them in the other order")
     models = [weights.build(loaded).to(where) for loaded in found]
-    return Pair(models[0], models[1], template, max_length, document_format, seed, about)
+    return Pair(models[0], models[1], template, fed, about)
 
 
 def _settled(loaded: weights.Loaded, other: weights.Loaded) -> weights.Loaded:
@@ -146,13 +175,11 @@ def _settled(loaded: weights.Loaded, other: weights.Loaded) -> weights.Loaded:
     return replace(loaded, config=replace(other.config, **own), defaults=())
 
 
-def fed_as(base: str, tuned: str, max_length: int | None, document_format: str | None) -> tuple[int, str]:
-    """Length and framing as given, else as a run around TUNED or BASE has them, else the defaults of `fit`."""
+def fed_as(base: str, tuned: str, **given: Any) -> Fed:
+    """As given, where that is not None, else as a run around TUNED or BASE has it, else the defaults of `fit`."""
     origins = [find_origin(resolve(path)) for path in (tuned, base)]
-    return (
-        max_length or as_trained(origins, "max_length", MAX_LENGTH),
-        document_format or as_trained(origins, "document_format", DOCUMENT_FORMAT),
-    )
+    fed = Fed(*(as_trained(origins, name, default) for name, default in Fed._field_defaults.items()))
+    return fed._replace(**{name: value for name, value in given.items() if value is not None})
 
 
 def find_tokenizer(base: str, tuned: str, given: str | None) -> Path:

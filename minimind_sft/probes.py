@@ -11,6 +11,7 @@ faint to be said, and of its loss.
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,7 +146,12 @@ def _raw(template: ChatTemplate, text: str, document_format: str) -> list[int]:
 
 def _space(prompt: str) -> str:
     """What stands between a prompt and its answer: nothing in Chinese, nor where there is one already."""
-    return " " if prompt[-1].isascii() and not prompt[-1].isspace() else ""
+    return "" if prompt[-1].isspace() or _without_spaces(prompt[-1]) else " "
+
+
+def _without_spaces(character: str) -> bool:
+    """Whether it is of a script that puts nothing between words: Chinese and Japanese, but not Korean."""
+    return unicodedata.east_asian_width(character) in "WF" and "HANGUL" not in unicodedata.name(character, "")
 
 
 def _likeliest(model: Transformer, prompts: list[list[int]], candidates: list[list[list[int]]]) -> list[int]:
@@ -190,7 +196,7 @@ def _goes_on(answer: str, rest: str) -> bool:
 
 
 def _word(character: str) -> bool:
-    return character.isascii() and character.isalnum()  # Chinese is written without spaces: any neighbour will do
+    return character.isalnum() and not _without_spaces(character)  # there, any neighbour will do
 
 
 def compare(probes: Sequence[Probe], before: Sequence[Reply], after: Sequence[Reply]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 
 def perplexity(nats: float) -> float:
-    """exp of nats per token; infinite where that overflows."""
-    return math.exp(nats) if nats < 700 else math.inf
+    """exp of nats per token; infinite where that overflows, not a number where they are none."""
+    return math.inf if nats >= 700 else math.exp(nats)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

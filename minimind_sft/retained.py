@@ -54,7 +54,7 @@ def load_log(path: Path) -> LossLog:
         ValueError: naming the file and what is missing.
     """
     rows = _rows(path)
-    columns = set().union(*rows) if rows else set()
+    columns = {name for row in rows for name in row if isinstance(name, str)}  # None: what goes beyond the heading
     unit, name = (next((key for key in known if key in columns), None) for known in (PROGRESS, LOSSES))
     if unit is None or name is None:
         raise ValueError(
@@ -101,7 +101,7 @@ def retained(log: LossLog, forgetting: float) -> Retained:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--pretrain_log {path}: {error}") from error
     if not text.lstrip().startswith("{"):

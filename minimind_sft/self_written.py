@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,15 +85,14 @@ class Author:
         Raises:
             ValueError: a tokenizer without a token that opens a document.
         """
-        first, last = (self.template.token_id(token) for token in DOCUMENT_FRAMES[document_format])
-        known = [id for id in (first, self.template.bos_id, last, self.template.eos_id) if id is not None]
-        opens = next((id for id in known if id < self.model.config.vocab_size), None)
+        opens = self.template.opening_id(document_format, self.model.config.vocab_size)
         if opens is None:
             raise ValueError(
                 "the base cannot write text: its tokenizer has no token that opens a document of data.document_format "
                 f"{document_format}. Give its pretraining text (pretrain_path), or let it write none (own_documents 0; "
                 "in `fit` data.replay_ratio and model.fisher_tokens 0 as well)"
             )
+        last = self.template.token_id(DOCUMENT_FRAMES[document_format][1])
         stops = {id for id in (last, *self.template.stop_ids) if id is not None}
         most = min(TEXT_TOKENS, self.max_length)
 
@@ -102,13 +101,13 @@ class Author:
             while begun < documents and (tokens is None or total < tokens):
                 count = min(TOGETHER, documents - begun)
                 for ids in self._continue([[opens]] * count, most - 1, purpose, stops, begun):
-                    if self.template.decode([id for id in ids if id not in stops]).strip():
+                    if _said(self.template, ids, but=self.template.control_ids).strip():
                         total += 1 + len(ids)
                         yield [Span([opens], False), Span(ids, True)]
                 begun += count
                 progress(min(total, tokens) if tokens else begun)
 
-        key: dict[str, Any] = {"purpose": purpose, "format": document_format, "blank": False}
+        key: dict[str, Any] = {"purpose": purpose, "format": document_format, "blank": "without control tokens"}
         key |= {"tokens": tokens, "documents": documents}
         what = {"measured": "text to measure on", "replay": "text to replay"}[purpose]
         return self._store(what, key, write, total=tokens or documents, apart_from=apart_from)
@@ -243,8 +242,12 @@ def lines(store: Store, template: ChatTemplate, *, document_format: str) -> Iter
     keep = document_format == "minimind2"
     for number in range(len(store)):
         ids = store.document(number)[0].tolist()
-        text = template.decode(ids if keep else [id for id in ids if id not in template.control_ids])
+        text = _said(template, ids, but=[] if keep else template.control_ids)
         yield Line(SOURCE, int(store.line_numbers[number]), json.dumps({"text": text}, ensure_ascii=False))
+
+
+def _said(template: ChatTemplate, ids: list[int], *, but: Sequence[int]) -> str:
+    return template.decode([id for id in ids if id not in but])
 
 
 def _in_common(one: list[int], other: list[int]) -> int:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from minimind_sft import huggingface
-from minimind_sft.checkpoint_files import find_file, listing, read, sha256_files
-from minimind_sft.minimind import EMBEDDING, HEAD
+from minimind_sft.checkpoint_files import EMBEDDING, find_file, listing, read, sha256_files
+from minimind_sft.minimind import HEAD
 from minimind_sft.minimind import export_minimind as export_minimind
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig, stretched
@@ -81,8 +81,8 @@ def load(
     """Read a checkpoint: a file, the only one in a folder, a Hugging Face folder, a run's best, or a name on the hub.
 
     Args:
-        source: what `origins.find_origin` knows. A `config.json` in a folder, or a config in a checkpoint of ours,
-            settles every size.
+        source: what `origins.find_origin` knows. A `config.json` in a Hugging Face folder, also where its weights' file
+            is named, or a config in a checkpoint of ours, settles every size.
         family: ``minimind3`` or ``minimind2``; by default told by the presence of `q_norm`.
         num_attention_heads: where there is no `q_norm`, tensors do not say; MiniMind's is 8.
         num_key_value_heads: checked against the tensors, which do say once the heads are known.
@@ -95,7 +95,7 @@ def load(
         ValueError: naming the file and what is wrong with it: missing, empty, truncated, not a checkpoint, holding
             code, or tensors that are not a model's (all of them listed).
     """
-    path = find_origin(source).path
+    path = huggingface.folder_of(find_origin(source).path)
     choices = {
         "family": family,
         "num_attention_heads": num_attention_heads,
@@ -132,6 +132,7 @@ def config_of(path: Path, choices: Mapping[str, Any]) -> ModelConfig:
         path: as `source` of `load`.
         choices: `load`'s arguments of the same names, without `inference_rope_scaling`.
     """
+    path = huggingface.folder_of(path)
     return _open(path if huggingface.is_folder(path) else find_file(path), choices)[1]
 
 

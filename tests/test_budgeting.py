@@ -43,8 +43,9 @@ def test_a_cap_beyond_the_data_says_what_it_took_and_what_was_not_measured_is_no
         (line,) = [line for line in _told(_findings(trials, 0.02, None)).splitlines() if "largest cap" in line]
         return line
 
-    small, beyond = Trial(1.0, 0.99, 2, 5.0, 0.01, 1.0), Trial(8.0, 1.4, 3, 4.9, 0.015, 1.0)
-    assert told(small, beyond).endswith("8 MB, which takes all 1.4 MB that there are")
+    small, beyond = Trial(1.0, 0.99, 2, 5.0, 0.01, 1.0), Trial(8.0, 1.4, 3, 4.9, 0.015, 1.0, "end")
+    assert told(small, beyond).endswith("8 MB, of which 1.4 MB are taken: the chats end there")
+    assert told(small, beyond._replace(tightest="max_rows")).endswith("taken: data.max_rows ends the sample there")
     assert told(small, beyond._replace(forgetting=0.03)).endswith("1 MB")
     assert told(*(trial._replace(forgetting=0.03) for trial in (small, beyond))).endswith("none of these caps")
     unmeasured = [trial._replace(forgetting=None) for trial in (small, beyond)]

@@ -218,6 +218,14 @@ def test_validate_and_predict_read_a_checkpoint(
     assert rows[0]["reference"] == "Hello there." and rows[0]["where"].endswith("val.jsonl:1")
 
 
+def test_validating_needs_something_to_validate_on(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = {"data.val_path": "null", "data.heldout_path": "null", "data.pretrain_path": "null"}
+    said = refused(capsys, "validate", settings | nothing | {"data.own_documents": 0, "data.own_chats": 0})
+    assert "there is nothing to validate on: set data.val_path" in said
+
+
 def test_data_that_look_like_a_mistake_are_told_on_the_first_screen(
     settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -133,6 +133,41 @@ def test_pictures_can_be_drawn_without_a_limit_and_of_a_broken_model(tmp_path: P
         assert not (tmp_path / "facts.png").exists()
 
 
+def test_names_in_pictures_may_hold_anything(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    names = ["wiki_$lang_$year", "新闻", "n" * 320, "_under", ""]
+    rows = [
+        {"where": f"$a_$b_百科.jsonl:{n}", "source": name, "documents": 1, "before": 1.0, "difference": 0.1 * n,
+         "interval": [0.0, 0.2]}
+        for n, name in enumerate(names)
+    ]  # fmt: skip
+    text = rows[1] | {"by_source": rows, "worst": rows}
+    result = {"judged": "seen", "text": {"seen": text}, "verdict": {"max_forgetting": 0.02}}
+    assert draw(result, rows, tmp_path) == ["sources.png", "documents.png"]
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def test_the_verdict_is_said_before_the_pictures_are_drawn(
+    material: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> list[str]:
+        raise ValueError("no fonts")
+
+    monkeypatch.setattr(comparison_plots, "draw", broken)
+    assert compare(material, tmp_path, BASE, material["tuned"]) == 2
+    assert "more than the limit of 0.02" in capsys.readouterr().out
+
+
+def test_a_broken_document_is_the_worst(material: dict[str, Path], tmp_path: Path) -> None:
+    model, _ = load_model(BASE)
+    with torch.no_grad():  # finite, but not what comes out
+        for projection in (model.model.layers[0].mlp.gate_proj, model.model.layers[0].mlp.up_proj):
+            projection.weight.mul_(1e25)
+    export_hf(model, tmp_path / "tuned", tokenizer=DATA / "tokenizer", card="")
+    assert compare(material, tmp_path / "out", BASE, tmp_path / "tuned") == 3
+    text = read(tmp_path / "out")["text"]["unseen"]
+    assert text["perplexity"]["after"] is None and len(text["worst"]) == 10
+
+
 def test_a_limit_within_the_interval_is_told(
     material: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,8 +200,12 @@ def test_the_figures_are_those_of_fit_and_its_checkpoint_is_taken(
         "model.learning_rate": 0.001,
         "data.train_path": DATA / "sft_train.jsonl",
         "data.max_mb": 0.01,
-        "data.max_length": 64,  # which compare takes from the run, as the framing
+        "data.max_length": 64,  # which compare takes from the run, as what follows
         "data.document_format": "bare",
+        "data.too_long": "truncate_left",
+        "data.supervise": "last",
+        "data.empty_think_ratio": 1,
+        "data.seed": 7,
         "data.val_path": material["val"],
         "data.heldout_path": material["heldout"],
         "data.max_overlap": 1.0,
@@ -192,6 +231,8 @@ def test_the_figures_are_those_of_fit_and_its_checkpoint_is_taken(
     for row, (source, documents, forgetting) in zip(text["by_source"], told, strict=True):
         assert (row["source"], row["documents"]) == (source, documents)
         assert row["difference"] == pytest.approx(forgetting, abs=1e-6)
+    told = {name: found[name] for name in ("too_long", "supervise", "empty_think_ratio", "seed")}
+    assert told == {"too_long": "truncate_left", "supervise": "last", "empty_think_ratio": 1.0, "seed": 7}
     answers = json.loads((tmp_path / "run" / "answers.json").read_text(encoding="utf-8"))
     assert len(answers) == 3 and all(row["question"] and row["before"] != row["after"] for row in answers)
     assert found["notes"] == []
@@ -243,8 +284,15 @@ def test_text_that_a_run_replayed_is_not_measured_on(material: dict[str, Path], 
     }
     torch.save(checkpoint, run / "checkpoints" / "last.ckpt")
     (run / "run.json").write_text("{}")
-    for ratio, documents in ((0.0, 10), (0.2, 5)):  # fit leaves half of so little text to replay
-        (run / "config.yaml").write_text(f"data: {{tokenizer: {DATA / 'tokenizer'}, replay_ratio: {ratio}}}")
+    own = "replay_ratio: 0.2, replay_source: "
+    for replay, documents in (
+        ("replay_ratio: 0.0", 10),
+        ("replay_ratio: 0.2", 5),  # fit leaves half of so little text to replay
+        (own + "auto, pretrain_path: a.jsonl", 5),
+        (own + "self, pretrain_path: a.jsonl", 10),  # the base wrote it
+        (own + "auto, pretrain_path: null", 10),
+    ):
+        (run / "config.yaml").write_text(f"data: {{tokenizer: {DATA / 'tokenizer'}, {replay}}}")
         compare(material, tmp_path / "out", BASE, run, "--pretrain_path", str(seen), data="none")
         assert read(tmp_path / "out")["text"]["seen"]["documents"] == documents
     (run / "config.yaml").write_text("data: {replay_ratio: 0.2, heldout_path: text.jsonl}")
@@ -355,7 +403,7 @@ def test_what_looks_like_a_mistake_is_noted(
         (["--probes", "nowhere.jsonl"], "--probes: "),
         (["--pretrain_log", "nowhere.csv"], "--pretrain_log nowhere.csv: "),
         (["--max_forgeting", "1"], "The nearest option is --max_forgetting"),
-        (["--documents", "0"], "0 is not a number from 1"),
+        (["--documents", "0"], "0 is not a whole number from 1"),
         (["--max_forgetting", "-1"], "-1 is not a number of nats per token from 0"),
         (["--tokenizer", "nowhere"], "--tokenizer must name a folder"),
         (["--device", "cuda:0,1"], "device"),

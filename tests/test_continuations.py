@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from minimind_sft.answer_format import Answer, repeats, shares
-from minimind_sft.chat import ChatTemplate
+from minimind_sft.chat import DOCUMENT_FRAMES, ChatTemplate
 from minimind_sft.continuations import continuations, halves
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -52,6 +52,14 @@ def test_short_documents_are_left_out_and_long_ones_cut(template: ChatTemplate) 
     assert rows.places.tolist() == [1]
     assert 60 < len(rows.chat[0][0]) <= 102
     assert template.decode(rows.raw[0][0].tolist()).startswith("Peru lies in South America")
+
+
+def test_text_by_a_base_without_the_framing_token_begins_as_the_base_wrote_it(
+    template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DOCUMENT_FRAMES, "minimind3", ("<none>", "<|im_end|>"))
+    row = continuations([PERU], template, document_format="minimind3", max_length=768).raw[0][0].tolist()
+    assert row[0] == template.bos_id and template.decode(row[1:]) == PERU
 
 
 def test_markers_in_the_text_are_the_frame_and_not_something_that_the_user_says(template: ChatTemplate) -> None:

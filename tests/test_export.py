@@ -185,6 +185,15 @@ def test_the_card_tells_cost_and_lineage_but_no_paths(tmp_path: Path) -> None:
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
 
 
+def test_prompts_on_the_card_are_whole_and_paths_are_not(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "sft")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["system_prompts"] = ["Answer yes/no."]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert export(run, tmp_path / "out", "--format=hf") == 0
+    assert "Answer yes/no." in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_card_follows_earlier_stages_as_far_as_their_hashes_agree(tmp_path: Path) -> None:
     first = make_run(tmp_path / "pretrain", weights="scratch")
     (first / "run.json").write_text(json.dumps({"base_sha256": None}))

@@ -84,7 +84,9 @@ def test_sharegpt_function_calls_become_tool_calls():
 
 def test_plain_text_keeps_where_it_comes_from():
     assert parse('{"text": " a\\n", "source": "wiki", "parent": "p1", "n": 1}') == PlainText(" a\n", "wiki", "p1")
-    assert parse('{"text": "a", "source": 3}') == PlainText("a", None, None)
+    line = '{"text": "a", "source": 3, "parent": {"b": 1, "a": "é"}}'
+    assert parse(line) == PlainText("a", "3", '{"a": "é", "b": 1}')
+    assert parse('{"text": "a", "source": null}') == PlainText("a", None, None)
 
 
 def test_content_is_kept_to_the_character():

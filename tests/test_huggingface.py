@@ -1,6 +1,7 @@
 """Folders of Hugging Face open here, and ours open there, with the same logits and the same greedy text."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,31 @@ def test_a_folder_of_transformers_gives_its_logits_and_its_greedy_text(tmp_path:
     torch.testing.assert_close(one_document(ids, model), wanted, rtol=1e-4, atol=1e-4)
     text = twin.generate(torch.tensor([IDS]), max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert generate(model, [IDS], max_new_tokens=16) == [text[0, len(IDS) :].tolist()]
+
+
+def test_a_folder_as_a_trainer_leaves_it_and_the_file_in_it_are_read_with_its_config(tmp_path: Path) -> None:
+    config = ModelConfig.minimind2(
+        hidden_size=32, num_hidden_layers=1, vocab_size=50, num_attention_heads=4, num_key_value_heads=2
+    )
+    model = Transformer(replace(config, rope_theta=1e4))
+    model.initialise(0)
+    export_hf(model, tmp_path / "out", tokenizer=None, card="")
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (tmp_path / "out" / name).write_bytes(b"state")
+    for source in (tmp_path / "out", tmp_path / "out" / "model.safetensors"):
+        found, loaded = load_model(source)
+        assert loaded.defaults == () and loaded.config.rope_theta == 1e4 and loaded.config.num_attention_heads == 4
+        assert torch.equal(one_document(IDS, found), one_document(IDS, model))
+
+
+def test_a_tokenizer_may_have_no_configuration(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps({"added_tokens": []}))
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
+    model = Transformer(ModelConfig.minimind3(hidden_size=32, num_hidden_layers=1, vocab_size=50))
+    model.initialise(0)
+    export_hf(model, tmp_path / "out", tokenizer=tmp_path / "tokenizer", card="")
+    assert (tmp_path / "out" / "chat_template.jinja").is_file()
 
 
 def test_shards_are_read_as_one(tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """The line between a base and its fine-tune: literals, what is chosen, and the verb."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from minimind_sft.__main__ import main
 from minimind_sft.comparison import compare
+from minimind_sft.huggingface import export_hf
 from minimind_sft.interpolation import Point, choose, interpolate
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
@@ -16,7 +19,7 @@ from minimind_sft.weights import export_minimind, load_model
 PROJECT = Path(__file__).resolve().parents[1]
 
 
-def model(seed: int, **sizes: int) -> Transformer:
+def model(seed: int, **sizes: Any) -> Transformer:
     made = Transformer(ModelConfig.minimind3(**{"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1} | sizes))
     made.initialise(seed)
     return made
@@ -134,6 +137,9 @@ def test_models_in_the_wrong_order_are_told(
         (["--heldout_path=", "--own_documents=0"], "give --heldout_path"),
         (["--tolerance=-1"], "0 or above"),
         (["--alpha", "1"], "did you mean --alphas"),
+        (["--documents", "0"], "--documents: 0 is not a whole number from 1"),
+        (["--seed", "-1"], "--seed: -1 is not a whole number from 0"),
+        (["--max_length", "1"], "--max_length is 1"),
     ],
 )
 def test_mistakes_are_told(
@@ -141,6 +147,41 @@ def test_mistakes_are_told(
 ) -> None:
     assert main([*command, *more]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_bad_lines_are_told_in_the_words_of_the_command(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (PROJECT / "data" / "sft_val.jsonl").read_text(encoding="utf-8").splitlines()[:8]
+    (tmp_path / "val.jsonl").write_text("\n".join([*lines, "{}"]) + "\n", encoding="utf-8")
+    command = [*command, f"--val_path={tmp_path}/val.jsonl", "--alphas", "0.5"]
+    assert main(command) == 2
+    assert "--val_path: 1 of 9 lines cannot be used" in (said := capsys.readouterr().err) and "--max_bad_ratio" in said
+    assert main([*command, "--max_bad_ratio=0.5"]) == 0
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    untied = model(0, vocab_size=2560, tie_word_embeddings=False)
+    export_hf(untied, tmp_path / "untied", tokenizer=PROJECT / "data" / "tokenizer", card="")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    ours, base = [str(tmp_path / "untied")] * 2, command[1:3]
+    for models, out, said in (
+        (ours, "held.pth", "the output layer is untied"),
+        (base, "notes", "notes is not an export"),
+    ):
+        command[1:4] = [*models, str(tmp_path / out)]
+        assert main([*command, "--overwrite"]) == 2
+        printed = capsys.readouterr()
+        assert said in printed.err and "alpha" not in printed.out
+        assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_broken_fine_tune_is_told() -> None:
+    with pytest.raises(ValueError, match="the chat loss of TUNED is nan: the fine-tune is broken"):
+        choose([Point(0.5, 4.0, 0.0, None), Point(1.0, math.nan, 0.0, None)], 0.02)
 
 
 @pytest.mark.parametrize("name", ["held.pth", "held.pth.json", "held.pth.png"])

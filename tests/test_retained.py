@@ -47,6 +47,8 @@ def test_what_came_after_the_best_loss_counts_for_nothing() -> None:
 def test_logs_are_csv_or_json_lines(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,train/loss,val/pretrain/loss\n0,,6.5\n1,6,\n2,5.5,5\n\n3,5.2,nan\n")
     assert load_log(tmp_path / "metrics.csv") == LossLog([0, 2], [6.5, 5.0], "step", "val/pretrain/loss")
+    (tmp_path / "bom.csv").write_text("\ufeffstep,loss\n1,6.5\n2,5.0,more\n", encoding="utf-8")  # as Excel writes it
+    assert load_log(tmp_path / "bom.csv") == LossLog([1, 2], [6.5, 5.0], "step", "loss")
     (tmp_path / "log.jsonl").write_text(
         '{"step": 2, "tokens": 20, "val_nll": 4.0}\n\n{"step": 1, "tokens": 10, "val_nll": 5.0}\n{"final": true}\n'
     )
@@ -58,6 +60,7 @@ def test_logs_are_csv_or_json_lines(tmp_path: Path) -> None:
     [
         ("a,b\n1,2\n", "it has a, b"),
         ("", "it has none"),
+        ("epoch 1, step 2\nepoch 1, step 3, loss 4\n", "needs a column"),
         ("step,loss\n1,2\n", "1 rows have step and loss; 2 are needed"),
         ('{"step": 1}\nno\n', r"log:2: not a JSON object"),
         ("step,loss\n0,2\n1,3\n", "its lowest loss is at step 0"),

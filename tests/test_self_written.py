@@ -97,6 +97,15 @@ def test_what_is_measured_on_is_not_replayed(tmp_path: Path) -> None:
     assert contents(replay) == [ids for ids in contents(free) if ids not in contents(measured)]
 
 
+def test_a_document_of_control_tokens_alone_is_left_out(tmp_path: Path) -> None:
+    model = a_model(ends=6.0)
+    with torch.no_grad():  # nothing is said but <|im_start|>, and now and then a word
+        model.lm_head.weight[START, 0] = 7.0 / 4
+    store = author(tmp_path, model).texts("measured", documents=100, document_format="minimind3")
+    assert 0 < len(store) < 100
+    assert all(json.loads(line.text)["text"].strip() for line in lines(store, TEMPLATE, document_format="minimind3"))
+
+
 def test_a_document_without_text_is_left_out(tmp_path: Path) -> None:
     writer = author(tmp_path, a_model(ends=6.0))  # one document in seven ends at once
     store = writer.texts("measured", documents=100, document_format="minimind3")
@@ -278,7 +287,7 @@ def test_what_no_text_can_be_measured_by_is_refused(tmp_path: Path, capsys: pyte
         (["--own_documents=0"], "nothing to measure on"),
         (["--pretrain_log=log.csv"], "--pretrain_log needs text like the log's"),
         (["--own_documents=0", f"--val_path={DATA}/sft_val.jsonl", "--max_forgetting=1"], "--max_forgetting needs te"),
-        (["--own_chats=-1"], "-1 is not a number from 0"),
+        (["--own_chats=-1"], "-1 is not a whole number from 0"),
     ):
         assert compare(tmp_path, DATA / "base.pth", *more)[0] == 2
         assert said in capsys.readouterr().err

@@ -20,7 +20,7 @@ from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 from minimind_sft.module import SFTModule
 from minimind_sft.optimizing import Optimization
-from minimind_sft.probes import Probe, Reply, ask, begins_with, compare, contains, load_probes
+from minimind_sft.probes import Probe, Reply, _space, ask, begins_with, compare, contains, load_probes
 from minimind_sft.readings import read_metrics
 from minimind_sft.records import MetricsFile
 from minimind_sft.report import forgetting_table, ratio
@@ -202,10 +202,21 @@ def test_a_link_replaces_what_was_there(tmp_path: Path) -> None:
         ("是利马。", "利马", False, True),
         ("利马是", "利马", True, True),
         ("a Lima, b Limassol", "Lima", False, True),
+        ("Malé.", "Mal", False, False),
+        ("Malé是", "Malé", True, True),
     ],
 )
 def test_an_answer_counts_as_whole_words(reply: str, answer: str, begins: bool, holds: bool) -> None:
     assert (begins_with(reply, answer), contains(reply, answer)) == (begins, holds)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "between"),
+    [("The capital is", " "), ("A capital do Peru é", " "), ("Столица Перу это", " "), ("페루의 수도는", " "),
+     ("秘鲁的首都是", ""), ("首都：", ""), ("Capital: ", "")],
+)  # fmt: skip
+def test_an_answer_stands_behind_a_space_but_not_in_chinese(prompt: str, between: str) -> None:
+    assert _space(prompt) == between
 
 
 def test_losses_are_named() -> None:

@@ -105,6 +105,14 @@ def test_a_checkpoint_of_ours_gives_its_model_and_its_own_config(tmp_path: Path)
     assert_equal(model, fp16_model(config))
 
 
+@pytest.mark.parametrize("prefix", ["", "net.", "_forward_module.", "model._orig_mod.", "student.model."])
+def test_a_lightning_checkpoint_of_another_project_gives_its_transformer(prefix: str, tmp_path: Path) -> None:
+    found = {f"{prefix}{name}": tensor for name, tensor in state().items()}
+    others = {"metric.total": torch.ones(1)} if prefix else {}
+    path = write(tmp_path / "theirs.ckpt", {"state_dict": others | found, "hyper_parameters": {"lr": 1e-3}})
+    assert_equal(load_model(path)[0], fp16_model())
+
+
 def test_safetensors_load(tmp_path: Path) -> None:
     save_file({name: tensor for name, tensor in state().items() if name != HEAD}, tmp_path / "w.safetensors")
     assert_equal(load_model(tmp_path / "w.safetensors")[0], fp16_model())
