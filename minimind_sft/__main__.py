@@ -96,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for name, kernels in KERNELS_KEPT.items():  # read when first needed, and by processes of ours
         os.environ.setdefault(name, kernels)
+    if not {"", os.getcwd()} & set(sys.path):  # the script, unlike python -m, does not look for model.terms here
+        sys.path.append(os.getcwd())
     try:
         status = _verb(verb)(rest)
         sys.stdout.flush()

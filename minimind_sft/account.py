@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from minimind_sft.caps import described
+from minimind_sft.corpus import Store
 from minimind_sft.dealing import Dealt
 from minimind_sft.documents import Documents
 from minimind_sft.report import rejected
@@ -45,11 +48,20 @@ def too_long(documents: Documents) -> str:
     )
 
 
+def dropped(store: Store) -> str:
+    """`40 without their tools, 12 without their assistant reasoning_content: the chat template has no place for
+    them`; empty where it has for all."""
+    lost = [f"{count:,} without their {what}" for what, count in store.dropped.items()]
+    return f"{', '.join(lost)}: the chat template has no place for them" if lost else ""
+
+
 def sums(dealt: Dealt) -> dict[str, Any]:
     """The same for `sample.json`: what was noted when the sample was made, and where its lines went."""
     assert dealt.train is not None
     return _store_note(dealt) | {
+        "tokens": int(np.minimum(np.diff(dealt.train.store.offsets), dealt.train.max_length).sum()),
         "rejected": dealt.rejected,
+        "dropped_by_template": dealt.train.store.dropped,
         "documents": len(dealt.train.store),
         "trained": len(dealt.train),
         "validated": dealt.split_off,

@@ -32,7 +32,7 @@ from minimind_sft.rendering import Template
 from minimind_sft.skeleton import CutError, Outline, Skeleton, Slot, Touched
 from minimind_sft.turns import THOUGHT, learn_turns, without_reasoning
 
-CODE_VERSION = 1  # part of every cache key: raise it when the ids that come out change
+CODE_VERSION = 2  # part of every cache key: raise it when the ids that come out change
 # What stands before and behind a document of raw text. minimind2's files hold these markers themselves: there, and only
 # there, a control string in the text is live.
 DOCUMENT_FRAMES = {
@@ -71,7 +71,7 @@ class ChatTemplate:
         stop_ids: The ids at which generation ends.
         turns: How the template begins and ends the assistant's turns.
         fingerprint: SHA-256 over all that decides the ids that come out.
-        dropped: How many chats lost what to the template, by role and field.
+        dropped: How many chats lost what to the template so far, by role and field; a store keeps its own.
     """
 
     def __init__(self, specification: str, template: str, *, variables: dict[str, str]) -> None:
@@ -192,7 +192,8 @@ class ChatTemplate:
             raise ValueError(f"data.document_format {format!r} is not known; choose from {', '.join(DOCUMENT_FRAMES)}")
         frame = [token for token in DOCUMENT_FRAMES[format] if token]
         if missing := [token for token in frame if token not in self._controls]:
-            raise ValueError(f"data.document_format {format!r} needs {missing[0]}, which this tokenizer does not have")
+            raise ValueError(f"data.document_format {format!r} needs {missing[0]}, which this tokenizer does not have; "
+                             f"set it to one of {', '.join(DOCUMENT_FRAMES)}: how the base's pretraining framed a text")
         first, last = ([self._controls[token]] if token else [] for token in DOCUMENT_FRAMES[format])
         if format == "minimind2":
             encoded = [entry.ids for entry in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]

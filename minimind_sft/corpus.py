@@ -58,6 +58,7 @@ class Store:
         offsets, span_offsets, span_lengths, span_flags, line_files, line_numbers, sources, takes_system, hashes: see
             `_ARRAYS`.
         rejected: lines that became no document, counted by reason.
+        dropped: how many chats lost what to the template, by role and field.
         meta: what the builder noted (`files`, `sources`, and its own `note`).
     """
 
@@ -75,6 +76,7 @@ class Store:
         self.folder = folder
         self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.rejected: dict[str, int] = self.meta["rejected"]
+        self.dropped: dict[str, int] = self.meta["dropped"]
         for name in _ARRAYS:
             setattr(self, name, np.load(folder / f"{name}.npy", mmap_mode="r"))
         # an empty file cannot be mapped
@@ -146,7 +148,7 @@ class _Writer:
             row = {"file": lines[place].file, "line": lines[place].number, "reason": reason, "detail": detail}
             self.refusals.write(json.dumps(row, ensure_ascii=True) + "\n")
 
-    def finish(self, note: dict[str, Any]) -> None:
+    def finish(self, note: dict[str, Any], dropped: dict[str, int]) -> None:
         self.ids.close()
         self.refusals.close()
         for name, values in self.arrays.items():
@@ -160,6 +162,7 @@ class _Writer:
             "files": list(self.files),
             "sources": list(self.sources),
             "rejected": dict(self.rejected.most_common()),
+            "dropped": dropped,
             "note": note,
         }
         (self.folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -207,7 +210,7 @@ def build(
         progress: called with the number of lines done so far.
     """
     how = Tokenization(template, format, document_format, supervise, reasoning)
-    writer = _Writer(folder, template.vocab_size)
+    writer, known = _Writer(folder, template.vocab_size), template.dropped.copy()
     taken = tokens = 0
     stopped = False
     for chunk, packed in packed_lines(lines, how, workers=workers):
@@ -222,7 +225,7 @@ def build(
         progress(taken)
         if stopped:
             break
-    writer.finish(note(Taken(taken, tokens, stopped)))
+    writer.finish(note(Taken(taken, tokens, stopped)), dict((template.dropped - known).most_common()))
 
 
 def build_from_spans(
@@ -241,7 +244,7 @@ def build_from_spans(
         packed = pack([Document(spans, source)], writer.dtype)
         if int(packed.hashes[0]) not in known:
             writer.add([Line(source, number, "")], packed)
-    writer.finish({})
+    writer.finish({}, {})
 
 
 def open_or_build(cache: Path, key: dict[str, Any], make: Callable[[Path], None]) -> Store:

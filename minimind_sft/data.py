@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from minimind_sft.batching import MicroBatch
 from minimind_sft.corpus import Store
+from minimind_sft.dealing import IN_VALIDATION, leave_out_those_of
 from minimind_sft.documents import Documents
 from minimind_sft.evaluation import EvaluationBatches, bytes_of_tokens, drawn, prompts
 from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
@@ -93,7 +94,8 @@ class SFTDataModule(LightningDataModule):
             begins, where the model is held to what the base says of the same tokens without a chat.
         replay_documents: documents to replay from, at most; of `pretrain_path` chosen by content hash.
         format: of the lines: auto, or one of the formats in the README.
-        document_format: how pretraining framed a raw text: minimind3, minimind2 (the markers are in the text) or bare.
+        document_format: how pretraining framed a raw text: minimind3, minimind2 (the markers are in the text), qwen3,
+            llama3 or bare, see `chat.DOCUMENT_FRAMES`.
         probes_path: facts to ask before and after training (prompt, answer, distractors, question), see `probes.py`.
         cache_dir: where tokenized stores are kept; null for the user's cache folder.
         workers: processes that tokenize, where it takes over a second; null for one per core, 16 at most.
@@ -286,6 +288,8 @@ class SFTDataModule(LightningDataModule):
         if stage == "fit":
             assert self.dealt.train is not None
             self.spare_text = None if opened.replay is None else Documents(opened.replay, max_length=self.max_length)
+            if self.spare_text is not None and self.dealt.validation is not None:  # chats among the text, say
+                leave_out_those_of(self.dealt.validation, self.spare_text, IN_VALIDATION)
             self.plan = Plan(
                 self.dealt.train,
                 batch_size=self.batch_size,
@@ -309,7 +313,8 @@ class SFTDataModule(LightningDataModule):
         frame, text = None, self.spare_text
         if self.replay_in_chat:
             frame = ChatFrame.of(self.template)
-            text = Documents(text.store, max_length=max(2, self.max_length - frame.size))
+            room = max(2, self.max_length - frame.size)
+            text = Documents(text.store, max_length=room, numbers=text.index)
         return ReplayStream(
             text,
             ratio=self.replay_ratio,

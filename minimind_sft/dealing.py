@@ -109,13 +109,13 @@ def deal(
         if store is not None
     }
     if IN_VALIDATION in looked_at and IN_MEASURED in looked_at:
-        _leave_out_those_of(looked_at[IN_MEASURED], looked_at[IN_VALIDATION], IN_MEASURED)
+        leave_out_those_of(looked_at[IN_MEASURED], looked_at[IN_VALIDATION], IN_MEASURED)
     if train is None:
         return Dealt(None, looked_at.get(IN_VALIDATION), looked_at.get(IN_MEASURED))
     pool = Documents(train, max_length=max_length, too_long=too_long, prompts=prompts)
-    pool.leave_out(DUPLICATE, _repeated(_hashes(pool)))
+    pool.leave_out(DUPLICATE, _repeated(pool))
     for reason, documents in looked_at.items():
-        _leave_out_those_of(documents, pool, reason)
+        leave_out_those_of(documents, pool, reason)
     if val_fraction is not None:
         chosen = _hashes(pool) < np.uint64(val_fraction * 2.0**64)
         if not chosen.any():
@@ -128,20 +128,35 @@ def deal(
     return Dealt(pool, looked_at.get(IN_VALIDATION), looked_at.get(IN_MEASURED))
 
 
-def _leave_out_those_of(theirs: Documents, ours: Documents, reason: str) -> None:
-    ours.leave_out(reason, np.isin(_hashes(ours), np.asarray(theirs.store.hashes)))
+def leave_out_those_of(theirs: Documents, ours: Documents, reason: str) -> None:
+    """Leave out of ours, under a reason, what also stands in theirs: in the whole of a store that is theirs alone."""
+    hashes = _hashes(theirs) if theirs.of_a_part else np.asarray(theirs.store.hashes)
+    ours.leave_out(reason, np.isin(_hashes(ours), hashes))
 
 
 def _hashes(documents: Documents) -> np.ndarray:
     return np.asarray(documents.store.hashes)[documents.index]
 
 
-def _repeated(hashes: np.ndarray) -> np.ndarray:
-    """(D,) bool: whether an earlier one is equal."""
-    first = np.unique(hashes, return_index=True)[1]
+def _repeated(documents: Documents) -> np.ndarray:
+    """(D,) bool: whether an earlier one is equal and learned from alike: of one chat, two lines may teach two
+    answers."""
+    hashes = _hashes(documents)
+    _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
     repeated = np.ones(len(hashes), bool)
     repeated[first] = False
+    masks: dict[int, set[bytes]] = {}
+    for place in np.flatnonzero(repeated).tolist():
+        original = int(first[group[place]])
+        known = masks.setdefault(original, {_mask(documents, original)})
+        if (mask := _mask(documents, place)) not in known:
+            known.add(mask)
+            repeated[place] = False
     return repeated
+
+
+def _mask(documents: Documents, place: int) -> bytes:
+    return documents.store.document(int(documents.index[place]))[1].tobytes()
 
 
 # ---- by content, before anything is tokenized
@@ -153,17 +168,18 @@ _PLAIN_TEXT = re.compile(rf'\{{"text": ?{_STRING}(?:, ?"source": ?{_STRING})?(?:
 
 
 def content_hash(line: Line) -> bytes:
-    """Of what a line says: of its text where it is a text, whatever else stands beside it.
+    """Of what a line says: of its text where it is a text, whatever else stands beside it and whatever white space
+    stands around it.
 
     A line that `_PLAIN_TEXT` matches takes 2 us, any other text 20.
     """
     content = line.text
     if (plain := _PLAIN_TEXT.fullmatch(content)) and not plain[1].isspace():
-        content = plain[1]
+        content = plain[1].strip()
     elif '"text"' in content:
         try:
             parsed = parse(content)
-            content = parsed.text if isinstance(parsed, PlainText) else content
+            content = parsed.text.strip() if isinstance(parsed, PlainText) else content
         except Rejected:
             pass
     return hashlib.blake2b(content.encode(), digest_size=16).digest()

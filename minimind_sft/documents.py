@@ -87,6 +87,11 @@ class Documents:
             self.leave_out(TOO_LONG_REASON, long)
         self.leave_out(NOTHING_TO_LEARN, self._all().targets == 0)
 
+    @property
+    def of_a_part(self) -> bool:
+        """Whether they were chosen from a store that holds others' as well."""
+        return not self._of_store
+
     def __len__(self) -> int:
         return len(self.index)
 

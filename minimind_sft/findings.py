@@ -86,6 +86,7 @@ def _figures(view: View) -> list[tuple[str, str]]:
         ("lines", f"{account.chosen(view.dealt)}; {note['blank']:,} blank"),
         ("kept", account.used(view.dealt)),
         ("rejected", f"{sum(view.dealt.rejected.values()):,}"),
+        *([("dropped", lost)] if (lost := account.dropped(view.store)) else []),
         ("tokens", f"{tokens:,} before cutting, {tokens / max(size, 1e-9):,.0f} per MB of lines"),
         ("too long", account.too_long(view.documents)),
     ]

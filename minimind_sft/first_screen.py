@@ -179,6 +179,7 @@ def _data_rows(data: SFTDataModule, pl_module: SFTModule) -> list[tuple[str, str
     rows = [
         ("chats", account.chosen(data.dealt)),
         ("", account.used(data.dealt)),
+        *([("dropped", lost)] if (lost := account.dropped(documents.store)) else []),
         ("too long", account.too_long(documents)),
         *_silent_rows(data),
         ("tokens", f"{tokens:,} per epoch, {targets / tokens:.1%} supervised"),

@@ -96,7 +96,10 @@ def _detect(row: dict[str, Any]) -> str:
 
 def _read_messages(row: dict[str, Any]) -> Conversation:
     key = "messages" if "messages" in row else "conversations"
-    return _conversation(row.get(key), where=key, tools=row.get("tools"))
+    turns = row.get(key)
+    if isinstance(turns, list):
+        turns = _system(row) + turns
+    return _conversation(turns, where=key, tools=row.get("tools"))
 
 
 def _system(row: dict[str, Any]) -> list[Any]:
@@ -189,7 +192,8 @@ def _message(turn: dict[str, Any], number: int) -> dict[str, Any]:
     role = _ROLE_NAMES.get(named) if isinstance(named, str) else None
     if role is None:
         raise Rejected("bad_role", f"message {number}: role is {describe(named)}; use one of {', '.join(ROLES)}")
-    calls = _tool_calls(turn["tool_calls"], number) if role == "assistant" and turn.get("tool_calls") else None
+    named_calls = turn.get("tool_calls") or turn.get("function_call")  # the second is OpenAI's former name of one
+    calls = _tool_calls(named_calls, number) if role == "assistant" and named_calls else None
     content = turn.get("content")
     if not isinstance(content, str):
         content = "" if content is None and calls else _text_parts(content, f"message {number} ({role}): content")

@@ -18,7 +18,7 @@ from minimind_sft.frozen import frozen_copy
 from minimind_sft.model import Transformer
 from minimind_sft.priors import EKFAC, prior_tokens_for
 from minimind_sft.ranges import check_ranges
-from minimind_sft.terms import L2SP, ReplayKL, ReplayNextToken, Term
+from minimind_sft.terms import L2SP, ReplayKL, ReplayNextToken, Term, checked
 
 Read = Callable[[int], Iterable[MicroBatch]]  # whole documents of so many tokens, on the device
 Broadcast = Callable[[Any], Any]  # what the first process has, on the CPU
@@ -34,7 +34,7 @@ class Holding:
         l2_sp: decay towards the base; 0 is off.
         fisher_tokens: of text to read the optimizer's basis and the pull from; 0 is off.
         prior_tokens: how many tokens of its text the pull towards the base in that basis stands for; 0 is off; auto:
-            by the number of steps, see `priors.prior_tokens_for`, from `choose` on that number.
+            by the number of steps and of chats, see `priors.prior_tokens_for`, from `choose` on that number.
         seed: of the tokens that are drawn for the basis.
         more: terms of the user's.
 
@@ -85,8 +85,13 @@ class Holding:
         self.l2_sp, self.fisher_tokens, self.prior_tokens = l2_sp, fisher_tokens, prior_tokens
         self._seed, self._more = seed, more or []
         for term in self._more:
+            kind = type(term).__name__
+            if not hasattr(term, "weight"):
+                raise ValueError(f"model.terms: {kind} has no weight; let its __init__ call super().__init__(weight)")
+            if term.name == "loss":
+                raise ValueError(f"model.terms: {kind} is named loss, as what the chats give; give it another name")
             if _overrides(term, "loss") and _overrides(term, "pull"):
-                raise ValueError(f"model.terms: {type(term).__name__} has both a loss and a pull; make two terms of it")
+                raise ValueError(f"model.terms: {kind} has both a loss and a pull; make two terms of it")
         self.prior: EKFAC | None = None
         self.terms: list[Term] = []
         self.losses: list[Term] = []
@@ -146,7 +151,7 @@ class Holding:
         if self.l2_sp:
             self.terms.append(L2SP(self.l2_sp))
         if isinstance(self.prior_tokens, str):
-            self.prior_tokens = prior_tokens_for(steps)
+            self.prior_tokens = prior_tokens_for(steps, chat_tokens)
         if self.prior_tokens:
             self.prior = EKFAC(self.prior_tokens / chat_tokens, self.fisher_tokens, self._seed)
             self.terms.append(self.prior)
@@ -205,7 +210,7 @@ class Holding:
         Returns:
             The losses, (), in the order of `pulls`.
         """
-        first = {term: term.pull(model) for term in self.pulls if term is not self.prior}
+        first = {term: checked(term, "pull", term.pull(model)) for term in self.pulls if term is not self.prior}
         optimizer.turn_gradients()
         return [self.prior.pull_turned(model) if term is self.prior else first[term] for term in self.pulls]
 

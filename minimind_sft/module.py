@@ -40,7 +40,7 @@ from minimind_sft.probes import answer_text
 from minimind_sft.ranges import check_ranges
 from minimind_sft.report import later_rows
 from minimind_sft.starting import Start
-from minimind_sft.terms import Term
+from minimind_sft.terms import Term, checked
 
 if TYPE_CHECKING:
     from minimind_sft.data import SFTDataModule
@@ -75,8 +75,8 @@ class SFTModule(LightningModule):
             them a channel, at most, for the basis that AdamW's moments are kept in, see `fisher.py`, all of them for
             the pull; 0 for AdamW as it is.
         prior_tokens: a pull towards the base in that basis, as strong in each direction as so many tokens of such text
-            would be beside the sample's supervised ones, see `priors.EKFAC`; 0 is off; auto: by the number of steps,
-            see `priors.prior_tokens_for`.
+            would be beside the sample's supervised ones, see `priors.EKFAC`; 0 is off; auto: by the number of steps
+            and of supervised tokens, see `priors.prior_tokens_for`.
         l2_sp: decay towards the base, decoupled as AdamW's; 0 is off.
         freeze: patterns of parameters that are not trained, as in a shell: "*.mlp.*", or a list of them.
         max_forgetting: nats per token of forgetting above which no reading is the best; null for no bound.
@@ -318,7 +318,7 @@ class SFTModule(LightningModule):
         nats = cross_entropy(hidden, flat.labels, batch.targets, self.model.lm_head.weight)
         loss, shares = nats / batch.window_targets, [nats.detach()]
         for term in self.holding.losses:
-            share = term.loss(self.model, hidden, batch)
+            share = checked(term, "loss", term.loss(self.model, hidden, batch))
             shares.append(share.detach())
             loss = loss + term.weight * share
         if batch_idx % accumulate == 0:

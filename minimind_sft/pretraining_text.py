@@ -15,7 +15,7 @@ from minimind_sft.selection import MEBIBYTE
 from minimind_sft.store_maker import Build, StoreMaker
 
 SEEN, UNSEEN, SELF_WRITTEN = "seen", "unseen", "self-written"  # what text to measure on is to the base
-NO_TEXT = "data.replay_ratio and model.fisher_tokens to 0 (and leave out model.terms that read text)"
+NO_TEXT = "data.replay_ratio, model.fisher_tokens and model.prior_tokens to 0 (without model.terms that read text)"
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class PretrainingText:
             "held_out": self.maker.hashes(held_out),
         }
         store = self.maker.open("replay", files, fill, **facts, **self._halves(halve))
-        if not len(store):
+        if not len(store) and not store.rejected:
             raise ValueError(
                 "there is no text to replay or to read: data.pretrain_path has no document that is not measured on. "
                 f"Give more text, set data.replay_source to self to let the base write it, or {NO_TEXT}"

@@ -17,15 +17,16 @@ from minimind_sft.fisher import Basis, Scores, bases_of, matmul_precision, share
 from minimind_sft.model import Transformer
 from minimind_sft.terms import Term
 
-PRIOR_TOKENS, MOST_PRIOR_TOKENS, LONG_RUN = 4e6, 16e6, 320  # measured, see docs/forgetting.md
+PRIOR_TOKENS, MOST_PRIOR_TOKENS, LONG_RUN, MOST_PER_TOKEN = 4e6, 16e6, 320, 400  # measured, see docs/forgetting.md
 
 
-def prior_tokens_for(steps: int) -> float:
+def prior_tokens_for(steps: int, chat_tokens: int) -> float:
     """Tokens of the base's text that a pull stands for in a run of so many steps: 4 million, and in proportion more in
     one of less than 320, up to 16 million. The fewer the steps, the less replay brings back of what the first ones
-    moved, and the more is left to the pull.
+    moved, and the more is left to the pull. At most 400 for each supervised token of the chats, so that a few dozen of
+    them are learned as well.
     """
-    return min(MOST_PRIOR_TOKENS, PRIOR_TOKENS * max(1.0, LONG_RUN / steps))
+    return min(MOST_PRIOR_TOKENS, PRIOR_TOKENS * max(1.0, LONG_RUN / steps), MOST_PER_TOKEN * chat_tokens)
 
 
 class EWC(Term):

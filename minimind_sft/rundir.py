@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import shutil
 import uuid
 from pathlib import Path
@@ -176,7 +177,19 @@ def is_rank_zero() -> bool:
 
 
 def wandb_logger(run_dir: Path, *, offline: bool, checkpoint: str | None) -> WandbLogger:
-    """A W&B run that keeps its id when the run is resumed."""
+    """A W&B run that keeps its id when the run is resumed.
+
+    Raises:
+        ValueError: it is to be sent, and nobody is logged in.
+    """
+    if not offline and not os.environ.get("WANDB_MODE"):
+        import wandb
+
+        if not wandb.api.api_key:
+            raise ValueError(
+                "wandb: nobody is logged in to Weights & Biases on this machine: run `wandb login`, set WANDB_API_KEY, "
+                "or pass --wandb offline"
+            )
     note = run_dir / "wandb_id"
     if not (goes_on(run_dir, checkpoint) and note.is_file()):
         note.write_text(uuid.uuid4().hex[:8], encoding="utf-8")

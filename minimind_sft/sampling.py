@@ -151,7 +151,7 @@ def _parser() -> _Parser:
 def main(argv: Sequence[str]) -> int:
     """The ``sample`` verb; returns the exit status: 0, or 2 with one message on stderr."""
     parser = _parser()
-    options = parser.parse_intermixed_args(list(argv))
+    options, verified = parser.parse_intermixed_args(list(argv)), False
     try:
         with _progress_line() as progress:
             if options.manifest is not None:
@@ -159,6 +159,7 @@ def main(argv: Sequence[str]) -> int:
                     raise ValueError(
                         f"--manifest FILE takes at most one path, OUT, and the inputs from FILE; got {options.paths}"
                     )
+                verified = "output" in load_manifest(Path(options.manifest))
                 made = rebuild(
                     options.manifest,
                     options.paths[0] if options.paths else None,
@@ -188,7 +189,7 @@ def main(argv: Sequence[str]) -> int:
         return 130
     if "warning" in made:
         print(f"{parser.prog}: warning: {made['warning']}", file=sys.stderr)
-    print(_summary(made, verified=options.manifest is not None and "output" in made))
+    print(_summary(made, verified=verified))
     return 0
 
 

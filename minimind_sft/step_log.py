@@ -68,12 +68,15 @@ class StepLog(Callback):
             return
         speed = self._tokens / self._busy
         self._busy, self._tokens = 0.0, 0
+        terms = dict(result.terms)
+        if plan.replay is not None and not len(plan.epoch(epoch).replay[window]):
+            terms.pop("replay", None)  # of a window that replays nothing, nothing is known
         row = {
             "epoch": epoch_of(trainer, pl_module, result.step),
             "train/loss": result.loss,
             "lr": result.learning_rate,
             "grad_norm": result.grad_norm,
-            **{f"train/{name}": value for name, value in result.terms.items()},
+            **{f"train/{name}": value for name, value in terms.items()},
             **{f"{name}_weight": value for name, value in result.weights.items()},
             "tokens_per_second": round(speed, 1),
             "seconds": round(time.time(), 1),

@@ -16,6 +16,7 @@ from minimind_sft.progress import track
 from minimind_sft.report import rejected
 from minimind_sft.sampling import read_lines
 
+CHATS = ("train", "whole")  # kinds of stores
 Build = Callable[..., None]  # `corpus.build` without the folder and what is the same for all stores of a run
 
 
@@ -48,20 +49,21 @@ class StoreMaker:
         """The store of these files, from the cache or filled now.
 
         Args:
-            kind: what is made of the files; with them, and `more`, it tells stores apart.
+            kind: what is made of the files, one of `CHATS` for chats; with them, and `more`, it tells stores apart.
             fill: calls what it is given with the lines and whatever else `corpus.build` takes.
             more: settings that the store depends on.
         """
+        format = self.format if kind in CHATS else "auto"  # a format of chats says nothing of text
         key = {
             "kind": kind,
             "files": self.hashes(files),
             "tokenizer": self.template.fingerprint,
-            "format": [self.format, self.document_format, *self.supervises],
+            "format": [format, self.document_format, *self.supervises],
             **more,
         }
         common: dict[str, Any] = {
             "template": self.template,
-            "format": self.format,
+            "format": format,
             "document_format": self.document_format,
             "supervise": self.supervise,
             "reasoning": self.supervise_reasoning,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from minimind_sft import hub, overlap
 from minimind_sft.caps import Caps
-from minimind_sft.chat import ChatTemplate
+from minimind_sft.chat import DOCUMENT_FRAMES, ChatTemplate
 from minimind_sft.corpus import Store
 from minimind_sft.dealing import Dealt, deal
 from minimind_sft.documents import TOO_LONG, Documents
@@ -99,7 +99,11 @@ class Stores:
             replay_documents=replay_documents,
             workers=workers,
         )
-        for name, value, known in (("supervise", supervise, SUPERVISE), ("too_long", too_long, TOO_LONG)):
+        for name, value, known in (
+            ("supervise", supervise, SUPERVISE),
+            ("too_long", too_long, TOO_LONG),
+            ("document_format", document_format, tuple(DOCUMENT_FRAMES)),
+        ):
             if value not in known:
                 raise ValueError(f"data.{name} {value!r} is not known; choose one of {', '.join(known)}")
         if val_fraction is not None and val_path is not None:

@@ -46,7 +46,7 @@ def read_prompts(prompts: str | list[str]) -> list[str]:
     """
     if isinstance(prompts, str):
         try:
-            prompts = resolve(prompts).read_text(encoding="utf-8").splitlines()
+            prompts = resolve(prompts).read_text(encoding="utf-8-sig").split("\n")  # as everywhere: no other line ends
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"data.system_prompts: {error}. Name a text file with one prompt a line, or give a list"

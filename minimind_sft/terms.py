@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minimind_sft.batching import MicroBatch
+from minimind_sft.batching import MicroBatch, Replayed
 from minimind_sft.losses import cross_entropy, kl_divergence
 from minimind_sft.model import Transformer
 from minimind_sft.weight_control import adapted
@@ -92,6 +92,24 @@ class Term:
         """Called after a step with the whole window's loss of this term, before the weight, the same on every rank."""
 
 
+def checked(term: Term, method: str, nats: Any) -> Tensor:
+    """What a term's `loss` or `pull` gave.
+
+    Raises:
+        ValueError: it is no tensor of shape ().
+    """
+    if isinstance(nats, Tensor) and not nats.ndim:
+        return nats
+    given = f"a tensor of shape {tuple(nats.shape)}" if isinstance(nats, Tensor) else f"a {type(nats).__name__}"
+    raise ValueError(f"model.terms: {method} of {type(term).__name__} gave {given}; it must give a tensor of shape ()")
+
+
+def _replay_of(batch: MicroBatch, term: Term) -> Replayed:
+    if batch.replay is None:
+        raise ValueError(f"model.terms: {type(term).__name__} needs text to replay; set data.replay_ratio above 0")
+    return batch.replay
+
+
 class ReplayKL(Term):
     """KL(base || model) on the replay text, the mean over its tokens.
 
@@ -121,8 +139,7 @@ class ReplayKL(Term):
         self._base = base if half is None else _with_layers_in(half, base)
 
     def loss(self, model: Transformer, hidden: Tensor, batch: MicroBatch) -> Tensor:
-        replay = batch.replay
-        assert replay is not None
+        replay = _replay_of(batch, self)
         self._window_targets = replay.window_targets
         if not len(replay.targets):
             return hidden.new_zeros((), dtype=torch.float32)
@@ -153,8 +170,7 @@ class ReplayNextToken(Term):
     name = "replay"
 
     def loss(self, model: Transformer, hidden: Tensor, batch: MicroBatch) -> Tensor:
-        replay = batch.replay
-        assert replay is not None
+        replay = _replay_of(batch, self)
         nats = cross_entropy(hidden, batch.batch.labels, replay.targets, model.lm_head.weight)
         return nats / max(1, replay.window_targets)
 

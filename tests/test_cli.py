@@ -517,6 +517,16 @@ def test_a_config_is_found_among_the_shipped_ones_and_said(
     assert find_config(["--config", "sft.yaml"]) == ["--config", "sft.yaml"]
 
 
+def test_wandb_without_a_login_is_told_in_one_line(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(type(wandb.api), "api_key", None)
+    assert "run `wandb login`, set WANDB_API_KEY, or pass --wandb offline" in refused(
+        capsys, "fit", settings, "--wandb=online"
+    )
+
+
 def test_wandb_offline_writes_what_the_real_client_can_read_back(settings: dict[str, Any], tmp_path: Path) -> None:
     assert run("fit", settings, "--wandb=offline") == 0
     wandb.finish()

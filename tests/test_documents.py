@@ -134,5 +134,7 @@ def test_the_tokens_of_a_plan_are_those_of_its_rows_with_their_prompts(tmp_path:
 
 
 def test_prompts_come_from_a_list_or_a_file_with_one_a_line(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("One.\n\n Two. \nOne.\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("\ufeffOne.\r\n\n Two. \nOne.\n", encoding="utf-8")
     assert read_prompts(str(tmp_path / "prompts.txt")) == read_prompts(["One.", "Two.", ""]) == ["One.", "Two."]
+    (tmp_path / "prompts.txt").write_text("A\u2028b\x0bc\x85d\n", encoding="utf-8")
+    assert read_prompts(str(tmp_path / "prompts.txt")) == ["A\u2028b\x0bc\x85d"]

@@ -82,6 +82,15 @@ def test_sharegpt_function_calls_become_tool_calls():
     assert conversation.messages[2]["role"] == "tool" and conversation.tools == [{"name": "add"}]
 
 
+def test_a_system_prompt_beside_the_messages_comes_first_and_a_function_call_is_a_tool_call():
+    for key in ("messages", "conversations"):
+        found = parse(json.dumps({"system": "Be brief.", key: [HI, HELLO]}))
+        assert [message["content"] for message in found.messages] == ["Be brief.", HI["content"], HELLO["content"]]
+    call = {"name": "add", "arguments": '{"a": 1}'}
+    found = parse(json.dumps({"messages": [HI, {"role": "assistant", "content": None, "function_call": call}]}))
+    assert found.messages[1]["tool_calls"] == [call]
+
+
 def test_plain_text_keeps_where_it_comes_from():
     assert parse('{"text": " a\\n", "source": "wiki", "parent": "p1", "n": 1}') == PlainText(" a\n", "wiki", "p1")
     line = '{"text": "a", "source": 3, "parent": {"b": 1, "a": "é"}}'

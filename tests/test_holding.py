@@ -36,7 +36,7 @@ from minimind_sft.priors import EKFAC, EWC, prior_tokens_for
 from minimind_sft.replay import ReplayStream
 from minimind_sft.replay_chat import ChatFrame, ReplayRow
 from minimind_sft.stores import Stores
-from minimind_sft.terms import L2SP, ReplayKL, ReplayNextToken, Term
+from minimind_sft.terms import L2SP, ReplayKL, ReplayNextToken, Term, checked
 from minimind_sft.weight_control import adapted
 from minimind_sft.windows import Plan
 
@@ -246,6 +246,31 @@ class Both(Term):
 
     def pull(self, model: Transformer) -> Tensor:
         return model.lm_head.weight.sum()
+
+
+class Weightless(Term):
+    def __init__(self) -> None:
+        pass
+
+
+class Loss(Term):
+    name = "loss"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [(0.0, "a float"), (torch.zeros(1), r"a tensor of shape \(1,\)"), (None, "a NoneType")]
+)
+def test_a_term_of_one_s_own_must_give_one_number(given: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"model\.terms: loss of Both gave {said}; it must give a tensor of shape"):
+        checked(Both(), "loss", given)
+    assert checked(Both(), "loss", torch.tensor(2.0)) == 2.0
+
+
+def test_terms_without_a_weight_or_with_the_name_of_the_chats_loss_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"model\.terms: Weightless has no weight; let its __init__ call super"):
+        holding_of(more=[Weightless()])
+    with pytest.raises(ValueError, match=r"model\.terms: Loss is named loss"):
+        holding_of(more=[Loss()])
 
 
 def test_terms_that_could_not_be_told_apart_in_the_log_are_refused() -> None:
@@ -513,7 +538,8 @@ def test_the_pull_stands_for_as_much_text_however_many_chats_there_are(
 def test_the_pull_is_the_stronger_the_shorter_the_run(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert [prior_tokens_for(steps) for steps in (1, 80, 160, 320, 5000)] == [16e6, 16e6, 8e6, 4e6, 4e6]
+    assert [prior_tokens_for(steps, 10**6) for steps in (1, 80, 160, 320, 5000)] == [16e6, 16e6, 8e6, 4e6, 4e6]
+    assert prior_tokens_for(1, 414) == prior_tokens_for(5000, 414) == 400 * 414  # few chats
     fit(tmp_path / "run", cache, BASIS, "--model.prior_tokens=auto", "--trainer.max_steps=1")
     assert "as if by 16,000,000 tokens" in capsys.readouterr().out
     fit(tmp_path / "run", cache, BASIS, "--model.prior_tokens=4e6", "--trainer.max_steps=2", ckpt="last")
@@ -689,6 +715,34 @@ def test_replay_in_a_chat_holds_the_chat_mode(
         for run in (held[0], in_chat)
     ]  # fmt: skip
     assert measured[1] < measured[0] - 0.1
+
+
+def test_chats_that_are_validated_on_are_not_replayed_and_a_step_without_replay_has_no_kl(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, set[int], set[int]]] = []
+
+    def watched(module: SFTModule, *step: Any) -> Any:
+        text, validation = module.data.spare_text, module.data.dealt.validation
+        assert text is not None and validation is not None and module.data.plan.replay is not None
+        replayed = module.data.plan.replay.documents
+        hashes = [set(np.asarray(those.store.hashes)[those.index].tolist()) for those in (replayed, validation)]
+        seen.append((len(text), *hashes))
+        return original(module, *step)
+
+    original = SFTModule.training_step
+    monkeypatch.setattr(SFTModule, "training_step", watched)
+    chats = (PROJECT / "data" / "sft_val.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "text.jsonl").write_text("".join(chats[:7]) + '{"text": "One more, which is no chat."}\n')
+    more = [f"--data.pretrain_path={tmp_path}/text.jsonl", f"--data.val_path={PROJECT}/data/sft_val.jsonl"]
+    for in_chat in (0.0, 0.5):
+        rare = ["--data.replay_ratio=0.001", f"--data.replay_in_chat={in_chat}", "--trainer.max_steps=2"]
+        run = tmp_path / f"run{in_chat}"
+        fit(run, cache, *more, *rare)
+        kept, replayed, validated = seen[-1]
+        assert kept == len(replayed) == 1 and not replayed & validated
+        rows = metrics(run)
+        assert "" in [row["train/replay"] for row in rows[1:]]
 
 
 def test_replay_needs_text_and_says_what_to_do(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

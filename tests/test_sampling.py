@@ -603,6 +603,11 @@ def test_command_prints_the_figures_and_returns_0(tmp_path, capsys):
         assert figure in printed.out
     assert main(["--manifest", str(manifest_path(tmp_path / "out.jsonl"))]) == 0
     assert "as in the manifest" in capsys.readouterr().out
+    manifest = json.loads(manifest_path(tmp_path / "out.jsonl").read_text())
+    del manifest["output"]  # as in a run's sample.json
+    (tmp_path / "sample.json").write_text(json.dumps(manifest))
+    assert main(["--manifest", str(tmp_path / "sample.json"), str(tmp_path / "again.jsonl")]) == 0
+    assert "as in the manifest" not in (said := capsys.readouterr().out) and "sha256" in said
 
 
 def test_defaults_are_the_originals_and_null_lifts_the_cap(tmp_path):

@@ -1,6 +1,7 @@
 """From files and settings to what is trained on, validated on and measured on."""
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -114,6 +115,75 @@ def test_a_repeated_chat_is_trained_once_and_names_the_first(settings: dict[str,
     ]
 
 
+def test_of_a_chat_that_stands_there_twice_both_answers_are_learned_where_each_line_teaches_one(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    def line(*train: bool) -> str:
+        turns = [{"role": role, "content": "Yes."} for _ in train for role in ("user", "assistant")]
+        for turn, flag in zip(turns[1::2], train, strict=True):
+            turn["train"] = flag  # type: ignore[assignment]
+        return json.dumps({"messages": turns}) + "\n"
+
+    path = write(tmp_path / "c.jsonl", line(True, False), line(False, True), line(True, False), line(False, True))
+    found = dealt(settings, train_path=path)
+    assert lines_of(found.train) == [1, 2] and found.rejected == {"duplicate": 2}
+    settings["val_path"] = write(tmp_path / "v.jsonl", line(True, True))
+    assert dealt(settings, train_path=path).rejected == {"duplicate": 2, "in_validation": 2}
+
+
+def test_what_the_template_has_no_place_for_is_counted_and_kept_with_the_store(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(settings["tokenizer"], tokenizer)
+    config = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
+    plain = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    plain += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": plain}), encoding="utf-8")
+    (tokenizer / "chat_template.jinja").unlink(missing_ok=True)
+    tools = [{"name": "add"}]
+    path = write(tmp_path / "c.jsonl", chat("a", tools=tools), chat("b", tools=tools), chat("c"))
+    for _ in range(2):  # made, and from the cache
+        found = dealt(settings, train_path=path, tokenizer=str(tokenizer))
+        assert found.train is not None and found.train.store.dropped == {"tools": 2}
+        assert account.dropped(found.train.store).startswith("2 without their tools: the chat template has no place")
+        assert account.sums(found)["dropped_by_template"] == {"tools": 2}
+    found = dealt(settings, train_path=path)
+    assert found.train is not None and account.dropped(found.train.store) == ""
+
+
+def test_the_tokens_of_the_sample_are_counted_up_to_the_length_of_this_run(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "c.jsonl", chat("a", "word " * 50), chat("b"))
+    whole, cut = (account.sums(dealt(settings, train_path=path, max_length=length))["tokens"] for length in (768, 8))
+    assert cut == 16 < whole
+
+
+def test_a_format_of_chats_says_nothing_of_text(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["train_path"] = write(tmp_path / "c.jsonl", chat("a"), text("one"))
+    settings["pretrain_path"] = write(tmp_path / "p.jsonl", text("two"), text("three"))
+    found = dealt(settings, format="minimind")
+    assert lines_of(found.measured) == [1, 2] and lines_of(found.train) == [1] and sum(found.rejected.values()) == 1
+
+
+def test_white_space_around_a_text_does_not_hide_that_it_was_seen(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["train_path"] = write(tmp_path / "c.jsonl", chat("a"))
+    settings["pretrain_path"] = write(tmp_path / "p.jsonl", text(" seen\n"), text("other"))
+    settings["heldout_path"] = write(tmp_path / "h.jsonl", text("new"), text("seen"))
+    assert lines_of(dealt(settings).measured) == [1]
+    replayed = stores(settings).open(train=True, replay=True).replay
+    assert replayed is not None and np.asarray(replayed.line_numbers).tolist() == [2]
+
+
+def test_text_without_a_usable_line_is_told_by_file_and_line(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["train_path"] = write(tmp_path / "c.jsonl", chat("a"))
+    settings["pretrain_path"] = write(tmp_path / "p.jsonl", '{"content": "one"}\n')
+    settings["heldout_path"] = write(tmp_path / "h.jsonl", text("new"))
+    with pytest.raises(ValueError, match=r"data\.pretrain_path: 1 of 1 lines .*p\.jsonl:1: keys are content"):
+        stores(settings, max_bad_ratio=0.01).open(train=True, replay=True)
+
+
 def test_chats_that_are_validated_on_leave_training(settings: dict[str, Any], tmp_path: Path) -> None:
     settings["train_path"] = write(tmp_path / "c.jsonl", chat("a"), chat("b"), chat("c"))
     settings["val_path"] = write(tmp_path / "v.jsonl", chat("b"), chat("d"))
@@ -172,6 +242,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], tmp_p
         ({"max_tokens": 3}, "the first document has more"),
         ({"too_long": "cut"}, "data.too_long 'cut' is not known"),
         ({"supervise": "first"}, "data.supervise 'first' is not known"),
+        ({"document_format": "qwen"}, "data.document_format 'qwen' is not known; choose one of minimind3, .*qwen3"),
         ({"system_prompts": []}, "data.system_prompts holds no prompt"),
         ({"system_prompts": "nowhere.txt"}, "data.system_prompts: .*nowhere.txt"),
     ):
