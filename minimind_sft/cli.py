@@ -171,6 +171,8 @@ class SFTCLI(LightningCLI):
                 )
         plugins = given.pop("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
+        if self.subcommand == "fit" and given["max_epochs"] is None and given["max_steps"] == -1:  # 1,000 to Lightning
+            raise ValueError("the run has no end: set trainer.max_epochs or trainer.max_steps")
         given |= pin_device(settings["device"], given["accelerator"], given["devices"])
         precision = resolve_precision(settings["precision"], given["accelerator"], given["devices"])
         return Trainer(

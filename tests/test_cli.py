@@ -218,6 +218,12 @@ def test_validate_and_predict_read_a_checkpoint(
     assert rows[0]["reference"] == "Hello there." and rows[0]["where"].endswith("val.jsonl:1")
 
 
+@pytest.mark.parametrize("epochs", ["null", -1])
+def test_a_run_needs_an_end(settings: dict[str, Any], epochs: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "fit", settings | {"trainer.max_epochs": epochs, "trainer.max_steps": -1})
+    assert "the run has no end: set trainer.max_epochs or trainer.max_steps" in said
+
+
 def test_validating_needs_something_to_validate_on(
     settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,7 +244,7 @@ def test_data_that_look_like_a_mistake_are_told_on_the_first_screen(
     for name, more in (
         ("plain", {}),
         ("chats as text", {"data.heldout_path": train, "data.train_path": val, "data.val_path": text}),
-        ("chats to replay", {"data.pretrain_path": val, "data.replay_ratio": 0.5}),
+        ("chats to replay", {"data.pretrain_path": train, "data.replay_ratio": 0.5}),
         ("text as chats", {"data.train_path": text, "data.heldout_path": "null", "data.own_documents": 4}),
     ):
         options = ["--overwrite", "--data.max_overlap=1", "--model.hidden_size=null", "--model.num_hidden_layers=null"]
