@@ -305,7 +305,7 @@ def test_an_interrupt_before_training_is_told_and_is_130(
     assert capsys.readouterr().err.endswith("minimind_sft: interrupted\n")
 
 
-@pytest.mark.parametrize(("width", "peak"), [(16, 1e-3), (512, 5e-4)])
+@pytest.mark.parametrize(("width", "peak"), [(16, 1e-3), (1024, 5e-4)])
 def test_the_peak_of_the_learning_rate_may_follow_from_the_width(
     settings: dict[str, Any], capsys: pytest.CaptureFixture[str], width: int, peak: float
 ) -> None:
