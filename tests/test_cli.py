@@ -311,7 +311,7 @@ def test_the_peak_of_the_learning_rate_may_follow_from_the_width(
 ) -> None:
     changed = settings | {"model.hidden_size": width, "trainer.max_steps": 1, "model.min_lr_ratio": 1.0}
     assert run("fit", changed, "--model.learning_rate=auto") == 0
-    assert f"{peak:g} at its peak, for {width} channels" in capsys.readouterr().out
+    assert f"{peak:g} at its peak, for {width:,} channels" in capsys.readouterr().out
     (row,) = [row for row in read_metrics(settings["run_dir"] / "metrics.csv") if "lr" in row]
     assert row["lr"] == pytest.approx(peak)
 
