@@ -20,7 +20,7 @@ from torch import Tensor
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 DATA = (".jsonl", ".json", ".parquet", ".csv", ".txt", ".gz", ".zst")
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OURS = "minimind_sft"  # what a run notes in its checkpoints
 LISTED = 20  # things spelled out in one error; the rest are counted
 

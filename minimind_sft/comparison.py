@@ -124,9 +124,7 @@ def compare(
         train_path=[],
         tokenizer=str(find_tokenizer(base, tuned, tokenizer)),
         measure_documents=documents,
-        document_format=fed.document_format,
-        supervise=fed.supervise,
-        supervise_reasoning=fed.supervise_reasoning,
+        **fed.of_stores,
         max_bad_ratio=max_bad_ratio,
         cache_dir=cache_dir,
     )

@@ -87,16 +87,13 @@ def halves(text: str) -> tuple[str, str]:
 
 def _without_frame(text: str, template: ChatTemplate, document_format: str) -> tuple[list[int], str]:
     """The ids that pretraining put before a document, and the text without any frame."""
-    controls = {token.content: id for id, token in template.tokenizer.get_added_tokens_decoder().items()}
-    lead = DOCUMENT_FRAMES[document_format][0]
+    first = None
     if document_format == "minimind2":  # the markers are in the text
+        controls = {token.content: id for id, token in template.tokenizer.get_added_tokens_decoder().items()}
         lead = next((token for token in controls if text.startswith(token)), "")
         tail = next((token for token in controls if text.endswith(token)), "")
-        text = text.removeprefix(lead).removesuffix(tail)
-    if not lead:
-        return [], text
-    first = controls.get(lead)
-    if first is None:  # text by the base, which wrote it behind another token
+        text, first = text.removeprefix(lead).removesuffix(tail), controls.get(lead)
+    elif DOCUMENT_FRAMES[document_format][0]:  # text by the base may stand behind another token
         first = template.opening_id(document_format, template.vocab_size)
     return [] if first is None else [first], text
 

@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader
 
 from minimind_sft.batching import MicroBatch
 from minimind_sft.corpus import Store
-from minimind_sft.dealing import IN_VALIDATION, leave_out_those_of
 from minimind_sft.documents import Documents
 from minimind_sft.evaluation import EvaluationBatches, bytes_of_tokens, drawn, prompts
 from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
 from minimind_sft.loading import MicroBatches, Positions, loader
+from minimind_sft.origins import replays_own
 from minimind_sft.pretraining_text import SELF_WRITTEN
 from minimind_sft.ranges import check_ranges
 from minimind_sft.replay import ReplayStream
@@ -161,7 +161,7 @@ class SFTDataModule(LightningDataModule):
         self.replay_length, self.replay_in_chat = replay_length, replay_in_chat
         self.own_documents, self.own_chats = own_documents, own_chats
         self.replay_ratio, self.replay_documents = replay_ratio, replay_documents
-        self.replays_own = replay_source == "self" or replay_source == "auto" and pretrain_path is None
+        self.replays_own = replays_own(replay_source, pretrain_path)
         self.stores = Stores(
             train_path=train_path,
             tokenizer=tokenizer,
@@ -287,9 +287,7 @@ class SFTDataModule(LightningDataModule):
             )
         if stage == "fit":
             assert self.dealt.train is not None
-            self.spare_text = None if opened.replay is None else Documents(opened.replay, max_length=self.max_length)
-            if self.spare_text is not None and self.dealt.validation is not None:  # chats among the text, say
-                leave_out_those_of(self.dealt.validation, self.spare_text, IN_VALIDATION)
+            self.spare_text = self.dealt.replay
             self.plan = Plan(
                 self.dealt.train,
                 batch_size=self.batch_size,

@@ -1,4 +1,4 @@
-"""Who gets which document: training, validation or measuring, by content and never two of them.
+"""Who gets which document: training, validation, measuring or replay, by content and never two of them.
 
 Equal documents are found by the hash of their tokens (`Store.hashes`): a conversation that stands in the files twice is
 trained once, and one that is validated or measured on leaves training. Shares are drawn by hash as well, so a document
@@ -31,6 +31,7 @@ class Dealt(NamedTuple):
     train: Documents | None
     validation: Documents | None
     measured: Documents | None
+    replay: Documents | None = None  # text to replay and to read
 
     @property
     def rejected(self) -> dict[str, int]:
@@ -86,6 +87,7 @@ def deal(
     train: Store | None,
     validation: Store | None,
     measured: Store | None,
+    replay: Store | None = None,
     *,
     max_length: int,
     too_long: str = "truncate_right",
@@ -95,8 +97,8 @@ def deal(
     """Deal the documents.
 
     Args:
-        train, validation, measured: the stores, None where there is none.
-        max_length, too_long: see `Documents`; measured text is always cut on the right.
+        train, validation, measured, replay: the stores, None where there is none; nothing in `replay` is measured.
+        max_length, too_long: see `Documents`; measured and replayed text is always cut on the right.
         val_fraction: share of the training documents, by content hash, to validate on; None for none.
         prompts: system prompts for training.
 
@@ -109,26 +111,28 @@ def deal(
         if store is not None
     }
     if IN_VALIDATION in looked_at and IN_MEASURED in looked_at:
-        leave_out_those_of(looked_at[IN_MEASURED], looked_at[IN_VALIDATION], IN_MEASURED)
-    if train is None:
-        return Dealt(None, looked_at.get(IN_VALIDATION), looked_at.get(IN_MEASURED))
-    pool = Documents(train, max_length=max_length, too_long=too_long, prompts=prompts)
-    pool.leave_out(DUPLICATE, _repeated(pool))
-    for reason, documents in looked_at.items():
-        leave_out_those_of(documents, pool, reason)
-    if val_fraction is not None:
+        _leave_out_those_of(looked_at[IN_MEASURED], looked_at[IN_VALIDATION], IN_MEASURED)
+    pool = None if train is None else Documents(train, max_length=max_length, too_long=too_long, prompts=prompts)
+    if pool is not None:
+        pool.leave_out(DUPLICATE, _repeated(pool))
+        for reason, documents in looked_at.items():
+            _leave_out_those_of(documents, pool, reason)
+    if pool is not None and val_fraction is not None:
         chosen = _hashes(pool) < np.uint64(val_fraction * 2.0**64)
         if not chosen.any():
             raise ValueError(
                 f"data.val_fraction {val_fraction:g} of {len(pool)} chats is none; raise it, or set data.val_path"
             )
         numbers = pool.index[chosen]
-        looked_at[IN_VALIDATION] = Documents(train, max_length=max_length, too_long=too_long, numbers=numbers)
+        looked_at[IN_VALIDATION] = Documents(pool.store, max_length=max_length, too_long=too_long, numbers=numbers)
         pool.leave_out(VALIDATION, chosen)
-    return Dealt(pool, looked_at.get(IN_VALIDATION), looked_at.get(IN_MEASURED))
+    spare = None if replay is None else Documents(replay, max_length=max_length)
+    if spare is not None and IN_VALIDATION in looked_at:  # chats may stand among the text
+        _leave_out_those_of(looked_at[IN_VALIDATION], spare, IN_VALIDATION)
+    return Dealt(pool, looked_at.get(IN_VALIDATION), looked_at.get(IN_MEASURED), spare)
 
 
-def leave_out_those_of(theirs: Documents, ours: Documents, reason: str) -> None:
+def _leave_out_those_of(theirs: Documents, ours: Documents, reason: str) -> None:
     """Leave out of ours, under a reason, what also stands in theirs: in the whole of a store that is theirs alone."""
     hashes = _hashes(theirs) if theirs.of_a_part else np.asarray(theirs.store.hashes)
     ours.leave_out(reason, np.isin(_hashes(ours), hashes))

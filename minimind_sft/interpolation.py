@@ -143,9 +143,7 @@ def _run(options: argparse.Namespace, alphas: Sequence[float], argv: Sequence[st
         heldout_path=options.heldout_path,
         pretrain_path=None if options.heldout_path else options.pretrain_path,
         measure_documents=options.documents,
-        document_format=fed.document_format,
-        supervise=fed.supervise,
-        supervise_reasoning=fed.supervise_reasoning,
+        **fed.of_stores,
         max_bad_ratio=options.max_bad_ratio,
         cache_dir=options.cache_dir,
     )

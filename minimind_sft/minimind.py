@@ -10,13 +10,11 @@ from pathlib import Path
 
 import torch
 
-from minimind_sft.checkpoint_files import EMBEDDING, listing
+from minimind_sft.checkpoint_files import EMBEDDING, HEAD, listing
 from minimind_sft.files import sync_folder
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 from minimind_sft.rotary import MINIMIND_YARN
-
-HEAD = "lm_head.weight"
 
 
 def export_minimind(model: Transformer, path: str | Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +34,29 @@ class Origin:
     path: Path
     run_dir: Path | None
 
-    def setting(self, section: str, key: str) -> Any:
-        """A setting of the run, as its `config.yaml` has it; None where there is none."""
+    @cached_property
+    def _config(self) -> Any:
+        """What the run's `config.yaml` holds, read once; None where it cannot be read."""
         if self.run_dir is None:
             return None
         try:
-            config = yaml.safe_load((self.run_dir / "config.yaml").read_text(encoding="utf-8"))
-            return config[section].get(key)
-        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+            return yaml.safe_load((self.run_dir / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return None
+
+    def setting(self, section: str, key: str) -> Any:
+        """A setting of the run, as its `config.yaml` has it; None where there is none."""
+        try:
+            return self._config[section].get(key)
+        except (KeyError, TypeError, AttributeError):
             return None  # a record that was edited by hand is no reason to refuse weights
 
     @property
     def replays(self) -> bool:
         """Whether the run replayed, or read, pretraining text from files."""
-        source = self.setting("data", "replay_source")
-        by_the_base = source == "self" or source == "auto" and self.setting("data", "pretrain_path") is None
         reads = self.setting("data", "replay_ratio") or self.setting("model", "fisher_tokens")
-        return bool(reads) and not by_the_base
+        own = replays_own(self.setting("data", "replay_source"), self.setting("data", "pretrain_path"))
+        return bool(reads) and not own
 
     @property
     def base_sha256(self) -> str | None:
@@ -96,6 +103,11 @@ class Origin:
                 "is with --tokenizer FOLDER"
             )
         return tokenizer_beside(self.path)
+
+
+def replays_own(replay_source: str | None, pretrain_path: Any) -> bool:
+    """Whether a run with these settings of `data` replays, or reads, text that the base writes."""
+    return replay_source == "self" or replay_source == "auto" and pretrain_path is None
 
 
 def tokenizer_beside(path: Path) -> Path | None:

@@ -40,6 +40,12 @@ class Fed(NamedTuple):
     empty_think_ratio: float = 0.2
     seed: int = 42
 
+    @property
+    def of_stores(self) -> dict[str, Any]:
+        """Those of them that tokenized data depends on, for `Stores`."""
+        names = ("document_format", "supervise", "supervise_reasoning")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class Pair:

@@ -15,7 +15,7 @@ def peak_for(width: int) -> float:
     proportion to 1 / sqrt(width) beyond, which is 7.1e-4 at MiniMind's 512.
 
     In proportion to 1 / width, as muP has it for a model's matrices (arXiv 2203.03466), it was too low: at 512 channels
-    7e-4 learned more than 5e-4 and forgot less.
+    7e-4 learned more than 5e-4 and forgot no more.
     """
     return HIGHEST * min(1.0, math.sqrt(REFERENCE_WIDTH / width))
 

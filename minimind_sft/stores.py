@@ -157,9 +157,9 @@ class Stores:
         return Opened(chats, validation, measured, self.text.replayed(halve=halve) if replay else None)
 
     def documents(self, opened: Opened) -> Dealt:
-        """What is trained on, validated on and measured on, no document in two of them; see `deal`."""
+        """What is trained on, validated on, measured on and replayed, no document in two of them; see `deal`."""
         return deal(
-            *opened[:3],
+            *opened[:4],
             max_length=self.max_length,
             too_long=self.too_long,
             val_fraction=self.val_fraction,

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from minimind_sft import huggingface
-from minimind_sft.checkpoint_files import EMBEDDING, find_file, listing, read, sha256_files
-from minimind_sft.minimind import HEAD
+from minimind_sft.checkpoint_files import EMBEDDING, HEAD, find_file, listing, read, sha256_files
 from minimind_sft.minimind import export_minimind as export_minimind
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig, stretched
@@ -95,7 +94,7 @@ def load(
         ValueError: naming the file and what is wrong with it: missing, empty, truncated, not a checkpoint, holding
             code, or tensors that are not a model's (all of them listed).
     """
-    path = huggingface.folder_of(find_origin(source).path)
+    path = _meant(find_origin(source).path)
     choices = {
         "family": family,
         "num_attention_heads": num_attention_heads,
@@ -104,8 +103,6 @@ def load(
         "rope_theta": rope_theta,
         "rms_norm_eps": rms_norm_eps,
     }
-    if not huggingface.is_folder(path):
-        path = find_file(path)
     tensors, config, defaults, files = _open(path, choices)
     if inference_rope_scaling:
         config = stretched(config)
@@ -132,8 +129,7 @@ def config_of(path: Path, choices: Mapping[str, Any]) -> ModelConfig:
         path: as `source` of `load`.
         choices: `load`'s arguments of the same names, without `inference_rope_scaling`.
     """
-    path = huggingface.folder_of(path)
-    return _open(path if huggingface.is_folder(path) else find_file(path), choices)[1]
+    return _open(_meant(path), choices)[1]
 
 
 def build(loaded: Loaded) -> Transformer:
@@ -193,6 +189,12 @@ def check_vocab(tokenizer_vocab_size: int, config: ModelConfig, *, key: str, res
             f"the tokenizer has {tokenizer_vocab_size} tokens but the model's vocabulary is {config.vocab_size}; "
             f"point {key} at the tokenizer that the weights were pretrained with{other}"
         )
+
+
+def _meant(path: Path) -> Path:
+    """A Hugging Face folder, also where its weights' file is named, or else the one file that is meant."""
+    path = huggingface.folder_of(path)
+    return path if huggingface.is_folder(path) else find_file(path)
 
 
 def _open(
