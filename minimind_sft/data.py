@@ -77,7 +77,7 @@ class SFTDataModule(LightningDataModule):
         shuffle: train in a new order every epoch; else in the order of the sample, every time.
         max_bad_ratio: refuse to start when more than this share of the lines cannot be used.
         max_overlap: refuse held-out documents that share more than this share of their 50-character shingles with the
-            training chats.
+            training chats, and do not replay a document that shares more with one that is measured on; 1 allows all.
         measure_documents: documents of pretraining text to measure on, chosen by content hash; where it is replayed as
             well, no more than half of them.
         own_documents: without `pretrain_path` and `heldout_path`, measure forgetting on this many documents that the

@@ -93,6 +93,7 @@ def deal(
     too_long: str = "truncate_right",
     val_fraction: float | None = None,
     prompts: SystemPrompts | None = None,
+    repeats: np.ndarray | None = None,
 ) -> Dealt:
     """Deal the documents.
 
@@ -101,6 +102,7 @@ def deal(
         max_length, too_long: see `Documents`; measured and replayed text is always cut on the right.
         val_fraction: share of the training documents, by content hash, to validate on; None for none.
         prompts: system prompts for training.
+        repeats: (D,) bool, which of the D documents of `replay` are too like measured ones to be replayed.
 
     Raises:
         ValueError: nothing falls to validation; with `too_long` error, something is.
@@ -127,6 +129,8 @@ def deal(
         looked_at[IN_VALIDATION] = Documents(pool.store, max_length=max_length, too_long=too_long, numbers=numbers)
         pool.leave_out(VALIDATION, chosen)
     spare = None if replay is None else Documents(replay, max_length=max_length)
+    if spare is not None and repeats is not None:
+        spare.leave_out(IN_MEASURED, repeats[spare.index])
     if spare is not None and IN_VALIDATION in looked_at:  # chats may stand among the text
         _leave_out_those_of(looked_at[IN_VALIDATION], spare, IN_VALIDATION)
     return Dealt(pool, looked_at.get(IN_VALIDATION), looked_at.get(IN_MEASURED), spare)

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from minimind_sft import account, report
 from minimind_sft.caps import RULE_OF_THUMB
 from minimind_sft.checkpoints import Checkpoints
+from minimind_sft.dealing import IN_MEASURED
 from minimind_sft.evaluation import evaluation_tokens
 from minimind_sft.files import write_whole
 from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
@@ -193,13 +194,20 @@ def _data_rows(data: SFTDataModule, pl_module: SFTModule) -> list[tuple[str, str
     for name, (what, known) in told.items():
         if name in data.evaluation:
             found = data.evaluation[name]
-            rows.append((what, f"{len(found):,} documents{known}; rejected: {report.rejected(found.rejected)}"))
+            also = found.store.meta["note"].get("in_pretrain", 0)
+            rejected = f"rejected: {report.rejected(found.rejected)}{_also_seen(also)}"
+            rows.append((what, f"{len(found):,} documents{known}; {rejected}"))
     if pl_module.from_scratch:
         return rows
     rows += _doubts(data, pl_module)
     if data.own_chats == "auto" and OWN_CHATS not in data.evaluation:
         rows.append(("chats to keep", "none: the base is no chat model (a number as data.own_chats measures anyway)"))
     return rows
+
+
+def _also_seen(count: int) -> str:
+    more = "1 more stands" if count == 1 else f"{count:,} more stand"
+    return f"; {more} in data.pretrain_path, too: not measured on" if count else ""
 
 
 def _silent_rows(data: SFTDataModule) -> list[tuple[str, str]]:
@@ -244,8 +252,8 @@ def _holding(data: SFTDataModule, pl_module: SFTModule) -> str:
         pieces = f" in pieces of {data.replay_length}" if data.replay_length else ""
         said.append(
             f"replay of {tokens:,.0f} tokens of {text} a step ({data.replay_ratio:g} of the chats'; "
-            f"{len(replay.documents):,} documents{pieces}, none of them measured), {holding.replay_loss} loss of "
-            f"weight {holding.replay_weight:g}"
+            f"{len(replay.documents):,} documents{pieces}, none of them measured{_near(data)}), "
+            f"{holding.replay_loss} loss of weight {holding.replay_weight:g}"
             + (f", {data.replay_in_chat:.0%} of it in a chat" if data.replay_in_chat else "")
             + (f", which follows a target of {holding.replay_target:g} nats" if holding.replay_target else "")
         )
@@ -262,6 +270,13 @@ def _holding(data: SFTDataModule, pl_module: SFTModule) -> str:
         said.append(f"AdamW's moments in a basis read from {tokens:,} tokens of such text")
     said += [f"frozen: {', '.join(pl_module.frozen)}"] if pl_module.frozen else []
     return "; ".join(said) or "by nothing but the little data"
+
+
+def _near(data: SFTDataModule) -> str:
+    """What is not replayed because it is too like what is measured."""
+    assert data.spare_text is not None
+    near = len(data.spare_text.left_out.get(IN_MEASURED, ()))
+    return f", without {near:,} that repeat measured text" if near else ""
 
 
 def _text_line(text: float, chat: float | None, pl_module: SFTModule, data: SFTDataModule) -> str:

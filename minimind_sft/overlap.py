@@ -1,8 +1,8 @@
-"""How much of a held-out document the training chats already contain.
+"""How much of the text that forgetting is measured on stands elsewhere: in the training chats, in the text to replay.
 
-Forgetting measured on text that the chats repeat would look like memory. Text is compared by its 50-character
-shingles, without white space: the share of a document's shingles that occur anywhere in the chats. Hashing is
-vectorised: 40 M characters (a 72 MB sample) take a few seconds, and the result is cached.
+Forgetting measured on text that the chats repeat, or that is replayed almost word for word, would look like memory.
+Text is compared by its 50-character shingles, without white space. Hashing is vectorised: 40 M characters (a 72 MB
+sample, or 20,000 documents to replay) take some seconds, and the result is cached.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from minimind_sft.corpus import Store
+from minimind_sft.progress import track
 
 WIDTH = 50
 _FILTER_BITS = 24
@@ -47,37 +48,89 @@ def _power(exponent: int) -> np.uint64:
     return np.uint64(pow(0x9E3779B97F4A7C15, exponent, 1 << 64))
 
 
+class _Shingles:
+    """Where the shingles of some texts occur in others.
+
+    Attributes:
+        own: of each text its shingles, each once.
+        distinct: (S,) the shingles of all of them, sorted.
+        owner: (S,) the first text that holds each one.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.own = [np.unique(shingles(text)) for text in texts]
+        everything = np.concatenate([np.zeros(0, np.uint64), *self.own])
+        self.distinct, first = np.unique(everything, return_index=True)
+        self.owner = np.repeat(np.arange(len(self.own)), [len(own) for own in self.own])[first]
+        self._shift = np.uint64(64 - _FILTER_BITS)
+        self._may_occur = np.zeros(1 << _FILTER_BITS, bool)  # a cheap first look: most shingles of others fail it
+        self._may_occur[self.distinct >> self._shift] = True
+
+    def places(self, hashes: np.ndarray) -> np.ndarray:
+        """Places in `distinct` of those of the hashes that stand there."""
+        hashes = hashes[self._may_occur[hashes >> self._shift]]
+        if not len(hashes):
+            return np.zeros(0, np.int64)
+        places = np.searchsorted(self.distinct, hashes).clip(max=len(self.distinct) - 1)
+        return places[self.distinct[places] == hashes]
+
+
 def shares(held_out: Iterable[str], chats: Iterable[str]) -> list[float]:
     """Share of each held-out document's shingles that occur in the chats, in [0, 1]; 0 for a document without one."""
-    per_document = [np.unique(shingles(text)) for text in held_out]
-    wanted = np.unique(np.concatenate(per_document)) if per_document else np.zeros(0, np.uint64)
-    shift = np.uint64(64 - _FILTER_BITS)
-    may_occur = np.zeros(1 << _FILTER_BITS, bool)  # a cheap first look: most shingles of the chats fail it
-    may_occur[wanted >> shift] = True
-    found = np.zeros(len(wanted), bool)
+    wanted = _Shingles(held_out)
+    found = np.zeros(len(wanted.distinct), bool)
     for text in chats:
+        found[wanted.places(shingles(text))] = True
+    return [float(found[np.searchsorted(wanted.distinct, own)].mean()) if len(own) else 0.0 for own in wanted.own]
+
+
+def likeness(pool: Iterable[str], measured: Iterable[str]) -> list[float]:
+    """How much of each document of the pool is measured text, or of a measured document it holds, in [0, 1].
+
+    That is the larger of the share of its shingles that occur in any measured document, and of one measured document's
+    shingles that occur in it: a copy that something was added to is one as well.
+    """
+    wanted = _Shingles(measured)
+    sizes = np.array([max(1, len(own)) for own in wanted.own])
+    result = []
+    for text in pool:
         hashes = shingles(text)
-        hashes = hashes[may_occur[hashes >> shift]]
-        if len(hashes):
-            place = np.searchsorted(wanted, hashes).clip(max=len(wanted) - 1)
-            found[place[wanted[place] == hashes]] = True
-    return [float(found[np.searchsorted(wanted, own)].mean()) if len(own) else 0.0 for own in per_document]
+        places = wanted.places(hashes)
+        held = np.bincount(wanted.owner[np.unique(places)], minlength=len(sizes)) / sizes
+        result.append(max(len(places) / len(hashes), float(held.max())) if len(places) else 0.0)
+    return result
 
 
-def cached_shares(
-    cache: Path,
-    names: list[str],
-    held_out: Callable[[], Iterable[str]],
-    chats: Callable[[], Iterable[str]],
-) -> list[float]:
-    """`shares`, remembered in the cache folder under the names of the two stores."""
-    path = cache / f"overlap-{hashlib.sha256(json.dumps([WIDTH, names]).encode()).hexdigest()[:24]}.json"
+def _cached(cache: Path, what: str, first: Store, second: Store, compute: Callable[[], list[float]]) -> list[float]:
+    """Numbers about two stores, remembered in the cache folder under their names."""
+    names = [WIDTH, second.folder.name, first.folder.name]
+    path = cache / f"{what}-{hashlib.sha256(json.dumps(names).encode()).hexdigest()[:24]}.json"
     if not path.is_file():
-        result = shares(held_out(), chats())
+        result = compute()
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(result), encoding="utf-8")
         os.replace(temporary, path)
     return list(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _texts(
+    store: Store, decode: Callable[[list[int]], str], progress: Callable[[int], None] = lambda done: None
+) -> Iterator[str]:
+    for number in range(len(store)):
+        yield decode(store.document(number)[0].tolist())
+        progress(number + 1)
+
+
+def near_copies(
+    cache: Path, pool: Store, measured: Store, decode: Callable[[list[int]], str], *, most: float
+) -> np.ndarray:
+    """(D,) bool: which documents of a pool of D are more than `most` like the measured ones; see `likeness`."""
+
+    def compute() -> list[float]:
+        with track("comparing the text to replay with the measured one", total=len(pool)) as progress:
+            return likeness(_texts(pool, decode, progress), _texts(measured, decode))
+
+    return np.array(_cached(cache, "likeness", pool, measured, compute)) > most
 
 
 def refuse(cache: Path, held_out: Store, chats: Store, decode: Callable[[list[int]], str], *, most: float) -> None:
@@ -86,11 +139,8 @@ def refuse(cache: Path, held_out: Store, chats: Store, decode: Callable[[list[in
     Raises:
         ValueError: with the worst of them.
     """
-    found = cached_shares(
-        cache,
-        [chats.folder.name, held_out.folder.name],
-        held_out=lambda: (decode(held_out.document(i)[0].tolist()) for i in range(len(held_out))),
-        chats=lambda: (decode(chats.document(i)[0].tolist()) for i in range(len(chats))),
+    found = _cached(
+        cache, "overlap", held_out, chats, lambda: shares(_texts(held_out, decode), _texts(chats, decode))
     )
     over = [i for i, share in enumerate(found) if share > most]
     if over:

@@ -86,8 +86,9 @@ class ReplayStream:
             )
         if not len(documents):
             raise ValueError(
-                "there is no text to replay: every document of data.pretrain_path is measured or validated on. Give "
-                "more text, lower data.measure_documents, or set data.replay_ratio to 0"
+                "there is no text to replay: every document of data.pretrain_path is measured or validated on, or more "
+                "like such text than data.max_overlap allows. Give more text, lower data.measure_documents, or set "
+                "data.replay_ratio to 0"
             )
         self.documents, self.ratio, self.seed, self.frame = documents, ratio, seed, frame
         self._pieces = Pieces.of(documents.sizes(np.ones(len(documents), bool))[0], piece_length)

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from minimind_sft import hub, overlap
 from minimind_sft.caps import Caps
 from minimind_sft.chat import DOCUMENT_FRAMES, ChatTemplate
@@ -39,6 +41,7 @@ class Opened(NamedTuple):
     measured: Store | None  # text that forgetting is measured on
     replay: Store | None = None  # text of pretraining, none of it measured
     own_chats: Store | None = None  # chats that the base wrote; files have none
+    repeats: np.ndarray | None = None  # (D,) bool: which of `replay` repeat measured text nearly word for word
 
 
 class Stores:
@@ -154,7 +157,12 @@ class Stores:
         measured = self.text.measured(halve=halve)
         if self.text.kind == UNSEEN and self.max_overlap < 1 and chats is not None and measured is not None:
             overlap.refuse(self.cache, measured, chats, self.template.decode, most=self.max_overlap)
-        return Opened(chats, validation, measured, self.text.replayed(halve=halve) if replay else None)
+        if not replay:
+            return Opened(chats, validation, measured)
+        spare, repeats = self.text.replayed(halve=halve), None
+        if measured is not None and self.max_overlap < 1:
+            repeats = overlap.near_copies(self.cache, spare, measured, self.template.decode, most=self.max_overlap)
+        return Opened(chats, validation, measured, spare, repeats=repeats)
 
     def documents(self, opened: Opened) -> Dealt:
         """What is trained on, validated on, measured on and replayed, no document in two of them; see `deal`."""
@@ -164,6 +172,7 @@ class Stores:
             too_long=self.too_long,
             val_fraction=self.val_fraction,
             prompts=self.prompts,
+            repeats=opened.repeats,
         )
 
     def train_store(self) -> Store:

@@ -467,6 +467,23 @@ def state(run_dir: Path) -> dict[str, Any]:
 REPLAY, BASIS, PULL = "--data.replay_ratio=0.5", "--model.fisher_tokens=1200", "--model.prior_tokens=4e7"
 
 
+def test_the_first_screen_says_what_held_out_and_replayed_text_share(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (PROJECT / "data" / "pretrain.jsonl").read_text(encoding="utf-8").splitlines()
+    longest = sorted((json.loads(line)["text"] for line in lines), key=len)[-3:]
+    held_out = tmp_path / "heldout.jsonl"
+    texts = [longest[0], "Said elsewhere: " + longest[1], "This stands nowhere else, and nothing in it does."]
+    held_out.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    fit(
+        tmp_path / "run", cache, REPLAY, f"--data.heldout_path={held_out}", "--data.max_overlap=0.5",
+        "--data.replay_documents=20000", "--trainer.max_steps=1",
+    )  # fmt: skip
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 documents, unseen by the base; rejected: none; 1 more stands in data.pretrain_path, too: not" in said
+    assert re.search(r"documents, none of them measured, without [1-9]\d* that repeat measured text\)", said)
+
+
 @pytest.fixture(scope="module")
 def held(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, str]]]:
     run_dir = tmp_path_factory.mktemp("held") / "run"

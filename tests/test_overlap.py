@@ -1,9 +1,9 @@
-"""Shared text between held-out documents and chats."""
+"""Text that held-out documents share with chats, and with what is replayed."""
 
 import numpy as np
 import pytest
 
-from minimind_sft.overlap import WIDTH, shares, shingles
+from minimind_sft.overlap import WIDTH, likeness, shares, shingles
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 
@@ -37,3 +37,11 @@ def test_white_space_does_not_hide_a_copy_and_short_documents_share_nothing() ->
     spaced = " ".join(document[start : start + 7] for start in range(0, 120, 7))
     assert shares([document], [spaced]) == [1.0]
     assert shares(["short"], ["short"]) == [0.0]
+
+
+def test_a_copy_is_found_though_something_was_added_or_only_a_part_was_copied() -> None:
+    measured = [text(7, 149), text(8, 149)]  # 100 shingles each
+    added = text(9, 2000) + measured[1] + text(10, 2000)
+    part = measured[0][:74] + text(11, 75)  # 25 of its 100 shingles
+    assert likeness([added, part, text(12, 500), "short"], measured) == [1.0, pytest.approx(0.25), 0.0, 0.0]
+    assert likeness(["anything"], []) == [0.0]

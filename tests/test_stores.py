@@ -192,6 +192,34 @@ def test_chats_that_are_validated_on_leave_training(settings: dict[str, Any], tm
     assert [row["detail"] for row in found.rejections()] == [f"the same as {tmp_path / 'v.jsonl'}:1"]
 
 
+@pytest.mark.parametrize("held_out", [True, False])
+def test_near_copies_of_measured_text_are_not_replayed(
+    settings: dict[str, Any], tmp_path: Path, held_out: bool
+) -> None:
+    def words(start: int, count: int = 60) -> str:
+        return " ".join(str(number * 7919 % 100003) for number in range(start, start + count))
+
+    lines = [text(words(100)), text(words(200)), text(words(100, 59) + " changed"), text(words(300))]
+    settings |= {"train_path": write(tmp_path / "c.jsonl", chat("a")), "measure_documents": 1}
+    if held_out:
+        settings["heldout_path"] = write(tmp_path / "h.jsonl", text("Copied from elsewhere: " + words(100)))
+        settings["pretrain_path"] = write(tmp_path / "p.jsonl", *lines)
+    else:  # the smallest hash is measured on
+        settings["pretrain_path"] = write(tmp_path / "p.jsonl", *lines[1:], text(words(200, 58)), text(words(300, 58)))
+
+    def replayed(**more: Any) -> Documents:
+        made = stores(settings, **more)
+        found = made.documents(made.open(train=True, replay=True)).replay
+        assert found is not None
+        return found
+
+    everything, left = replayed(max_overlap=1.0), replayed()
+    assert len(everything) == 4
+    assert left.rejected == {"in_measured": 2 if held_out else 1}
+    if held_out:
+        assert sorted(lines_of(left)) == [2, 4]
+
+
 def test_text_that_is_measured_on_is_neither_trained_nor_validated_on(settings: dict[str, Any], tmp_path: Path) -> None:
     settings["train_path"] = write(tmp_path / "c.jsonl", text("one"), text("two"), text("three"))
     settings["val_path"] = write(tmp_path / "v.jsonl", text("two"), text("four"))
