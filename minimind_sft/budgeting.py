@@ -12,7 +12,6 @@ import csv
 import hashlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -25,7 +24,7 @@ from minimind_sft.caps import RULE_OF_THUMB
 from minimind_sft.files import resolve, write_whole
 from minimind_sft.fit_process import run_fit
 from minimind_sft.options import OptionParser
-from minimind_sft.origins import find_origin
+from minimind_sft.origins import find_origin, is_run
 from minimind_sft.power_law import PowerLaw
 from minimind_sft.selection import MEBIBYTE
 from minimind_sft.settings import SettingsParser, find_config, named_configs
@@ -36,6 +35,9 @@ OURS = {  # options of fit that this verb sets
     "--ckpt_path": "nothing: runs are resumed by themselves",
     "--plan": "fit --plan",
 }
+
+
+ALIKE = 1e-3  # nats that the base's loss may differ by from run to run
 
 
 class Trial(NamedTuple):
@@ -81,11 +83,12 @@ def main(argv: Sequence[str]) -> int:
     fit_options = find_config(rest)
     if not any(word.partition("=")[0] == "--export" for word in rest):
         fit_options.append("--export=none")
-    folder = Path(options.run_dir)
+    folder = Path(options.run_dir).expanduser()
     _claim(folder, caps, fit_options, overwrite=options.overwrite)
     trials = []
     for cap in caps:
         trials.append(_trial(folder, cap, fit_options))
+        _check_alike(folder / f"{caps[0]:g}mb", folder / f"{cap:g}mb")
         if trials[-1].tightest != "max_mb" and cap != caps[-1]:
             print(f"{_ended(trials[-1])} at {trials[-1].mb:.3g} MB; a larger cap would be the same run", flush=True)
             break
@@ -125,8 +128,8 @@ def _claim(folder: Path, caps: Sequence[float], fit_options: Sequence[str], *, o
     for cap in caps:
         run, note = folder / f"{cap:g}mb", folder / f"{cap:g}mb.json"
         if overwrite:
-            shutil.rmtree(run, ignore_errors=True)
-            note.unlink(missing_ok=True)
+            if run.is_dir() and any(run.iterdir()) and not is_run(run):
+                raise ValueError(f"{run} is no run's folder, and would be replaced; choose another --run_dir")
         elif _has_work(run) and (not note.is_file() or _read(note)["settings"] != settings):
             raise ValueError(
                 f"{run} holds a run of other settings; pass --overwrite to replace it, or another --run_dir"
@@ -139,8 +142,8 @@ def _claim(folder: Path, caps: Sequence[float], fit_options: Sequence[str], *, o
     folder.mkdir(parents=True, exist_ok=True)
     for cap in caps:
         note = folder / f"{cap:g}mb.json"
-        if not note.is_file() or _read(note)["settings"] != settings:
-            write_whole(note, json.dumps({"settings": settings, "minutes": 0.0}, indent=1) + "\n")
+        if overwrite or not note.is_file() or _read(note)["settings"] != settings:
+            _write_note(note, {"settings": settings, "minutes": 0.0, "replaces": _began(folder / f"{cap:g}mb")})
 
 
 def _fingerprint(fit_options: Sequence[str]) -> list[str]:
@@ -161,6 +164,25 @@ def _changed(run: Path) -> str | None:
     return None
 
 
+def _check_alike(first: Path, run: Path) -> None:
+    """Refuse a run whose base had other losses than the first run's: it was measured on other documents.
+
+    Raises:
+        ValueError: naming both.
+    """
+    before = [_read(folder / "forgetting.json")["before"] for folder in (first, run)]
+    kinds = {"pretrain_loss": "text"}
+    if not find_origin(run).setting("data", "val_fraction"):  # by which every cap has other validation chats
+        kinds["chat_loss"] = "chats"
+    for key, kind in kinds.items():
+        losses = [reading[key] for reading in before]
+        if None in losses and losses != [None, None] or None not in losses and abs(losses[0] - losses[1]) > ALIKE:
+            raise ValueError(
+                f"{run} was measured on other {kind} than {first} (the base's loss is {losses[1]}, and {losses[0]}); "
+                "pass --overwrite to train all caps anew, or another --run_dir"
+            )
+
+
 @cache
 def _sha256(path: Path, changed: int) -> str:
     """Of a file that was last changed then."""
@@ -172,17 +194,19 @@ def _sha256(path: Path, changed: int) -> str:
 def _trial(folder: Path, cap: float, fit_options: Sequence[str]) -> Trial:
     """Train with one cap, unless that is done, and read what the run left."""
     run, note_path = folder / f"{cap:g}mb", folder / f"{cap:g}mb.json"
-    if is_whole(run):
+    note = _read(note_path)
+    replaces = _began(run) is not None and note.get("replaces") == _began(run)  # an earlier run, by --overwrite
+    if is_whole(run) and not replaces:
         print(f"{cap:g} MB: done before", flush=True)
     else:
         print(f"{cap:g} MB", flush=True)
-        started, note = time.monotonic(), _read(note_path)
-        own = [f"--data.max_mb={cap:g}", f"--run_dir={run}", "--ckpt_path=auto"]
+        started = time.monotonic()
+        own = [f"--data.max_mb={cap:g}", f"--run_dir={run}", "--overwrite" if replaces else "--ckpt_path=auto"]
         try:
             run_fit([*fit_options, *own], folder / f"{cap:g}mb.log", append=True)
         finally:  # a run that is resumed has the minutes of all its starts
             note["minutes"] += (time.monotonic() - started) / 60
-            write_whole(note_path, json.dumps(note, indent=1) + "\n")
+            _write_note(note_path, note)
     figures = _read(run / "forgetting.json")
     after = figures["after"]
     sample, minutes = _read(run / "sample.json"), _read(note_path)["minutes"]
@@ -197,6 +221,16 @@ def is_whole(run: Path) -> bool:
     with open(run / "metrics.csv", newline="", encoding="utf-8") as file:  # as text: a last row may be half written
         steps = [row["step"] for row in csv.DictReader(file)]
     return bool(steps) and str(_read(run / "forgetting.json")["after"]["step"]) == steps[-1]
+
+
+def _began(run: Path) -> int | None:
+    """When a run's records were last written, which every start does: it tells one run from another in its place."""
+    record = run / "run.json"
+    return record.stat().st_mtime_ns if record.is_file() else None
+
+
+def _write_note(path: Path, note: dict[str, Any]) -> None:
+    write_whole(path, json.dumps(note, indent=1) + "\n")
 
 
 def _has_work(run: Path) -> bool:
@@ -277,8 +311,11 @@ def _told(found: dict[str, Any]) -> str:
     if law is None:
         rows.append(("power law", f"none of forgetting by MB: {found['no_power_law']}"))
     else:
-        rows.append(("forgetting", f"{law['a']:.3g} x MB^{law['b']:.2f}, exponent +- {law['b_error']:.2f} (1 s.e.)"))
         sizes = [trial["mb"] for trial in found["trials"]]
+        told = f"{law['a']:.3g} x MB^{law['b']:.2f}, exponent +- {law['b_error']:.2f} (1 s.e.)"
+        if law["points"] < len(sizes):
+            told += f", through the {law['points']} of {len(sizes)} caps that forgot anything"
+        rows.append(("forgetting", told))
         text = "it does not rise with MB, so it predicts no cap"
         if predicted is not None:
             beyond = "" if min(sizes) <= predicted <= max(sizes) else ", outside what was measured"

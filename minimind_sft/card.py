@@ -52,12 +52,13 @@ def model_card(title: str, loaded: Loaded, origin: Origin, *, made: str = "") ->
         made: how these weights were made from those, and what they were measured at; empty where they are the same.
     """
     record = read_record(loaded.path) if loaded.path.is_file() else {}
+    exported = origin.run_dir is not None and origin.run_dir / "export" in loaded.path.absolute().parents
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- minimind\n- sft\n---",
         f"# {title}",
         f"A language model: {loaded.summary()}. {_made(record)} minimind_sft, supervised fine-tuning that measures "
         "what a model forgets.",
-        f"## How it was made\n\n{made}" if made else _cost(origin.run_dir, record),
+        f"## How it was made\n\n{made}" if made else _cost(origin.run_dir, record) if record or exported else "",
         "## Where it comes from",
         _table(["", ""], [("made from" if made else "weights", _weights(loaded, record)), *_lineage(origin, record)]),
         _settings(origin.run_dir, record),

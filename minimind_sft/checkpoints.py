@@ -96,17 +96,18 @@ class Checkpoints(Checkpoint):
     Args:
         folder: where they go.
         measure: tells the best reading.
+        stop: whether, and by what, the run was asked to stop.
         keep_every: steps between two checkpoints that are kept for good, `step-000100.ckpt`; None for none.
 
     Raises:
         ValueError: `keep_every` below 1.
     """
 
-    def __init__(self, folder: Path, measure: Measure, *, keep_every: int | None = None) -> None:
+    def __init__(self, folder: Path, measure: Measure, stop: StopRequest, *, keep_every: int | None = None) -> None:
         if keep_every is not None and keep_every < 1:
             raise ValueError(f"keep_every_steps is {keep_every}; it counts optimizer steps and must be at least 1")
         self.folder, self.measure, self.keep_every = folder, measure, keep_every
-        self.stop = StopRequest()
+        self.stop = stop
 
     def milestones(self, steps: int) -> int:
         """How many are kept for good of so many steps."""
@@ -158,7 +159,7 @@ class Checkpoints(Checkpoint):
             self.save(trainer, [LAST, *names])
         if stopping and not ending:  # a run that ends anyway has its last screen still to write
             if trainer.is_global_zero:
-                print(f"stopped after step {step}; go on with the same command and --ckpt_path last", flush=True)
+                self.stop.say(f"stopped after step {step}; go on with the same command and --ckpt_path last")
                 self.stop.requeue()
             raise SystemExit(self.stop.exit_status)
 

@@ -38,6 +38,7 @@ from minimind_sft.rundir import (
     wandb_logger,
 )
 from minimind_sft.settings import find_config, read_configs
+from minimind_sft.signals import StopRequest
 from minimind_sft.step_log import StepLog
 
 
@@ -116,7 +117,7 @@ class SFTCLI(LightningCLI):
             )
         if self._planning:
             return
-        self.run_dir = Path(settings["run_dir"])
+        self.run_dir = Path(settings["run_dir"]).expanduser()
         settings["ckpt_path"] = find_checkpoint(settings["ckpt_path"], self.run_dir, str(self.subcommand))
         if self.subcommand == "fit" and settings["ckpt_path"] is None:
             refuse_own_weights(self.run_dir, settings["model"]["weights"])
@@ -191,10 +192,11 @@ class SFTCLI(LightningCLI):
         )
 
     def _callbacks(self, settings: Any) -> list[Callback]:
+        read = settings["ckpt_path"], settings["model"]["weights"]
         if self.subcommand == "predict":
-            return [WritePredictions(self.run_dir / "predictions.jsonl")]
+            return [WritePredictions(self.run_dir / "predictions.jsonl", *read)]
         if self.subcommand == "validate":
-            return [PrintReading(settings["ckpt_path"], settings["model"]["weights"])]
+            return [PrintReading(*read)]
         self.model.guard = Guard(
             folder=self.run_dir if is_rank_zero() else None,
             speaks=is_rank_zero(),
@@ -208,9 +210,10 @@ class SFTCLI(LightningCLI):
             max_forgetting=self.model.max_forgetting,
             patience=settings["patience"],
         )
+        stop = StopRequest()
         return [
             Record(self.run_dir, self._yaml, self.command),
-            StepLog(measure),  # before measure: the step's row first, then its reading
+            StepLog(measure, stop),  # before measure: the step's row first, then its reading
             measure,
             FirstScreen(measure),
             LastScreen(
@@ -220,7 +223,7 @@ class SFTCLI(LightningCLI):
                 self.datamodule.document_format,
                 {"all": FORMATS, "none": ()}.get(settings["export"], (settings["export"],)),
             ),
-            Checkpoints(self.run_dir / "checkpoints", measure, keep_every=settings["keep_every_steps"]),
+            Checkpoints(self.run_dir / "checkpoints", measure, stop, keep_every=settings["keep_every_steps"]),
         ]
 
     def _yaml(self) -> str:

@@ -25,7 +25,7 @@ from minimind_sft.files import resolve, write_whole
 from minimind_sft.measures import Section
 from minimind_sft.options import errors_name_options
 from minimind_sft.origins import find_origin
-from minimind_sft.pairs import Pair, fed_as, find_tokenizer, open_pair
+from minimind_sft.pairs import SEEN_IS_REPLAYED, Pair, fed_as, find_tokenizer, open_pair
 from minimind_sft.pretraining_text import SEEN, SELF_WRITTEN
 from minimind_sft.probes import load_probes
 from minimind_sft.report import (
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         ValueError: for a mistake in the command, the models or the data.
     """
     options = vars(parser().parse_args(list(argv)))
-    out = Path(options.pop("out"))
+    out = Path(options.pop("out")).expanduser()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -142,7 +142,8 @@ def compare(
     origin = find_origin(resolve(tuned))
     halve = origin.replays  # what was replayed is not measured on
     given = [make_stores(heldout_path=heldout_path, pretrain_path=pretrain_path)] if heldout_path else []
-    given += [make_stores(pretrain_path=pretrain_path)] if pretrain_path else []
+    unreplayed = origin.unreplayed(documents)
+    given += [make_stores(pretrain_path=pretrain_path, measure_documents=unreplayed)] if pretrain_path else []
     texts: dict[str, tuple[Store | None, Iterator[Line] | None]] = {
         str(of.text.kind): (of.open(train=False, halve=halve).measured, None) for of in given
     }
@@ -159,8 +160,8 @@ def compare(
     if log is not None:
         result["retained"] = _retained(log, result)
     result["notes"] = _notes(result, pair.base.config.vocab_size)
-    if halve and SEEN in result["text"] and origin.setting("data", "heldout_path"):
-        result["notes"].append("the seen text may be what TUNED's run replayed: it tells less than the unseen does")
+    if SEEN in result["text"] and origin.replays_all:
+        result["notes"].append(SEEN_IS_REPLAYED)
     return result, rows
 
 

@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     if not name or len(name) > 40:
         raise ValueError(f"--name {options.name!r} must have 1 to 40 characters")
     words = WORDS[language(options.lang)]
-    folder = Path(options.run_dir)
+    folder = Path(options.run_dir).expanduser()
     done = [kind for kind in KINDS if (folder / kind).exists()]
     if done and not options.overwrite:
         raise ValueError(f"{folder} holds an earlier demo ({', '.join(done)}); pass --overwrite, or another --run_dir")

@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     if not re.fullmatch(r"[^/\\\x00-\x1f]+", name) or name.startswith("."):
         raise ValueError(f"--name {name!r} cannot be part of a file's name; use letters, digits, - and _")
     tokenizer = origin.tokenizer(options.tokenizer) if options.format == "hf" else None
-    out = Path(options.out)
+    out = Path(options.out).expanduser()
 
     from minimind_sft import huggingface, minimind, weights
 

@@ -27,6 +27,7 @@ from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
 from minimind_sft.identity import of_training
 from minimind_sft.measuring import Measure
 from minimind_sft.oddities import silent_answers
+from minimind_sft.origins import is_run, tokenizer_sha256
 from minimind_sft.pretraining_text import UNSEEN
 from minimind_sft.rundir import discard_earlier
 from minimind_sft.step_log import duration
@@ -50,9 +51,10 @@ class Record(Callback):
         self.folder, self.config, self.command = folder, config, command
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if not trainer.is_global_zero:
-            return
+        if not trainer.is_global_zero or pl_module.nothing_left and is_run(self.folder):
+            return  # of a run that is over, the records are those of its last step
         data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        tokenizer = data.stores.tokenizer
         facts = {
             "command": self.command,
             "versions": {name: version(name) for name in ("torch", "lightning", "tokenizers", "numpy")}
@@ -60,6 +62,7 @@ class Record(Callback):
             "threads": torch.get_num_threads(),
             "base": pl_module.start.description,
             "base_sha256": pl_module.start.sha256,
+            "tokenizer": {"folder": str(tokenizer.absolute()), "sha256": tokenizer_sha256(tokenizer)},
             "data": of_training(data),
         }
         self.folder.mkdir(parents=True, exist_ok=True)

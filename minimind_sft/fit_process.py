@@ -31,6 +31,8 @@ def run_fit(
     Returns:
         The seconds it took.
 
+    Interrupted, it lets the run save its last step first.
+
     Raises:
         ValueError: the run failed; with its last line, which names its mistake.
     """
@@ -46,10 +48,15 @@ def run_fit(
         ) as process,
     ):
         assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            if line.startswith("epoch "):
-                print(f"  {tag}{line.rstrip()}", flush=True)
+        try:
+            for line in process.stdout:
+                file.write(line)
+                if line.startswith("epoch "):
+                    print(f"  {tag}{line.rstrip()}", flush=True)
+        except BaseException:  # Ctrl-C reaches it as well, and it must be read until it has saved
+            process.terminate()
+            file.writelines(process.stdout)
+            raise
     if process.returncode:
         tail = " ".join(log.read_text(encoding="utf-8").strip().splitlines()[-1:])
         raise ValueError(

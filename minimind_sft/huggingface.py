@@ -98,8 +98,10 @@ def export_hf(
     check_target(folder, overwrite=overwrite)
     special: dict[str, Any] = _special_ids(Path(tokenizer)) if tokenizer else {}
     content = {**config_to_json(model.config), **special, "torch_dtype": str(dtype).removeprefix("torch.")}
-    if len(stop_ids) > 1:
-        special["eos_token_id"] = list(stop_ids)
+    if stop_ids:
+        ends = stop_ids[0] if len(stop_ids) == 1 else list(stop_ids)
+        special["eos_token_id"] = ends
+        content.setdefault("eos_token_id", ends)
     state = _state(model, dtype, folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)

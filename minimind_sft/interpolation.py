@@ -25,11 +25,11 @@ import torch
 from minimind_sft import export, huggingface, huggingface_config, measures, minimind, report, weights
 from minimind_sft.chat import DOCUMENT_FRAMES, ChatTemplate
 from minimind_sft.corpus import Store
-from minimind_sft.files import write_whole
+from minimind_sft.files import resolve, write_whole
 from minimind_sft.model import Transformer
 from minimind_sft.options import OptionParser, errors_name_options, whole_from_0, whole_from_1
 from minimind_sft.origins import Origin, find_origin
-from minimind_sft.pairs import Pair, fed_as, find_tokenizer, open_pair
+from minimind_sft.pairs import SEEN_IS_REPLAYED, Pair, fed_as, find_tokenizer, open_pair
 from minimind_sft.sampling import Line, read_lines
 from minimind_sft.significance import Interval
 from minimind_sft.stores import Stores
@@ -111,11 +111,11 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(options: argparse.Namespace, alphas: Sequence[float], argv: Sequence[str]) -> None:
     has_text = bool(options.heldout_path or options.pretrain_path)
-    out = Path(options.out)
+    out = Path(options.out).expanduser()
     curve_files = [out.with_name(f"{out.name}{ending}") for ending in (".json", ".png")]
     if not options.overwrite and (there := [str(path) for path in (out, *curve_files) if path.exists()]):
         raise ValueError(f"already there: {', '.join(there)}; pass --overwrite to replace, or another name")
-    origin = find_origin(options.tuned)
+    origin = find_origin(resolve(options.tuned))
     tokenizer = origin.tokenizer() if origin.run_dir and not options.tokenizer else find_tokenizer(
         options.base, options.tuned, options.tokenizer
     )  # fmt: skip
@@ -142,7 +142,7 @@ def _run(options: argparse.Namespace, alphas: Sequence[float], argv: Sequence[st
         val_path=options.val_path,
         heldout_path=options.heldout_path,
         pretrain_path=None if options.heldout_path else options.pretrain_path,
-        measure_documents=options.documents,
+        measure_documents=options.documents if options.heldout_path else origin.unreplayed(options.documents),
         **fed.of_stores,
         max_bad_ratio=options.max_bad_ratio,
         cache_dir=options.cache_dir,
@@ -163,7 +163,10 @@ def _run(options: argparse.Namespace, alphas: Sequence[float], argv: Sequence[st
     report.plot_interpolation(points, best, curve_files[1])
     _write(model, best, pair, origin, tokenizer, options)
     print(_table(points, best))
-    if told := report.likely_swapped(points[0].chat_loss, points[-1].chat_loss):
+    notes = [] if alphas[0] > 0 else [report.likely_swapped(points[0].chat_loss, points[-1].chat_loss)]
+    if options.pretrain_path and not options.heldout_path and origin.replays_all:
+        notes.append(SEEN_IS_REPLAYED)
+    for told in filter(None, notes):
         print(f"\nnote: {told}")
     print(f"\nwritten {out} (alpha {best.alpha:g}), {out.name}.json and {out.name}.png", flush=True)
 
@@ -258,7 +261,7 @@ def _check_out(model: Transformer, out: Path, *, overwrite: bool) -> None:
 def _write(
     model: Transformer, best: Point, pair: Pair, origin: Origin, tokenizer: Path, options: argparse.Namespace
 ) -> None:
-    out = Path(options.out)
+    out = Path(options.out).expanduser()
     if out.suffix == ".pth":
         minimind.export_minimind(model, out)
         return

@@ -6,6 +6,7 @@ checkpoints, its exports) know the run's tokenizer, framing and records, so whoe
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,15 +60,31 @@ class Origin:
         return bool(reads) and not own
 
     @property
-    def base_sha256(self) -> str | None:
-        """Of the weights that the run began from; None where nothing tells."""
+    def replays_all(self) -> bool:
+        """Whether it may have replayed any document of these files: what it measured on was other text."""
+        return self.replays and bool(self.setting("data", "heldout_path"))
+
+    def unreplayed(self, documents: int) -> int:
+        """Of so many documents of `pretrain_path` to measure on, chosen by content hash, those that a run which
+        measured on the first of them did not replay."""
+        measured = self.setting("data", "measure_documents")
+        return min(documents, measured) if self.replays and type(measured) is int else documents
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        """What the run's `run.json` holds; nothing where it cannot be read."""
         if self.run_dir is None:
-            return None
+            return {}
         try:
             facts = json.loads((self.run_dir / "run.json").read_text(encoding="utf-8"))
-            return facts.get("base_sha256")
-        except (OSError, ValueError, AttributeError):
-            return None
+        except (OSError, ValueError):
+            return {}
+        return facts if isinstance(facts, dict) else {}
+
+    @property
+    def base_sha256(self) -> str | None:
+        """Of the weights that the run began from; None where nothing tells."""
+        return self._facts.get("base_sha256")
 
     def tokenizer(self, given: str | None = None) -> Path:
         """Folder of the tokenizer: the given one, else the run's, else what `tokenizer_beside` finds.
@@ -89,6 +106,8 @@ class Origin:
     def known_tokenizer(self) -> Path | None:
         """Folder of the tokenizer in these weights, of their run, or beside them; None where there is none.
 
+        A run's is looked for where it was, then by its name in `config.yaml`, and known by its content.
+
         Raises:
             ValueError: the run's is no longer there.
         """
@@ -96,13 +115,22 @@ class Origin:
             return self.path
         named = self.setting("data", "tokenizer")
         if isinstance(named, str):
-            if ((folder := hub.local(resolve(named))) / "tokenizer.json").is_file():
-                return folder
+            kept = self._facts.get("tokenizer", {})
+            for folder in (Path(kept.get("folder", named)), hub.local(resolve(named))):
+                found = tokenizer_sha256(folder)
+                if found is not None and found == kept.get("sha256", found):
+                    return folder
             raise ValueError(
-                f"the run {self.run_dir} was trained with the tokenizer in {named}, which is not there; say where it "
-                "is with --tokenizer FOLDER"
+                f"the run {self.run_dir} was trained with the tokenizer in {kept.get('folder', named)}, which is not "
+                "there any more, or is another; say where it is with --tokenizer FOLDER"
             )
         return tokenizer_beside(self.path)
+
+
+def tokenizer_sha256(folder: Path) -> str | None:
+    """Of the tokenizer.json in a folder; None where there is none."""
+    file = folder / "tokenizer.json"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def replays_own(replay_source: str | None, pretrain_path: Any) -> bool:

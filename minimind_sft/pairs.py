@@ -28,6 +28,8 @@ from minimind_sft.sampling import Line
 from minimind_sft.scoring import Row, Scores, losses, score
 from minimind_sft.self_written import Author
 
+SEEN_IS_REPLAYED = "the seen text may be what TUNED's run replayed, so it tells less than unseen text (--heldout_path)"
+
 
 class Fed(NamedTuple):
     """How documents are fed to models: settings of `data`, here as `fit` has them by default."""
@@ -195,7 +197,7 @@ def find_tokenizer(base: str, tuned: str, given: str | None) -> Path:
         ValueError: no such model, no tokenizer there, or two that give text different ids.
     """
     if given is not None:
-        return resolve(given)
+        return hub.local(resolve(given))
     for name, path in (("BASE", base), ("TUNED", tuned)):
         _check_there(name, path)
     origins = [find_origin(resolve(path)) for path in (tuned, base)]

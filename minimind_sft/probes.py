@@ -11,6 +11,7 @@ faint to be said, and of its loss.
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from minimind_sft.strict_json import Rejected, load
 RAW_EXTRA, CHAT_TOKENS = 4, 48  # tokens beyond the answer's own; tokens of a chat reply
 
 
+_NUMBER_GOES_ON = re.compile(r"\d(\|[.,]|[.,]\|)\d")
 WAYS = ("raw", "chat", "raw_choice", "chat_choice")  # of asking
 
 
@@ -185,14 +187,19 @@ def contains(reply: str, answer: str) -> bool:
     start = reply.find(answer)
     while start >= 0:
         before, after = reply[:start], reply[start + len(answer) :]
-        if not _goes_on(answer, after) and not (before and _word(before[-1]) and _word(answer[0])):
+        if not _goes_on(answer, after) and not _goes_on(before, answer):
             return True
         start = reply.find(answer, start + 1)
     return False
 
 
-def _goes_on(answer: str, rest: str) -> bool:
-    return bool(rest) and _word(answer[-1]) and _word(rest[0])
+def _goes_on(left: str, right: str) -> bool:
+    """Whether a word or number goes on from one text to the next: 3|5, 3|.5 and 3,|500 do, 3|. and 3|, 5 do not."""
+    if not left or not right:
+        return False
+    if _word(left[-1]) and _word(right[0]):
+        return True
+    return bool(_NUMBER_GOES_ON.search(f"{left[-2:]}|{right[:2]}"))
 
 
 def _word(character: str) -> bool:

@@ -13,8 +13,8 @@ from pathlib import Path
 from minimind_sft.files import write_whole
 from minimind_sft.options import OptionParser, language
 from minimind_sft.report import printable, table
-from minimind_sft.reporting_page import page
-from minimind_sft.reporting_plots import draw
+from minimind_sft.reporting_page import is_report, page
+from minimind_sft.reporting_plots import draw, picture_names
 from minimind_sft.reporting_table import cell_rows, notes
 from minimind_sft.reporting_words import WORDS
 from minimind_sft.run_files import read_runs
@@ -46,14 +46,19 @@ def main(argv: Sequence[str]) -> int:
         The exit status, 0.
 
     Raises:
-        ValueError: for a mistake in the command; a folder that is no run; a file of a run that cannot be read.
+        ValueError: for a mistake in the command; a folder that is no run; a file of a run that cannot be read; files in
+            the way that are no report's.
     """
     options = parser().parse_args(list(argv))
     lang = language(options.lang)
     words = WORDS[lang]
     runs = read_runs(options.runs)
     one = len(runs) == 1
-    out = Path(options.out) if options.out is not None else (runs[0].folder / "report" if one else Path("report"))
+    default = runs[0].folder / "report" if one else Path("report")
+    out = default if options.out is None else Path(options.out).expanduser()
+    there = [name for name in ("report.html", *picture_names()) if (out / name).exists()]
+    if there and not (one and options.out is None) and not is_report(out / "report.html"):
+        raise ValueError(f"{out} has {', '.join(there)}, but is no report's folder; choose another with --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         pictures = draw(runs, out)

@@ -11,6 +11,7 @@ import base64
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from minimind_sft import __version__
@@ -19,6 +20,7 @@ from minimind_sft.reporting_plots import Picture
 from minimind_sft.reporting_table import cell_rows, figure_rows, flat, notes
 from minimind_sft.run_record import COUNTS, Fact, Run
 
+GENERATOR = '<meta name="generator" content="minimind_sft report">'
 MOST_NAMED = 400  # facts in a list
 
 _HEAD = """\
@@ -27,6 +29,7 @@ _HEAD = """\
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+{generator}
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; --text: #1c1e21; --back: #fff; --soft: #6a6f76; --line: #d8dade; --mark: #fff3d6; }}
@@ -57,13 +60,19 @@ details {{ margin: .5rem 0; }} summary {{ cursor: pointer; }}
 """
 
 
+def is_report(path: Path) -> bool:
+    """Whether a file is such a page."""
+    return path.is_file() and GENERATOR in path.read_text(encoding="utf-8", errors="replace")[:1000]
+
+
 def page(runs: Sequence[Run], pictures: Sequence[Picture], words: Mapping[str, str], lang: str) -> str:
     """The page of these runs."""
     drawn = {picture.name: picture for picture in pictures}
     head, figures = cell_rows(runs, words), figure_rows(runs, words)
     made = words["made"].format(count=len(runs), version=__version__)
+    title = _text(f"{words['title']}: {', '.join(run.name for run in runs)}")
     parts = [
-        _HEAD.format(title=_text(f"{words['title']}: {', '.join(run.name for run in runs)}"), lang=lang),
+        _HEAD.format(generator=GENERATOR, title=title, lang=lang),
         f'<h1>{_text(words["title"])}</h1>\n<p class="soft">{_text(made)}</p>\n',
         *(f'<p class="note">{_text(note)}</p>\n' for note in notes(runs, words)),
         _table(head[0], head[1:], numbers=range(2, len(head[0]))),

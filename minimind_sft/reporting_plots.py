@@ -58,6 +58,11 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Picture]:
     return [picture for picture in found if picture is not None]
 
 
+def picture_names() -> list[str]:
+    """The files that `draw` may write, or remove where there is nothing to show."""
+    return [f"{name}{theme.suffix}.png" for name in _PICTURES for theme in (LIGHT, DARK)]
+
+
 def _draw(name: str, paint: Paint, runs: Sequence[Run], folder: Path) -> Picture | None:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine

@@ -95,6 +95,7 @@ def settings(module: SFTModule) -> dict[str, Any]:
         "trainer.max_epochs": trainer.max_epochs,
         "trainer.max_steps": trainer.max_steps,
         "trainer.gradient_clip_val": trainer.gradient_clip_val,
+        "trainer.gradient_clip_algorithm": str(trainer.gradient_clip_algorithm or "norm"),
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
         "processes": trainer.world_size,
         "precision": str(trainer.precision),
@@ -142,7 +143,7 @@ def _check_basis(module: SFTModule, before: int) -> None:
 
 def _tell_differences(module: SFTModule, saved: dict[str, Any]) -> None:
     now = settings(module)
-    changed = [f"{name} {saved.get(name)} -> {value}" for name, value in now.items() if saved.get(name) != value]
+    changed = [f"{name} {saved.get(name)} -> {value}" for name, value in now.items() if saved.get(name, value) != value]
     if changed and module.trainer.is_global_zero:
         print(f"settings that differ from the checkpoint's: {', '.join(changed)}", flush=True)
         if any(saved.get(name) != now[name] for name in ("trainer.max_epochs", "trainer.max_steps")):

@@ -54,7 +54,9 @@ def load_log(path: Path) -> LossLog:
         ValueError: naming the file and what is missing.
     """
     rows = _rows(path)
-    columns = {name for row in rows for name in row if isinstance(name, str)}  # None: what goes beyond the heading
+    columns = {  # with a number anywhere; None: what goes beyond the heading
+        name for row in rows for name, value in row.items() if isinstance(name, str) and _number(value) is not None
+    }
     unit, name = (next((key for key in known if key in columns), None) for known in (PROGRESS, LOSSES))
     if unit is None or name is None:
         raise ValueError(

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from contextlib import suppress
 from types import FrameType
 
+from minimind_sft.report import no_more_output
 from minimind_sft.rundir import is_rank_zero
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM sends the last one before a time limit, if asked to
@@ -29,8 +31,18 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         if is_rank_zero():
-            print(f"\n{signal.Signals(number).name}: finishing this step, then saving", flush=True)
+            with suppress(RuntimeError):  # in the middle of another print
+                self.say(f"\n{signal.Signals(number).name}: finishing this step, then saving")
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def say(self, text: str) -> None:
+        """Print. Ctrl-C ends `| tee` as well: an output that is closed by then is no reason not to save."""
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            if self.received is None:
+                raise
+            no_more_output()
 
     def requeue(self) -> None:
         """Put a SLURM job that was told of its time limit (SIGUSR1) back into the queue."""

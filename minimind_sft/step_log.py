@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from minimind_sft.measuring import Measure, epoch_of
 from minimind_sft.records import MetricsFile
+from minimind_sft.signals import StopRequest
 
 if TYPE_CHECKING:
     from minimind_sft.module import SFTModule
@@ -24,11 +25,12 @@ class StepLog(Callback):
 
     Args:
         measure: knows the intervals and what a reading costs.
+        stop: whether the run was asked to stop.
         bar: whether to draw a bar; None for "where standard output is a terminal".
     """
 
-    def __init__(self, measure: Measure, bar: bool | None = None) -> None:
-        self.measure = measure
+    def __init__(self, measure: Measure, stop: StopRequest, bar: bool | None = None) -> None:
+        self.measure, self.stop = measure, stop
         self.bar = sys.stdout.isatty() if bar is None else bar
         self._progress: Progress | None = None
         self._window_started = 0.0
@@ -98,7 +100,7 @@ class StepLog(Callback):
             self._progress.update(self._task, completed=result.step, line=line)
         else:
             epochs = math.ceil(total / trainer.datamodule.plan.windows)  # type: ignore[attr-defined]
-            print(f"epoch {epoch + 1}/{epochs}  step {result.step}/{total}  {line}", flush=True)
+            self.stop.say(f"epoch {epoch + 1}/{epochs}  step {result.step}/{total}  {line}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._stop()

@@ -48,6 +48,7 @@ class Stores:
     """The data of a run. The settings are those of `data.SFTDataModule`, by the same names.
 
     Attributes:
+        tokenizer: its folder.
         template: tokenizer and chat template.
         cache: the folder of all stores.
         text: of pretraining, to measure on and to replay.
@@ -111,10 +112,11 @@ class Stores:
                 raise ValueError(f"data.{name} {value!r} is not known; choose one of {', '.join(known)}")
         if val_fraction is not None and val_path is not None:
             raise ValueError("data.val_path and data.val_fraction are both set; set one of them to null")
-        self.cache = Path(cache_dir) if cache_dir else default_cache()
+        self.cache = Path(cache_dir).expanduser() if cache_dir else default_cache()
         self._files = Files(self.cache)
         self.probes = self._files.expand(probes_path, "data.probes_path") if probes_path else []
-        self.template = ChatTemplate.from_folder(hub.local(resolve(tokenizer)))
+        self.tokenizer = hub.local(resolve(tokenizer))
+        self.template = ChatTemplate.from_folder(self.tokenizer)
         self._maker = StoreMaker(
             cache=self.cache,
             files=self._files,

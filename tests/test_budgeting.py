@@ -31,7 +31,11 @@ def test_the_error_of_the_exponent_is_the_textbooks() -> None:
 
 
 def test_what_has_no_logarithm_is_left_out_and_two_points_are_too_few() -> None:
-    assert PowerLaw.fit([(0.5, -0.001), (1.0, 0.02), (4.0, 0.04), (16.0, 0.08)]).points == 3
+    points = [(0.5, -0.001), (1.0, 0.02), (4.0, 0.04), (16.0, 0.08)]
+    assert PowerLaw.fit(points).points == 3
+    for those, told in ((points, True), (points[1:], False)):
+        said = _told(_findings([Trial(cap, cap, 2, 5.0, lost, 1.0) for cap, lost in those], 0.02, None))
+        assert ("(1 s.e.), through the 3 of 4 caps that forgot anything" in said) == told
     with pytest.raises(ValueError, match="3 or more points above 0, and there are 2"):
         PowerLaw.fit([(0.5, -0.001), (1.0, 0.02), (4.0, 0.04)])
     with pytest.raises(ValueError, match="of one size"):
@@ -84,10 +88,14 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         given = dict(word.split("=", 1) for word in options if "=" in word)
         run, cap = Path(given["--run_dir"]), float(given["--data.max_mb"])
         names.append(run.name)
-        assert given["--ckpt_path"] == "auto" and given["--export"] == "none"
+        assert given["--export"] == "none"
+        assert ("--overwrite" in options) != (given.get("--ckpt_path") == "auto")
+        names[-1] += " anew" if "--overwrite" in options else ""
         run.mkdir(parents=True, exist_ok=True)
         reading = {"step": 5, "chat_loss": 4.0 / cap, "pretrain_loss": 3.0, "bits_per_byte": 1.0}
-        (run / "forgetting.json").write_text(json.dumps({"after": reading, "forgetting": 0.01 * cap}))
+        before = reading | {"step": 0, "chat_loss": 6.0}
+        figures = {"before": before, "after": reading, "forgetting": 0.01 * cap}
+        (run / "forgetting.json").write_text(json.dumps(figures))
         (run / "metrics.csv").write_text("step,seconds\n0,\n5,1.0\n")
         (run / "sample.json").write_text(json.dumps({"bytes": cap * 2**20, "tightest": "max_mb" if cap < 9 else "end"}))
         data = {"train_path": "data/sft_train.jsonl", "tokenizer": "data/tokenizer", "pretrain_mb": 4000}
@@ -118,7 +126,44 @@ def test_runs_that_are_whole_are_skipped_and_cut_ones_resumed(
     assert main([*command[:-1], "--trainer.max_steps=6"]) == 2
     assert "other settings" in capsys.readouterr().err
     assert main([*command[:-1], "--trainer.max_steps=6", "--overwrite"]) == 0
-    assert trained[4:] == ["1mb", "2mb", "4mb"]
+    assert trained[4:] == ["1mb anew", "2mb anew", "4mb anew"]
+    assert main([*command[:-1], "--trainer.max_steps=6"]) == 0 and len(trained) == 7
+
+
+def test_overwriting_leaves_what_is_no_run_and_replaces_a_run_only_when_the_new_one_trains(
+    trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["budget", f"--run_dir={tmp_path}", "--max_mb", "1", "2", "--overwrite"]
+    (tmp_path / "2mb").mkdir()
+    (tmp_path / "2mb" / "notes.txt").write_text("mine")
+    assert main(command) == 2
+    assert "2mb is no run's folder" in capsys.readouterr().err and not trained
+    (tmp_path / "2mb" / "notes.txt").unlink()
+    assert main(command) == 0 and trained == ["1mb", "2mb"]
+
+    def mistaken(options: Sequence[str], log: Path, *, append: bool = False) -> float:
+        raise ValueError("unrecognized arguments")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(budgeting, "run_fit", mistaken)
+        assert main(command) == 2
+    assert budgeting.is_whole(tmp_path / "1mb") and budgeting.is_whole(tmp_path / "2mb")
+    assert main(command[:-1]) == 0  # what was to be replaced still is
+    assert trained[2:] == ["1mb anew", "2mb anew"]
+
+
+def test_caps_that_were_measured_on_other_documents_are_in_no_table_together(
+    trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["budget", f"--run_dir={tmp_path}", "--max_mb", "1", "2"]
+    assert main(command) == 0
+    for key, other, kind in (("pretrain_loss", 3.01, "text"), ("chat_loss", None, "chats"), ("chat_loss", 6.0005, "")):
+        file = tmp_path / "2mb" / "forgetting.json"
+        figures = json.loads(file.read_text())
+        file.write_text(json.dumps(figures | {"before": figures["before"] | {key: other}}))
+        assert main(command) == (2 if kind else 0)
+        assert (f"2mb was measured on other {kind}" in capsys.readouterr().err) == bool(kind)
+        file.write_text(json.dumps(figures))
 
 
 @pytest.mark.parametrize("which", ["chats", "base"])

@@ -216,6 +216,31 @@ def test_validate_and_predict_read_a_checkpoint(
     assert len(rows) == 12
     assert rows[0].keys() == {"where", "messages", "reference", "answer"}
     assert rows[0]["reference"] == "Hello there." and rows[0]["where"].endswith("val.jsonl:1")
+    assert re.search(r"answers of \S*run/checkpoints/best\.ckpt in \S*run/predictions\.jsonl", capsys.readouterr().out)
+    assert run("predict", settings) == 0
+    assert "(model.weights, as no --ckpt_path is given) in " in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    said = refused(capsys, "predict", settings | {"run_dir": tmp_path / "file"})
+    assert f"{tmp_path / 'file' / 'predictions.jsonl'}: cannot be written" in said and "--run_dir" in said
+
+
+def test_a_tilde_is_the_home_folder(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert run("fit", settings | {"run_dir": "~/run", "data.cache_dir": "~/cache"}) == 0
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {"run", "cache"} and not Path("~").exists()
+
+
+def test_a_run_that_is_over_keeps_the_records_of_what_was_trained(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("fit", settings) == 0
+    before = [(tmp_path / "run" / name).read_text() for name in ("config.yaml", "run.json", "sample.json")]
+    assert run("fit", settings, "--ckpt_path=last", "--model.learning_rate=1e-5") == 0
+    assert "nothing to train" in capsys.readouterr().out
+    assert before == [(tmp_path / "run" / name).read_text() for name in ("config.yaml", "run.json", "sample.json")]
 
 
 @pytest.mark.parametrize("epochs", ["null", -1])

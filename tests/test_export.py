@@ -185,6 +185,25 @@ def test_the_card_tells_cost_and_lineage_but_no_paths(tmp_path: Path) -> None:
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
 
 
+def test_other_weights_in_a_runs_folder_do_not_have_its_figures(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "sft")
+    for name, told in (("held.pth", False), ("export/best_32.pth", True)):
+        export_minimind(random_model(3), run / name)
+        out = tmp_path / Path(name).stem
+        assert export(run / name, out, "--format=hf") == 0
+        assert ("What training cost" in (out / "README.md").read_text()) == told
+
+
+def test_where_answers_end_is_told_though_the_tokenizer_names_no_end(tmp_path: Path) -> None:
+    folder, names = tmp_path / "tokenizer", ("generation_config.json", "config.json")
+    shutil.copytree(TOKENIZER, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert export(make_run(tmp_path / "sft"), tmp_path / "out", "--format=hf", "--tokenizer", folder) == 0
+    assert [json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] for name in names] == [2, 2]
+
+
 def test_prompts_on_the_card_are_whole_and_paths_are_not(tmp_path: Path) -> None:
     run = make_run(tmp_path / "sft")
     config = yaml.safe_load((run / "config.yaml").read_text())

@@ -126,8 +126,10 @@ def test_models_in_the_wrong_order_are_told(
     export_minimind(tuned, tmp_path / "tuned.pth")
     if order == "swapped":
         command[1:3] = command[2], command[1]
-    assert main([*command, "--alphas", "0.5"]) == 0
-    assert ("are the two in this order?" in capsys.readouterr().out) == (order == "swapped")
+    for alphas in (["0", "0.5"], ["0.5"]):  # what is half-way, a fine-tune that went too far may be worse than
+        assert main([*command, "--overwrite", "--alphas", *alphas]) == 0
+        told = order == "swapped" and alphas[0] == "0"
+        assert ("are the two in this order?" in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """What a name of weights stands for: a file, a run, a folder on the hub; and the tokenizer that belongs to it."""
 
 import builtins
+import hashlib
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -82,6 +84,41 @@ def test_the_tokenizer_is_the_given_one_then_the_folders_then_the_runs(run_dir: 
     (run_dir / "config.yaml").write_text("data:\n  tokenizer: gone/tokenizer\n")
     with pytest.raises(ValueError, match="trained with the tokenizer in gone/tokenizer, which is not there"):
         find_origin(run_dir).tokenizer()
+
+
+def test_a_runs_tokenizer_is_known_by_where_it_was_and_by_its_content(run_dir: Path, tmp_path: Path) -> None:
+    own = tmp_path / "project" / "data" / "tokenizer"
+    shutil.copytree(PROJECT / "data" / "tokenizer", own)
+    (own / "tokenizer.json").write_text((own / "tokenizer.json").read_text() + "\n")
+    known = {"folder": str(own), "sha256": hashlib.sha256((own / "tokenizer.json").read_bytes()).hexdigest()}
+    (run_dir / "config.yaml").write_text("data:\n  tokenizer: data/tokenizer\n")  # the demo's is called so, too
+    (run_dir / "run.json").write_text(json.dumps({"tokenizer": known}))
+    assert find_origin(run_dir).tokenizer() == own
+    own.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"tokenizer in .*project/data/tokenizer, which is not there any more, or is"):
+        find_origin(run_dir).tokenizer()
+    demo = hashlib.sha256((PROJECT / "data" / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
+    (run_dir / "run.json").write_text(json.dumps({"tokenizer": known | {"sha256": demo}}))  # made on another machine
+    assert find_origin(run_dir).tokenizer().absolute() == PROJECT / "data" / "tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("data", "unreplayed", "all_of_it"),
+    [
+        ({}, 200, False),
+        ({"measure_documents": 2000}, 1000, False),
+        ({"heldout_path": "held_out.jsonl"}, 200, True),
+        ({"heldout_path": "held_out.jsonl", "replay_ratio": 0.0}, 1000, False),
+        ({"replay_source": "self"}, 1000, False),
+    ],
+)
+def test_what_a_run_replayed_is_not_measured_on(
+    run_dir: Path, data: dict[str, Any], unreplayed: int, all_of_it: bool
+) -> None:
+    usual = {"replay_ratio": 0.2, "replay_source": "auto", "pretrain_path": "text.jsonl", "measure_documents": 200}
+    (run_dir / "config.yaml").write_text(json.dumps({"data": usual | data, "model": {"fisher_tokens": 0}}))
+    origin = find_origin(run_dir)
+    assert (origin.unreplayed(1000), origin.replays_all) == (unreplayed, all_of_it)
 
 
 def test_a_new_run_does_not_clear_away_the_weights_that_it_starts_from(run_dir: Path, tmp_path: Path) -> None:

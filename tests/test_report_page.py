@@ -382,8 +382,15 @@ def test_where_a_report_goes(
     monkeypatch.chdir(tmp_path)
     assert main(["report", "a"]) == 0 and (first / "report" / "report.html").is_file()
     assert main(["report", "a", "b"]) == 0 and (tmp_path / "report" / "report.html").is_file()
+    assert main(["report", "a", "b"]) == 0  # over its own
     (tmp_path / "file").touch()
     assert "--out" in refused(capsys, first, second, "--out=file")
+    (tmp_path / "mine").mkdir()
+    for name in ("facts.png", "report.html"):
+        (tmp_path / "mine" / name).write_text("<html>mine")
+        assert f"mine has {name}, but is no report's folder" in refused(capsys, first, second, "--out=mine")
+        assert (tmp_path / "mine" / name).read_text() == "<html>mine"
+        (tmp_path / "mine" / name).unlink()
 
 
 def test_a_report_needs_neither_torch_nor_lightning(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from minimind_sft.fit_process import run_fit
 from minimind_sft.resume import set_progress
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -157,6 +158,40 @@ def test_a_signal_finishes_the_window_saves_and_says_so(
     finish(settings, run_dir, "--ckpt_path=last")
     assert rows(run_dir) == rows(whole)
     assert same(checkpoint(run_dir)["state_dict"], checkpoint(whole)["state_dict"])
+
+
+def test_ctrl_c_saves_though_it_ended_who_read_the_output(settings: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = start(settings, run_dir, "--save_every_steps=1000")
+    assert process.stdout is not None
+    while last_step(run_dir) < 1:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    process.stdout.close()  # as `| tee`, which is told as well
+    assert process.wait(timeout=60) in (130, 0)  # 0: the run was over before
+    assert checkpoint(run_dir)["global_step"] >= 1
+
+
+def test_an_interrupted_verb_waits_until_its_run_has_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = tmp_path / "child"
+    child.write_text(
+        f"#!{sys.executable}\nimport signal, sys, time\n"
+        "def stop(*_):\n    time.sleep(0.3)\n    print('saved', flush=True)\n    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, stop)\nprint('epoch 1', flush=True)\ntime.sleep(60)\n"
+    )
+    child.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(child))
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.print", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_fit([], tmp_path / "log")
+    assert (tmp_path / "log").read_text() == "epoch 1\nsaved\n"
 
 
 def test_a_run_killed_behind_its_first_look_goes_on_from_there(

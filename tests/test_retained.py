@@ -47,6 +47,8 @@ def test_what_came_after_the_best_loss_counts_for_nothing() -> None:
 def test_logs_are_csv_or_json_lines(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,train/loss,val/pretrain/loss\n0,,6.5\n1,6,\n2,5.5,5\n\n3,5.2,nan\n")
     assert load_log(tmp_path / "metrics.csv") == LossLog([0, 2], [6.5, 5.0], "step", "val/pretrain/loss")
+    (tmp_path / "no_text.csv").write_text("step,train/loss,val/pretrain/loss\n1,6,\n2,5.5,\n")  # which was not given
+    assert load_log(tmp_path / "no_text.csv") == LossLog([1, 2], [6.0, 5.5], "step", "train/loss")
     (tmp_path / "bom.csv").write_text("\ufeffstep,loss\n1,6.5\n2,5.0,more\n", encoding="utf-8")  # as Excel writes it
     assert load_log(tmp_path / "bom.csv") == LossLog([1, 2], [6.5, 5.0], "step", "loss")
     (tmp_path / "log.jsonl").write_text(

@@ -205,6 +205,13 @@ def test_a_link_replaces_what_was_there(tmp_path: Path) -> None:
         ("a Lima, b Limassol", "Lima", False, True),
         ("Malé.", "Mal", False, False),
         ("Malé是", "Malé", True, True),
+        ("3.", "3", True, True),
+        ("3, 5 and 7", "3", True, True),
+        ("3.5 million people", "3", False, False),
+        ("12,500 m", "12", False, False),
+        ("It has 12,500 people.", "500", False, False),
+        ("about 1.5 km", "5", False, False),
+        ("It was in 1949,共和国", "1949", False, True),
     ],
 )
 def test_an_answer_counts_as_whole_words(reply: str, answer: str, begins: bool, holds: bool) -> None:
