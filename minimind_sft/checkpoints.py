@@ -136,7 +136,6 @@ class Checkpoints(Checkpoint):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.stop.listen()
         if trainer.global_step:
             there = opened(self.folder / BEST)
             kept = {int(there["global_step"])} if there else set()
@@ -154,14 +153,16 @@ class Checkpoints(Checkpoint):
         if self.keep_every and step % self.keep_every == 0:
             names.append(milestone(step))
         # all ranks stop at the same window, whichever was told
-        stopping = trainer.strategy.reduce_boolean_decision(self.stop.received is not None, all=False)
+        alone = trainer.world_size == 1
+        stopping = self.stop.received is not None if alone else pl_module.last_step.stopping
         if names or ending or stopping or step % self.measure.intervals.save_every == 0:
             self.save(trainer, [LAST, *names])
         if stopping and not ending:  # a run that ends anyway has its last screen still to write
             if trainer.is_global_zero:
                 self.stop.say(f"stopped after step {step}; go on with the same command and --ckpt_path last")
                 self.stop.requeue()
-            raise SystemExit(self.stop.exit_status)
+            # Lightning's watch over the processes that it started kills the first one where another fails
+            raise SystemExit(self.stop.exit_status if trainer.is_global_zero else 0)
 
     def save(self, trainer: pl.Trainer, names: list[str]) -> None:
         """Write the state once, under each of these names; every row of the metrics is on disk before."""

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import warnings
 from argparse import SUPPRESS
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
 
 from minimind_sft.checkpoints import AtomicCheckpointIO, Checkpoints
 from minimind_sft.cli_options import NOT_OFFERED, OF_FIT, Parser, add_run_options
@@ -38,7 +39,7 @@ from minimind_sft.rundir import (
     wandb_logger,
 )
 from minimind_sft.settings import find_config, read_configs
-from minimind_sft.signals import StopRequest
+from minimind_sft.signals import EndTogether
 from minimind_sft.step_log import StepLog
 
 
@@ -181,7 +182,7 @@ class SFTCLI(LightningCLI):
             precision=precision,  # type: ignore[arg-type]
             callbacks=[*theirs, *self._callbacks(settings)],
             logger=self._loggers(settings),
-            plugins=[AtomicCheckpointIO(), *plugins],
+            plugins=[AtomicCheckpointIO(), *_slurm(plugins), *plugins],
             default_root_dir=self.run_dir,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -210,7 +211,7 @@ class SFTCLI(LightningCLI):
             max_forgetting=self.model.max_forgetting,
             patience=settings["patience"],
         )
-        stop = StopRequest()
+        stop = self.model.stop
         return [
             Record(self.run_dir, self._yaml, self.command),
             StepLog(measure, stop),  # before measure: the step's row first, then its reading
@@ -224,6 +225,7 @@ class SFTCLI(LightningCLI):
                 {"all": FORMATS, "none": ()}.get(settings["export"], (settings["export"],)),
             ),
             Checkpoints(self.run_dir / "checkpoints", measure, stop, keep_every=settings["keep_every_steps"]),
+            EndTogether(),
         ]
 
     def _yaml(self) -> str:
@@ -244,6 +246,12 @@ class SFTCLI(LightningCLI):
                 )
             )
         return loggers
+
+
+def _slurm(plugins: Sequence[Any]) -> list[SLURMEnvironment]:
+    """Under SLURM its environment, without Lightning's way of putting a job back into the queue beside ours."""
+    given = any(isinstance(plugin, ClusterEnvironment) for plugin in plugins)
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() and not given else []
 
 
 @contextlib.contextmanager

@@ -133,9 +133,9 @@ def stored_bases(places: Iterable[Key], state: Mapping[str, Any]) -> dict[Key, B
 
 def shared_bases(bases: Mapping[str, Basis], broadcast: Callable[[Any], Any]) -> dict[str, Basis]:
     """The first process's, where several have read: rounding is not the same on all devices, and turns eigenvectors."""
-    device = {side.device for basis in bases.values() for side in basis if side is not None}.pop()
-    found = broadcast({name: basis.to("cpu") for name, basis in bases.items()})
-    return {name: basis.to(device) for name, basis in found.items()}
+    return {
+        name: Basis(*(side if side is None else broadcast(side) for side in basis)) for name, basis in bases.items()
+    }
 
 
 def _zeros(weight: Tensor, side: int, base: Transformer) -> Tensor | None:

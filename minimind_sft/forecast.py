@@ -128,9 +128,10 @@ def _micro_batch(data: Mapping[str, Any], replay: float, template: ChatTemplate 
 
 def _processes(device: str, trainer: Mapping[str, Any]) -> int:
     """As far as the settings say: 4, "4", "0,1" and [0, 1] are numbers of devices, `auto` is one."""
-    devices = trainer["devices"] if device == "auto" else device.removeprefix("cuda:")
+    pinned = device.startswith("cuda:") and trainer["devices"] == "auto"
+    devices = device.removeprefix("cuda:") if pinned else trainer["devices"]
     if isinstance(devices, str):
-        devices = int(devices) if devices.isdigit() and device == "auto" else devices.count(",") + 1
+        devices = int(devices) if devices.isdigit() and not pinned else devices.count(",") + 1
     count = len(devices) if isinstance(devices, (list, tuple)) else int(devices)
     return max(1, count) * int(trainer["num_nodes"])
 

@@ -34,6 +34,7 @@ def frozen_copy(model: Transformer, head: Tensor | None) -> Transformer:
     parameter `lm_head.weight`: the model's is new, and nothing to be held to."""
     base = copy.deepcopy(model).requires_grad_(False).eval()
     if head is not None:
+        head = head.to(base.model.embed_tokens.weight)  # the model may have moved since
         more = base.config.vocab_size - len(head)  # a vocabulary that was resized, as `Transformer.resize_vocab` does
         rows = torch.cat([head, head.mean(0, keepdim=True).expand(more, -1)]).detach().clone()
         del base.lm_head.weight

@@ -29,6 +29,7 @@ class StepResult(NamedTuple):
     learning_rate: float
     terms: dict[str, float] = {}  # what holds on, by name: nats before the weight
     weights: dict[str, float] = {}  # and the weight
+    stopping: bool = False  # whether any process was asked to stop
 
 
 class Guard:

@@ -21,7 +21,7 @@ from minimind_sft.ranges import check_ranges
 from minimind_sft.terms import L2SP, ReplayKL, ReplayNextToken, Term, checked
 
 Read = Callable[[int], Iterable[MicroBatch]]  # whole documents of so many tokens, on the device
-Broadcast = Callable[[Any], Any]  # what the first process has, on the CPU
+Broadcast = Callable[[Any], Any]  # what the first process has; tensors stay on their device
 
 
 class Holding:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from minimind_sft.forgetting import CHAT, OWN_CHATS, PRETRAIN
 
 if TYPE_CHECKING:
@@ -86,6 +88,25 @@ def check_training(data: SFTDataModule, saved: dict[str, Any]) -> None:
             "text that the optimizer's basis and the pull are read from; `supervises` for data.supervise and "
             "data.supervise_reasoning; `window_size` is batch_size x accumulate_grad_batches x ranks. Restore these "
             "settings, or start a new run from the checkpoint with model.weights"
+        )
+
+
+def check_alike(data: SFTDataModule) -> None:
+    """Refuse processes that read different data, which would train some documents twice and others never.
+
+    Raises:
+        ValueError: on every process.
+    """
+    mine = of_training(data) | {f"measured {name}": those for name, those in of_measured(data).items()}
+    del mine[FILES]
+    everyones: list[dict[str, Any]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyones, mine)
+    names = sorted({name for those in everyones for name in those})
+    if changed := [name for name in names if any(those.get(name) != mine.get(name) for those in everyones)]:
+        raise ValueError(
+            f"the processes of this run have different data ({', '.join(changed)}). Give all machines the same files "
+            "and settings. What the base writes is alike on devices of one kind only: give data.pretrain_path and "
+            "data.heldout_path, and set data.own_chats to 0"
         )
 
 

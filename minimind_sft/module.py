@@ -22,7 +22,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from minimind_sft import resume
+from minimind_sft import identity, resume
 from minimind_sft.attention import attention_backend, needs_device_cu_seqlens
 from minimind_sft.batching import MicroBatch, pack
 from minimind_sft.evaluation import sources_of
@@ -39,6 +39,7 @@ from minimind_sft.optimizing import Optimization
 from minimind_sft.probes import answer_text
 from minimind_sft.ranges import check_ranges
 from minimind_sft.report import later_rows
+from minimind_sft.signals import StopRequest
 from minimind_sft.starting import Start
 from minimind_sft.terms import Term, checked
 
@@ -177,7 +178,7 @@ class SFTModule(LightningModule):
             seed=seed,
         )
         self.baseline: Reading | None = None
-        self.guard = Guard()
+        self.guard, self.stop = Guard(), StopRequest()
         self.last_step: StepResult | None = None
         self.model: Transformer
         if weights != SCRATCH:
@@ -227,6 +228,8 @@ class SFTModule(LightningModule):
             self.meter = Meter(list(data.evaluation), sources_of(text).names if text else [""])
 
     def on_fit_start(self) -> None:
+        if self.trainer.world_size > 1:
+            identity.check_alike(self.data)
         if self.nothing_left:
             return
         with self.trainer.precision_plugin.forward_context():
@@ -251,7 +254,15 @@ class SFTModule(LightningModule):
 
     @property
     def _broadcast(self) -> Broadcast | None:
-        return self.trainer.strategy.broadcast if self.trainer.world_size > 1 else None
+        return self._first_ranks if self.trainer.world_size > 1 else None
+
+    def _first_ranks(self, value: Any) -> Any:
+        """What the first process has; of a tensor, which must have one shape everywhere, without a copy on the CPU."""
+        if not isinstance(value, Tensor):
+            return self.trainer.strategy.broadcast(value)
+        value = value.contiguous()
+        torch.distributed.broadcast(value.view(-1).view(torch.uint8), 0)  # bytes, which every backend sends
+        return value
 
     @property
     def tokens_to_read(self) -> int:
@@ -383,9 +394,11 @@ class SFTModule(LightningModule):
 
     def _result(self, norm: Tensor, pulled: list[Tensor], learning_rate: float) -> StepResult:
         """What the window came to, of all ranks, read from the device at once."""
-        sums = self.trainer.strategy.reduce(self._window, reduce_op="sum")
+        sums = torch.cat([self._window, self._window.new_tensor([self.stop.received is not None])])
+        if self.trainer.world_size > 1:  # Lightning's `reduce` has all processes wait for each other first
+            torch.distributed.all_reduce(sums)
         terms = self.holding.losses + self.holding.pulls
-        nats, grad_norm, *shares = torch.cat([sums[:1], norm.double()[None], sums[1:], *pulled]).tolist()
+        grad_norm, nats, *shares, stopping = torch.cat([norm.double()[None], sums[:-1], *pulled, sums[-1:]]).tolist()
         return StepResult(
             step=self.trainer.global_step + 1,
             loss=nats / self._window_targets,
@@ -393,6 +406,7 @@ class SFTModule(LightningModule):
             learning_rate=learning_rate,
             terms={term.name: share for term, share in zip(terms, shares, strict=True)},
             weights={term.name: term.weight for term in terms},
+            stopping=stopping > 0,
         )
 
     def _window_documents(self) -> list[str]:

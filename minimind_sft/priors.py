@@ -60,8 +60,7 @@ class EWC(Term):
         self._precision = turning_precision(base.lm_head.weight.device, half=half is not None)
 
     def share(self, broadcast: Callable[[Any], Any]) -> None:
-        fisher = broadcast({name: values.to("cpu") for name, values in self.fisher.items()})
-        self.fisher = {name: values.to(self._base[name].device) for name, values in fisher.items()}
+        self.fisher = {name: broadcast(values) for name, values in self.fisher.items()}
         if self.bases:
             self.bases = shared_bases(self.bases, broadcast)
 

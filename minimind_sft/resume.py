@@ -75,6 +75,7 @@ def take_over(module: SFTModule, checkpoint: dict[str, Any]) -> None:
 def settings(module: SFTModule) -> dict[str, Any]:
     """What may differ in a run that resumes."""
     trainer = module.trainer
+    algorithm = trainer.gradient_clip_algorithm
     return {
         "model.learning_rate": module.learning_rate,
         "model.warmup_ratio": module.optimization.warmup_ratio,
@@ -95,7 +96,7 @@ def settings(module: SFTModule) -> dict[str, Any]:
         "trainer.max_epochs": trainer.max_epochs,
         "trainer.max_steps": trainer.max_steps,
         "trainer.gradient_clip_val": trainer.gradient_clip_val,
-        "trainer.gradient_clip_algorithm": str(trainer.gradient_clip_algorithm or "norm"),
+        "trainer.gradient_clip_algorithm": algorithm.value if algorithm else "norm",
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
         "processes": trainer.world_size,
         "precision": str(trainer.precision),

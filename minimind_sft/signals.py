@@ -11,6 +11,9 @@ import subprocess
 from contextlib import suppress
 from types import FrameType
 
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
 from minimind_sft.report import no_more_output
 from minimind_sft.rundir import is_rank_zero
 
@@ -55,3 +58,13 @@ class StopRequest:
     def exit_status(self) -> int:
         """128 + the signal's number, as shells report it."""
         return 128 + (self.received or signal.SIGTERM)
+
+
+class EndTogether(Callback):
+    """Where the first of the processes that Lightning started fails, the others end as well: they would wait for it, on
+    GPUs until a timeout of half an hour."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        launcher = trainer.strategy.launcher
+        if trainer.is_global_zero and isinstance(exception, Exception) and launcher is not None:
+            launcher.kill(signal.SIGKILL)

@@ -38,6 +38,9 @@ class StepLog(Callback):
         self._step_seconds = 0.0  # smoothed
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.stop.listen()  # before the base is looked at, which takes a while
+        # Lightning would ask all processes before every micro-batch whether one was told to stop
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile):
                 logger.cut_after(trainer.global_step)

@@ -60,8 +60,9 @@ class Term:
         """Called behind `start` where `tokens` asks for text, in the base's own framing, short documents together."""
 
     def share(self, broadcast: Callable[[Any], Any]) -> None:
-        """Called behind `read` where several processes train: take what `broadcast` gives for what was read, which is
-        what the first process read. Rounding is not the same on all devices, and differing pulls would go unseen.
+        """Called behind `read` where several processes train: take what `broadcast` gives for what was read, a tensor
+        or any object, which is what the first process read. All ask in the same order, for tensors of one shape.
+        Rounding is not the same on all devices, and differing pulls would go unseen.
         """
 
     def loss(self, model: Transformer, hidden: Tensor, batch: MicroBatch) -> Tensor:

@@ -239,8 +239,18 @@ def test_a_run_that_is_over_keeps_the_records_of_what_was_trained(
     assert run("fit", settings) == 0
     before = [(tmp_path / "run" / name).read_text() for name in ("config.yaml", "run.json", "sample.json")]
     assert run("fit", settings, "--ckpt_path=last", "--model.learning_rate=1e-5") == 0
-    assert "nothing to train" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "nothing to train" in said and "gradient_clip" not in said
     assert before == [(tmp_path / "run" / name).read_text() for name in ("config.yaml", "run.json", "sample.json")]
+
+
+def test_another_way_of_clipping_is_told_on_resuming(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("fit", settings) == 0
+    changed = ["--trainer.gradient_clip_algorithm=value", "--trainer.max_epochs=4"]
+    assert run("fit", settings, "--ckpt_path=last", *changed) == 0
+    assert "trainer.gradient_clip_algorithm norm -> value" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("epochs", ["null", -1])

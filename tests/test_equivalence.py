@@ -89,6 +89,50 @@ def test_two_processes_train_as_one(tiny: dict[str, Any], reference: Any, tmp_pa
         torch.testing.assert_close(tensor, reference[1][name.removeprefix("model.")], rtol=1e-4, atol=2e-5)
 
 
+THEIRS = """\
+import os, signal
+from lightning.pytorch.callbacks import Callback
+from minimind_sft import identity
+
+class Stop(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 2 and trainer.is_global_zero:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+class OtherData(Callback):
+    def setup(self, trainer, *_, **__):
+        known = identity.of_training
+        identity.of_training = lambda data: known(data) | {"sample": trainer.global_rank}
+
+class FullDisk(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.is_global_zero:
+            raise OSError(28, "No space left on device")
+"""
+
+
+@pytest.mark.parametrize(
+    ("callback", "status", "said"),
+    [
+        ("Stop", 143, "stopped after step 3; go on with the same command and --ckpt_path last"),
+        ("OtherData", 2, "the processes of this run have different data (sample)"),
+        ("FullDisk", 2, "No space left on device"),
+    ],
+)
+def test_two_processes_end_together(
+    tiny: dict[str, Any], tmp_path: Path, callback: str, status: int, said: str
+) -> None:
+    (tmp_path / "theirs.py").write_text(THEIRS, encoding="utf-8")
+    settings = {**tiny, "data__batch_size": 8, "run_dir": tmp_path / "run", "save_every_steps": 1000}
+    arguments = [f"--{name.replace('__', '.')}={value}" for name, value in settings.items()]
+    arguments += [f'--trainer.callbacks=[{{"class_path": "theirs.{callback}"}}]', "--data.own_documents=0"]
+    done = run_verb("fit", [*arguments, "--data.own_chats=0", "--device=cpu", *TWO], tmp_path)
+    assert done.returncode == status and said in done.stdout + done.stderr, done.stdout + done.stderr
+    if callback == "Stop":
+        saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+        assert saved["global_step"] == 3
+
+
 @pytest.mark.parametrize("prompts", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_processes_answer_as_one(tiny: dict[str, Any], tmp_path: Path, prompts: int) -> None:
     lines = (PROJECT / "data" / "sft_val.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from minimind_sft.__main__ import main
 from minimind_sft.checkpoints import AtomicCheckpointIO
+from minimind_sft.cli import _slurm
 from minimind_sft.fisher import RotatedAdamW
 from minimind_sft.guard import MAX_OVERFLOWS, Guard, StepResult
+from minimind_sft.measuring import Measure
 from minimind_sft.module import SFTModule
 from minimind_sft.readings import read_metrics
 from minimind_sft.signals import StopRequest
@@ -327,6 +330,30 @@ def test_slurms_signal_puts_the_job_back_into_the_queue(tmp_path: Path, monkeypa
     request.requeue()
     assert (tmp_path / "called").read_text() == "requeue 77\n"
     assert request.exit_status == 138
+
+
+def test_under_slurm_only_we_put_the_job_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _slurm([]) == []
+    monkeypatch.setattr(SLURMEnvironment, "detect", staticmethod(lambda: True))
+    (found,) = _slurm([])
+    assert not found.auto_requeue
+    assert _slurm([LightningEnvironment()]) == []
+
+
+def test_a_signal_during_the_look_at_the_base_ends_the_first_step_and_saves(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    look = Measure._look_at_base
+
+    def told(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return look(*arguments)
+
+    monkeypatch.setattr(Measure, "_look_at_base", told)
+    with pytest.raises(SystemExit) as ended:
+        fit(settings)
+    assert ended.value.code == 143
+    assert "stopped after step 1; go on" in capsys.readouterr().out
 
 
 def test_nothing_is_written_outside_the_run_and_cache_folders(

@@ -396,6 +396,14 @@ def test_l2_sp_decays_towards_the_base_and_spares_control_tokens() -> None:
         torch.testing.assert_close(weight, expected)
 
 
+def test_the_base_s_output_layer_goes_where_the_model_went() -> None:
+    model = small_model(0)
+    head = model.lm_head.weight.detach().clone()  # no part of the model any more
+    model.reset_head(seed=1)
+    base = frozen_copy(model.to("meta"), head)
+    assert {tensor.device.type for tensor in base.state_dict().values()} == {"meta"}
+
+
 @pytest.mark.parametrize("term", [L2SP(0.5), EWC(1.0, tokens=1), EKFAC(1.0, tokens=1)])
 def test_a_new_output_layer_is_not_pulled_to_the_old_one(term: Term) -> None:
     model, text = small_model(0), [with_replay(3)]

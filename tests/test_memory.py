@@ -351,6 +351,7 @@ def test_what_changes_the_run_changes_the_plan(plan: Callable[..., str]) -> None
     assert rows(plan("--precision=32"))["planned for"] == ["a GPU, precision 32, processes: 1"]
     assert "gradients to be shared (DDP)" not in before
     several = rows(plan("--trainer.devices=4"))
+    assert several == rows(plan("--trainer.devices=4", "--device=cuda")) == rows(plan("--device=cuda:0,1,2,3"))
     assert several["gradients to be shared (DDP)"] == several["weights, fp32"] and several["steps"] == ["about 102"]
     assert rows(plan("--trainer.max_steps=7"))["steps"] == ["about 7"]
     assert "and 19 milestones" in rows(plan("--keep_every_steps=20"))["disk"][0]
