@@ -59,6 +59,12 @@ def model_config(model: Mapping[str, Any], tokenizer_vocab: int | None) -> tuple
         config = stretched(config) if model["inference_rope_scaling"] else config
     elif model["weights"] != "scratch" and path.exists():
         config, source = weight_files.config_of(path, {name: model[name] for name in CHOICES}), f"sizes of {path}"
+        for name in ("hidden_size", "num_hidden_layers"):
+            if model[name] not in (None, getattr(config, name)):
+                raise ValueError(
+                    f"model.{name} is {model[name]}, but {path} has {getattr(config, name)}; leave it out, or plan for "
+                    "other weights: model.weights may name a file that is not there yet"
+                )
         config = stretched(config) if model["inference_rope_scaling"] else config
     else:
         if model["weights"] != "scratch" and not (model["hidden_size"] and model["num_hidden_layers"]):

@@ -296,8 +296,8 @@ def test_replay_adds_its_share_a_piece_and_the_chats_around_it(plan: Callable[..
         name: rows(plan("--device=cpu", *more))
         for name, more in {
             "off": ["--data.replay_ratio=0"],
-            "pieces": ["--data.replay_ratio=0.25"],
-            "documents": ["--data.replay_ratio=0.25", "--data.replay_length=null"],
+            "pieces": ["--data.replay_ratio=0.25", "--data.replay_in_chat=0"],
+            "documents": ["--data.replay_ratio=0.25", "--data.replay_in_chat=0", "--data.replay_length=null"],
             "in chats": ["--data.replay_ratio=0.25", "--data.replay_in_chat=0.5"],
         }.items()
     }
@@ -342,6 +342,12 @@ def test_what_looks_take_is_only_told_where_it_is_bounded(plan: Callable[..., st
     assert "looking at the model is not counted (every 7 steps; val_every_steps null: about 5 %" in plan(
         "--val_every_steps=7"
     )
+
+
+def test_a_plan_of_weights_that_are_there_takes_no_other_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config=sft.yaml", "--plan", "--model.hidden_size=768"]) == 2
+    said = capsys.readouterr().err
+    assert "model.hidden_size is 768, but" in said and "base.pth has 128; leave it out, or plan for other" in said
 
 
 def test_what_changes_the_run_changes_the_plan(plan: Callable[..., str]) -> None:
