@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from minimind_sft import report
 from minimind_sft.caps import RULE_OF_THUMB
-from minimind_sft.files import resolve, write_whole
+from minimind_sft.files import resolve, sha256_file, write_whole
 from minimind_sft.fit_process import run_fit
 from minimind_sft.options import OptionParser
 from minimind_sft.origins import find_origin, is_run
@@ -175,10 +175,10 @@ def _check_alike(first: Path, run: Path) -> None:
     if not find_origin(run).setting("data", "val_fraction"):  # by which every cap has other validation chats
         kinds["chat_loss"] = "chats"
     for key, kind in kinds.items():
-        losses = [reading[key] for reading in before]
-        if None in losses and losses != [None, None] or None not in losses and abs(losses[0] - losses[1]) > ALIKE:
+        one, other = (reading[key] for reading in before)
+        if one != other and (None in (one, other) or abs(one - other) > ALIKE):
             raise ValueError(
-                f"{run} was measured on other {kind} than {first} (the base's loss is {losses[1]}, and {losses[0]}); "
+                f"{run} was measured on other {kind} than {first} (the base's loss is {other}, and {one}); "
                 "pass --overwrite to train all caps anew, or another --run_dir"
             )
 
@@ -186,16 +186,14 @@ def _check_alike(first: Path, run: Path) -> None:
 @cache
 def _sha256(path: Path, changed: int) -> str:
     """Of a file that was last changed then."""
-    from minimind_sft.checkpoint_files import sha256_file
-
     return sha256_file(path)
 
 
 def _trial(folder: Path, cap: float, fit_options: Sequence[str]) -> Trial:
     """Train with one cap, unless that is done, and read what the run left."""
     run, note_path = folder / f"{cap:g}mb", folder / f"{cap:g}mb.json"
-    note = _read(note_path)
-    replaces = _began(run) is not None and note.get("replaces") == _began(run)  # an earlier run, by --overwrite
+    note, began = _read(note_path), _began(run)
+    replaces = began is not None and note.get("replaces") == began  # an earlier run, by --overwrite
     if is_whole(run) and not replaces:
         print(f"{cap:g} MB: done before", flush=True)
     else:
@@ -209,9 +207,9 @@ def _trial(folder: Path, cap: float, fit_options: Sequence[str]) -> Trial:
             _write_note(note_path, note)
     figures = _read(run / "forgetting.json")
     after = figures["after"]
-    sample, minutes = _read(run / "sample.json"), _read(note_path)["minutes"]
+    sample = _read(run / "sample.json")
     taken, tightest = sample["bytes"] / MEBIBYTE, sample.get("tightest", "max_mb")
-    return Trial(cap, taken, after["step"], after["chat_loss"], figures["forgetting"], minutes, tightest)
+    return Trial(cap, taken, after["step"], after["chat_loss"], figures["forgetting"], note["minutes"], tightest)
 
 
 def is_whole(run: Path) -> bool:

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from minimind_sft.checkpoint_files import read_record, sha256_file
-from minimind_sft.files import resolve
+from minimind_sft.checkpoint_files import read_record
+from minimind_sft.files import resolve, sha256_file
 from minimind_sft.hub import PREFIX
 from minimind_sft.origins import Origin, find_origin
 from minimind_sft.pretraining_text import SELF_WRITTEN

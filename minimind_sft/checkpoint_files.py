@@ -5,11 +5,10 @@ with or without the prefixes that DistributedDataParallel and torch.compile leav
 0.9 B checkpoint costs no memory until it is converted. What the tensors must be is decided in `weights.py`.
 """
 
-import hashlib
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,21 +164,6 @@ def _canonical_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Ten
             raise ValueError(f"{path} holds {plain} twice, with and without a prefix")
         renamed[plain] = tensor
     return renamed
-
-
-def sha256_files(paths: Iterable[str | Path]) -> str:
-    """Hex SHA-256 of a file, or of several end to end, read in pieces."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-    return digest.hexdigest()
-
-
-def sha256_file(path: str | Path) -> str:
-    """Hex SHA-256 of a file."""
-    return sha256_files([path])
 
 
 def listing(items: list[str]) -> str:

@@ -96,18 +96,16 @@ class Checkpoints(Checkpoint):
     Args:
         folder: where they go.
         measure: tells the best reading.
-        stop: whether, and by what, the run was asked to stop.
         keep_every: steps between two checkpoints that are kept for good, `step-000100.ckpt`; None for none.
 
     Raises:
         ValueError: `keep_every` below 1.
     """
 
-    def __init__(self, folder: Path, measure: Measure, stop: StopRequest, *, keep_every: int | None = None) -> None:
+    def __init__(self, folder: Path, measure: Measure, *, keep_every: int | None = None) -> None:
         if keep_every is not None and keep_every < 1:
             raise ValueError(f"keep_every_steps is {keep_every}; it counts optimizer steps and must be at least 1")
         self.folder, self.measure, self.keep_every = folder, measure, keep_every
-        self.stop = stop
 
     def milestones(self, steps: int) -> int:
         """How many are kept for good of so many steps."""
@@ -153,16 +151,16 @@ class Checkpoints(Checkpoint):
         if self.keep_every and step % self.keep_every == 0:
             names.append(milestone(step))
         # all ranks stop at the same window, whichever was told
-        alone = trainer.world_size == 1
-        stopping = self.stop.received is not None if alone else pl_module.last_step.stopping
+        stop: StopRequest = pl_module.stop
+        stopping = stop.received is not None if trainer.world_size == 1 else pl_module.last_step.stopping
         if names or ending or stopping or step % self.measure.intervals.save_every == 0:
             self.save(trainer, [LAST, *names])
         if stopping and not ending:  # a run that ends anyway has its last screen still to write
             if trainer.is_global_zero:
-                self.stop.say(f"stopped after step {step}; go on with the same command and --ckpt_path last")
-                self.stop.requeue()
+                stop.say(f"stopped after step {step}; go on with the same command and --ckpt_path last")
+                stop.requeue()
             # Lightning's watch over the processes that it started kills the first one where another fails
-            raise SystemExit(self.stop.exit_status if trainer.is_global_zero else 0)
+            raise SystemExit(stop.exit_status if trainer.is_global_zero else 0)
 
     def save(self, trainer: pl.Trainer, names: list[str]) -> None:
         """Write the state once, under each of these names; every row of the metrics is on disk before."""

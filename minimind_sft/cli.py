@@ -211,10 +211,9 @@ class SFTCLI(LightningCLI):
             max_forgetting=self.model.max_forgetting,
             patience=settings["patience"],
         )
-        stop = self.model.stop
         return [
             Record(self.run_dir, self._yaml, self.command),
-            StepLog(measure, stop),  # before measure: the step's row first, then its reading
+            StepLog(measure),  # before measure: the step's row first, then its reading
             measure,
             FirstScreen(measure),
             LastScreen(
@@ -224,7 +223,7 @@ class SFTCLI(LightningCLI):
                 self.datamodule.document_format,
                 {"all": FORMATS, "none": ()}.get(settings["export"], (settings["export"],)),
             ),
-            Checkpoints(self.run_dir / "checkpoints", measure, stop, keep_every=settings["keep_every_steps"]),
+            Checkpoints(self.run_dir / "checkpoints", measure, keep_every=settings["keep_every_steps"]),
             EndTogether(),
         ]
 

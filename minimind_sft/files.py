@@ -122,12 +122,24 @@ class Files:
 
 
 def _read_facts(path: Path) -> Facts:
-    source, digest = Source.of(path), hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
+    source, sha256 = Source.of(path), sha256_file(path)
     size = source.size if source.seekable else sum(source.pieces(bytearray(BUFFER)))
-    return Facts(digest.hexdigest(), size)
+    return Facts(sha256, size)
+
+
+def sha256_files(paths: Iterable[str | Path]) -> str:
+    """Hex SHA-256 of a file, or of several end to end, read in pieces."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while piece := file.read(CHUNK):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex SHA-256 of a file."""
+    return sha256_files([path])
 
 
 def sync(path: Path) -> None:

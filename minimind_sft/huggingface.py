@@ -99,8 +99,8 @@ def export_hf(
     special: dict[str, Any] = _special_ids(Path(tokenizer)) if tokenizer else {}
     content = {**config_to_json(model.config), **special, "torch_dtype": str(dtype).removeprefix("torch.")}
     if stop_ids:
-        ends: Any = list(stop_ids)
-        ends = ends[0] if len(ends) == 1 else ends
+        first, *more = stop_ids
+        ends = [first, *more] if more else first
         special["eos_token_id"] = ends
         content.setdefault("eos_token_id", ends)
     state = _state(model, dtype, folder)

@@ -161,7 +161,7 @@ def _run(options: argparse.Namespace, alphas: Sequence[float], argv: Sequence[st
     }
     write_whole(curve_files[0], json.dumps(finite(record), indent=1, ensure_ascii=False) + "\n")
     report.plot_interpolation(points, best, curve_files[1])
-    _write(model, best, pair, origin, tokenizer, options)
+    _write(model, out, best, pair, origin, tokenizer, options)
     print(_table(points, best))
     notes = [] if alphas[0] > 0 else [report.likely_swapped(points[0].chat_loss, points[-1].chat_loss)]
     if options.pretrain_path and not options.heldout_path and origin.replays_all:
@@ -259,9 +259,14 @@ def _check_out(model: Transformer, out: Path, *, overwrite: bool) -> None:
 
 
 def _write(
-    model: Transformer, best: Point, pair: Pair, origin: Origin, tokenizer: Path, options: argparse.Namespace
+    model: Transformer,
+    out: Path,
+    best: Point,
+    pair: Pair,
+    origin: Origin,
+    tokenizer: Path,
+    options: argparse.Namespace,
 ) -> None:
-    out = Path(options.out).expanduser()
     if out.suffix == ".pth":
         minimind.export_minimind(model, out)
         return

@@ -6,7 +6,6 @@ checkpoints, its exports) know the run's tokenizer, framing and records, so whoe
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 import yaml
 
 from minimind_sft import hub
-from minimind_sft.files import resolve
+from minimind_sft.files import resolve, sha256_file
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 RECORDS = ("config.yaml", "run.json")  # what makes a folder a run directory
@@ -130,7 +129,7 @@ class Origin:
 def tokenizer_sha256(folder: Path) -> str | None:
     """Of the tokenizer.json in a folder; None where there is none."""
     file = folder / "tokenizer.json"
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    return sha256_file(file) if file.is_file() else None
 
 
 def replays_own(replay_source: str | None, pretrain_path: Any) -> bool:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from minimind_sft.corpus import Store
+from minimind_sft.files import write_whole
 from minimind_sft.progress import track
 
 WIDTH = 50
@@ -106,10 +106,7 @@ def _cached(cache: Path, what: str, first: Store, second: Store, compute: Callab
     names = [WIDTH, second.folder.name, first.folder.name]
     path = cache / f"{what}-{hashlib.sha256(json.dumps(names).encode()).hexdigest()[:24]}.json"
     if not path.is_file():
-        result = compute()
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(result), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(compute()))
     return list(json.loads(path.read_text(encoding="utf-8")))
 
 

@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from minimind_sft.measuring import Measure, epoch_of
 from minimind_sft.records import MetricsFile
-from minimind_sft.signals import StopRequest
 
 if TYPE_CHECKING:
     from minimind_sft.module import SFTModule
@@ -25,12 +24,11 @@ class StepLog(Callback):
 
     Args:
         measure: knows the intervals and what a reading costs.
-        stop: whether the run was asked to stop.
         bar: whether to draw a bar; None for "where standard output is a terminal".
     """
 
-    def __init__(self, measure: Measure, stop: StopRequest, bar: bool | None = None) -> None:
-        self.measure, self.stop = measure, stop
+    def __init__(self, measure: Measure, bar: bool | None = None) -> None:
+        self.measure = measure
         self.bar = sys.stdout.isatty() if bar is None else bar
         self._progress: Progress | None = None
         self._window_started = 0.0
@@ -38,7 +36,7 @@ class StepLog(Callback):
         self._step_seconds = 0.0  # smoothed
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.stop.listen()  # before the base is looked at, which takes a while
+        pl_module.stop.listen()  # before the base is looked at, which takes a while
         # Lightning would ask all processes before every micro-batch whether one was told to stop
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         for logger in trainer.loggers:
@@ -103,7 +101,7 @@ class StepLog(Callback):
             self._progress.update(self._task, completed=result.step, line=line)
         else:
             epochs = math.ceil(total / trainer.datamodule.plan.windows)  # type: ignore[attr-defined]
-            self.stop.say(f"epoch {epoch + 1}/{epochs}  step {result.step}/{total}  {line}")
+            pl_module.stop.say(f"epoch {epoch + 1}/{epochs}  step {result.step}/{total}  {line}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._stop()

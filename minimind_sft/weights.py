@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from minimind_sft import huggingface
-from minimind_sft.checkpoint_files import EMBEDDING, HEAD, find_file, listing, read, sha256_files
+from minimind_sft.checkpoint_files import EMBEDDING, HEAD, find_file, listing, read
+from minimind_sft.files import sha256_files
 from minimind_sft.minimind import export_minimind as export_minimind
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig, stretched

@@ -15,8 +15,8 @@ from test_huggingface import enlarge
 
 from minimind_sft.__main__ import main
 from minimind_sft.chat import ChatTemplate
-from minimind_sft.checkpoint_files import sha256_file
 from minimind_sft.export import export_run
+from minimind_sft.files import sha256_file
 from minimind_sft.generate import generate
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig

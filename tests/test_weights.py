@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minimind_sft.checkpoint_files import sha256_file
+from minimind_sft.files import sha256_file
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 from minimind_sft.weights import OF_FIT, build, check_vocab, export_minimind, load, load_model
