@@ -21,6 +21,7 @@ from minimind_sft.cli_options import NOT_OFFERED, OF_FIT, Parser, add_run_option
 from minimind_sft.data import SFTDataModule
 from minimind_sft.devices import pin_device, resolve_precision
 from minimind_sft.export import FORMATS
+from minimind_sft.files import in_full
 from minimind_sft.first_screen import FirstScreen, Record
 from minimind_sft.guard import Guard
 from minimind_sft.last_screen import LastScreen
@@ -232,6 +233,10 @@ class SFTCLI(LightningCLI):
         settings = self.config[self.subcommand].clone()
         settings["ckpt_path"], settings["overwrite"] = None, False
         del settings["plan"], settings["plan_tflops"]
+        settings["model"]["weights"] = in_full(settings["model"]["weights"])
+        for key, value in settings["data"].items():
+            if key.endswith("_path") or key == "tokenizer":
+                settings["data"][key] = in_full(value)
         return str(self._parser(self.subcommand).dump(settings, skip_none=False, skip_validation=True))
 
     def _loggers(self, settings: Any) -> list[Logger]:

@@ -32,6 +32,21 @@ def resolve(path: str | Path) -> Path:
     return PROJECT / path
 
 
+def in_full(given: Any) -> Any:
+    """What a setting names, for a record that may be read from another folder: a path, a list, a source of a mixture.
+
+    Where the project has something of the same name, a path is written from the root on, so that the one is not taken
+    for the other; all others stay as they are, and a folder of work can be moved.
+    """
+    if isinstance(given, list):
+        return [in_full(entry) for entry in given]
+    if isinstance(given, dict):
+        return given | {"path": in_full(given["path"])}
+    if not isinstance(given, str) or Path.cwd() == PROJECT or not _there(PROJECT / given):
+        return given
+    return str(resolve(given).absolute())
+
+
 def _there(pattern: Path) -> bool:
     if pattern.exists():
         return True

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import wandb
+import yaml
 from wandb.proto import wandb_internal_pb2
 
 from minimind_sft.__main__ import main
@@ -199,6 +200,22 @@ def test_the_saved_config_gives_the_same_run(settings: dict[str, Any], tmp_path:
         with open(tmp_path / name / "metrics.csv", encoding="utf-8") as file:
             both.append([[row[column] for column in columns] for row in csv.DictReader(file)])
     assert both[0] == both[1]
+
+
+def test_from_another_folder_a_saved_config_does_not_mean_the_demos_files(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    for ours, like_the_demos in (("text.jsonl", "heldout.jsonl"), ("train.jsonl", "sft_train.jsonl")):
+        (tmp_path / ours).rename(tmp_path / "data" / like_the_demos)
+    monkeypatch.chdir(tmp_path)
+    train = '[{"path": "data/sft_train.jsonl", "max_mb": 1}]'
+    named = {"data.train_path": train, "data.heldout_path": "data/heldout.jsonl", "data.val_path": "val.jsonl"}
+    assert run("fit", settings | named) == 0
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]
+    assert kept["train_path"][0]["path"] == str(tmp_path / "data" / "sft_train.jsonl")
+    assert kept["heldout_path"] == str(tmp_path / "data" / "heldout.jsonl")
+    assert kept["val_path"] == "val.jsonl"  # nothing else is called so; the folder can be moved
 
 
 def test_validate_and_predict_read_a_checkpoint(
