@@ -23,7 +23,8 @@ Shapes: (R, C) of a matrix, N tokens, M of them targets.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
@@ -36,6 +37,7 @@ from minimind_sft.drawing import draw
 from minimind_sft.model import Transformer
 
 Key = TypeVar("Key")
+Turning = Callable[[], AbstractContextManager[Any]]
 TOKENS_PER_CHANNEL = 64  # of text, at most, that a basis is taken from; 3 to 6 times as many were no better
 
 
@@ -164,19 +166,28 @@ def _eigenvectors(moment: Tensor | None) -> Tensor | None:
     return None if moment is None else torch.linalg.eigh(moment).eigenvectors
 
 
-def turning_precision(device: torch.device, *, half: bool) -> str:
-    """What `matmul_precision` takes to turn matrices.
+def turning(device: torch.device, *, half: bool) -> Turning:
+    """How matrices on this device are turned: what to do it under.
 
-    Gradients that come from half precision are turned in TF32 on a GPU, where fp32 would take a tenth to a third of
-    such a step; and on a CPU by oneDNN, in bf16 where there is AMX and else in fp32 (on AMD in half of the time).
-    Otherwise it is what is set.
+    Gradients that come from half precision are turned in bf16 on a CPU, and in TF32 on a GPU, where fp32 would take a
+    tenth to a third of such a step. Others are turned in fp32: on a CPU by oneDNN, in half of the time that torch's own
+    choice takes on AMD, unless there is AMX, where oneDNN would take bf16.
     """
-    faster = {"cuda": "high", "cpu": "medium"}.get(device.type) if half else None
-    return faster or torch.get_float32_matmul_precision()
+    if half and device.type == "cpu":
+        return partial(torch.autocast, "cpu", torch.bfloat16)
+    if half and device.type == "cuda":
+        return partial(_matmul_precision, "high")
+    if device.type == "cpu" and not _has_amx():
+        return partial(_matmul_precision, "medium")
+    return nullcontext
+
+
+def _has_amx() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)())
 
 
 @contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
+def _matmul_precision(precision: str) -> Iterator[None]:
     """Multiply fp32 matrices so, see `torch.set_float32_matmul_precision`."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
@@ -193,7 +204,7 @@ class RotatedAdamW(AdamW):
 
     Args:
         args, settings: AdamW's.
-        precision: to turn in, see `turning_precision`.
+        turning: what to turn under, see `turning`.
 
     Attributes:
         bases: by parameter.
@@ -201,11 +212,11 @@ class RotatedAdamW(AdamW):
 
     bases: Mapping[Tensor, Basis]
 
-    def __init__(self, *args: Any, precision: str = "highest", **settings: Any) -> None:
+    def __init__(self, *args: Any, turning: Turning = nullcontext, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.bases = {}
         self._turned = False
-        self._precision = precision
+        self._turning = turning
 
     def turn(self, bases: Mapping[Tensor, Basis]) -> None:
         """Take these bases, by parameter; before the first step, for moments do not turn along."""
@@ -215,9 +226,9 @@ class RotatedAdamW(AdamW):
     def turn_gradients(self) -> None:
         """Turn the gradients into the bases, which `step` does otherwise: for what is to be added or clipped there."""
         if not self._turned:
-            for weight, basis in self.bases.items():
-                if weight.grad is not None:
-                    with matmul_precision(self._precision):
+            with self._turning():
+                for weight, basis in self.bases.items():
+                    if weight.grad is not None:
                         weight.grad.copy_(basis.turned(weight.grad))
             self._turned = True
 
@@ -242,10 +253,9 @@ class RotatedAdamW(AdamW):
                     weight.zero_()
         super().step()
         self._turned = False
-        for weight, before, decay in kept:
-            with matmul_precision(self._precision):
-                turned_back = self.bases[weight].back(weight)
-            weight.copy_(turned_back.add_(before, alpha=decay))
+        with self._turning():
+            for weight, before, decay in kept:
+                weight.copy_(self.bases[weight].back(weight)).add_(before, alpha=decay)
         return loss
 
     @property

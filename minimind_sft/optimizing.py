@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from minimind_sft.fisher import Basis, RotatedAdamW, stored_bases, turning_precision
+from minimind_sft.fisher import Basis, RotatedAdamW, stored_bases, turning
 from minimind_sft.model import Transformer
 from minimind_sft.schedule import learning_rate_at, peak_for
 
@@ -69,7 +69,7 @@ class Optimization:
             [{"params": group, "weight_decay": decay} for group, decay in zip(weights, self.decays, strict=True)],
             lr=self.peak(model.config.hidden_size),
             fused=fused or None,  # None: torch picks among the rest
-            precision=turning_precision(device, half=half),
+            turning=turning(device, half=half),
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minimind_sft.batching import MicroBatch
-from minimind_sft.fisher import Basis, Scores, bases_of, matmul_precision, shared_bases, turning_precision
+from minimind_sft.fisher import Basis, Scores, bases_of, shared_bases, turning
 from minimind_sft.model import Transformer
 from minimind_sft.terms import Term
 
@@ -57,7 +57,7 @@ class EWC(Term):
 
     def start(self, base: Transformer, control_ids: list[int], *, half: torch.dtype | None) -> None:
         self._base = dict(base.named_parameters())
-        self._precision = turning_precision(base.lm_head.weight.device, half=half is not None)
+        self._turning = turning(base.lm_head.weight.device, half=half is not None)
 
     def share(self, broadcast: Callable[[Any], Any]) -> None:
         self.fisher = {name: broadcast(values) for name, values in self.fisher.items()}
@@ -97,15 +97,15 @@ class EWC(Term):
             if name not in self._base or not parameter.requires_grad:  # a new output layer has no base
                 continue
             basis = self._basis(name)
-            with matmul_precision(self._precision):
-                distance = basis.turned(parameter - self._base[name])
+            with self._turning():
+                distance = basis.turned(parameter - self._base[name]).float()
                 force = self.fisher[name] * distance
-                gradient = force if turned else basis.back(force)
-            nats += 0.5 * torch.dot(force.flatten(), distance.flatten())
+                gradient = force if turned else basis.back(force).float()
             if parameter.grad is None:
                 parameter.grad = self.weight * gradient
             else:
                 parameter.grad.add_(gradient, alpha=self.weight)
+            nats += 0.5 * force.mul_(distance).sum()  # torch.dot takes ten times as long on a CPU
         return nats
 
 

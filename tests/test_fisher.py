@@ -12,7 +12,7 @@ from torch.optim import AdamW
 
 from minimind_sft.batching import MicroBatch, pack
 from minimind_sft.drawing import draw
-from minimind_sft.fisher import Basis, RotatedAdamW, Scores, bases_of, turning_precision
+from minimind_sft.fisher import Basis, RotatedAdamW, Scores, bases_of, turning
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 
@@ -192,33 +192,44 @@ def test_gradients_that_were_turned_already_are_not_turned_again() -> None:
     assert torch.equal(*found)
 
 
-def test_only_the_turning_is_less_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    precisions: list[str] = []
+def how() -> tuple[str, bool]:
+    """What a product is taken in: the precision of fp32, and whether it is bf16 instead."""
+    return torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize(
+    "device, half, amx, expected",
+    [
+        ("cpu", False, False, ("medium", False)),  # by oneDNN, in fp32
+        ("cpu", False, True, ("highest", False)),
+        ("cpu", True, False, ("highest", True)),
+        ("cuda", True, False, ("high", False)),
+        ("cuda", False, False, ("highest", False)),
+        ("mps", True, False, ("highest", False)),
+    ],
+)
+def test_only_the_turning_is_faster_and_less_exact(
+    monkeypatch: pytest.MonkeyPatch, device: str, half: bool, amx: bool, expected: tuple[str, bool]
+) -> None:
+    seen: list[tuple[str, bool]] = []
 
     def watched(method: Any) -> Any:
         def call(self: Basis, matrix: Tensor) -> Tensor:
-            precisions.append(torch.get_float32_matmul_precision())
+            seen.append(how())
             result: Tensor = method(self, matrix)
             return result
 
         return call
 
+    monkeypatch.setattr("minimind_sft.fisher._has_amx", lambda: amx)
     monkeypatch.setattr(Basis, "turned", watched(Basis.turned))
     monkeypatch.setattr(Basis, "back", watched(Basis.back))
-    for precision in ("highest", "high"):
-        weight = torch.nn.Parameter(torch.ones(2, 2))
-        optimizer = RotatedAdamW([weight], lr=0.1, precision=precision)
-        optimizer.turn({weight: Basis(DIAGONAL, None)})
-        steps(optimizer, weight, some_gradients(1, 2, 2))
-        assert precisions[-2:] == [precision, precision] and torch.get_float32_matmul_precision() == "highest"
-
-
-@pytest.mark.parametrize(
-    "device, half, expected",
-    [("cpu", False, "highest"), ("cpu", True, "medium"), ("cuda", True, "high"), ("mps", True, "highest")],
-)
-def test_what_comes_from_half_precision_is_turned_in_less(device: str, half: bool, expected: str) -> None:
-    assert turning_precision(torch.device(device), half=half) == expected
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = RotatedAdamW([weight], lr=0.1, turning=turning(torch.device(device), half=half))
+    optimizer.turn({weight: Basis(DIAGONAL, None)})
+    steps(optimizer, weight, some_gradients(1, 2, 2))
+    assert seen == [expected, expected] and how() == ("highest", False)
+    assert weight.dtype == torch.float32 and not torch.equal(weight, torch.ones(2, 2))
 
 
 def test_a_parameter_without_gradient_stays() -> None:
