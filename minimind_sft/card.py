@@ -88,9 +88,10 @@ def _cost(run_dir: Path | None, record: Mapping[str, Any]) -> str:
     rows = [_measured(what, key, readings) for key, what in MEASURED]
     if isinstance(figures.get("forgetting"), float):
         start = readings["before"]["pretrain_loss"]
-        risen = {name: {"risen": reading["pretrain_loss"] - start} for name, reading in readings.items()}
+        losses = {name: reading["pretrain_loss"] for name, reading in readings.items()}
+        risen = {name: {} if loss is None else {"risen": loss - start} for name, loss in losses.items()}
         rows.append(_measured("forgotten, nats per token", "risen", risen, sign="+"))
-    head = ["", *(f"{name} (step {reading.get('step')})" for name, reading in readings.items())]
+    head = ["", *(f"{name} (step {reading.get('step')}{_of_part(reading)})" for name, reading in readings.items())]
     word = figures.get("text") or {"True": "seen", "False": "unseen"}.get(str(figures.get("seen")))
     known = {"seen": ", seen by the base", "unseen": ", unseen by the base"}.get(str(word), "")
     text = f"The text is pretraining text{known}."
@@ -99,6 +100,12 @@ def _cost(run_dir: Path | None, record: Mapping[str, Any]) -> str:
     if record.get("step") is not None:
         text += f" These weights are those of step {record['step']:,}."
     return f"## What training cost\n\n{_table(head, [row for row in rows if row])}\n\n{text}"
+
+
+def _of_part(reading: Mapping[str, Any]) -> str:
+    """Where not all documents were looked at, on how many of them."""
+    share = reading.get("looked_at")
+    return f", on {share:.0%} of the documents" if isinstance(share, float) and share < 1 else ""
 
 
 def _measured(what: str, key: str, readings: Mapping[str, Mapping[str, Any]], *, sign: str = "") -> list[str]:

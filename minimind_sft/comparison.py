@@ -140,7 +140,7 @@ def compare(
     )
     result: Section = {**pair.about, **fed._asdict()}
     origin = find_origin(resolve(tuned))
-    halve = origin.replays  # what was replayed is not measured on
+    halve = origin.halves  # what was replayed is not measured on
     given = [make_stores(heldout_path=heldout_path, pretrain_path=pretrain_path)] if heldout_path else []
     unreplayed = origin.unreplayed(documents)
     given += [make_stores(pretrain_path=pretrain_path, measure_documents=unreplayed)] if pretrain_path else []

@@ -160,6 +160,7 @@ def summary(
     text: str | None,
     from_base: bool = True,
     documents: Mapping[str, int] | None = None,
+    looked_at: float = 1.0,
 ) -> dict[str, Any]:
     """What `forgetting.json` holds.
 
@@ -168,6 +169,7 @@ def summary(
         text: what the text is to the base: `seen`, `unseen` or `self-written`.
         from_base: whether there is a base that could be forgotten.
         documents: how many there are of each source of the text.
+        looked_at: the share of the documents that the best was looked at on.
 
     Returns:
         The three readings; `forgetting` of the last, and that of the base's own chats; `text`; `seen`; and
@@ -184,7 +186,7 @@ def summary(
     return {
         "before": _told(before),
         "after": _told(after),
-        "best": _told(best) if best else None,
+        "best": _told(best) | {"looked_at": looked_at} if best else None,
         "forgetting": forgetting,
         "own_chats_forgetting": of_chats,
         "text": text,

@@ -148,7 +148,7 @@ def _run(options: argparse.Namespace, alphas: Sequence[float], argv: Sequence[st
         cache_dir=options.cache_dir,
     )
     own = None if has_text else pair.own_text(stores.cache, options.own_documents)
-    points = curve(pair, stores, alphas, own=own, halve=origin.replays)
+    points = curve(pair, stores, alphas, own=own, halve=origin.halves)
     best = choose(points, options.tolerance)
     model = interpolate(pair.base, pair.tuned, best.alpha, template.control_ids)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -76,14 +76,16 @@ class LastScreen(Callback):
         from_base = not pl_module.from_scratch
         text = data.evaluation.get(PRETRAIN)
         documents = sources_of(text).counts if text else None
-        figures = summary(before, after, best, text=data.text, from_base=from_base, documents=documents)
+        share = self.measure.intervals.live_share if best is not None and best.step != after.step else 1.0
+        figures = summary(
+            before, after, best, text=data.text, from_base=from_base, documents=documents, looked_at=share
+        )
         write_whole(self.folder / "forgetting.json", json.dumps(finite(figures), indent=1) + "\n")
         table = report.forgetting_table(before, after, best, text=data.text, from_base=from_base)
         print("\n" + table, flush=True)
         if best is not None and from_base and (note := report.never_better(before.chat_loss, best.chat_loss)):
             print(note, flush=True)
-        share = self.measure.intervals.live_share
-        if share < 1 and best is not None and best.step != after.step:
+        if share < 1 and best is not None:
             print(f"step {best.step} was looked at on {share:.0%} of the documents (val_every_steps: all of them)")
         if before.chat_loss is not None and before.pretrain_loss is not None:
             report.plot(readings, self.folder / "forgetting.png")

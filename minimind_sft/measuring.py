@@ -6,6 +6,7 @@ then save (`checkpoints.Checkpoints`, which Lightning runs last), so that a resu
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,14 +67,15 @@ class Measure(Callback):
     @property
     def best(self) -> Reading | None:
         """The reading with the lowest loss after step 0 within `max_forgetting`, the earliest of equals; where none is
-        within it, the one that forgot least. All are judged by the same documents; `lost` ones are none."""
+        within it, the one that forgot least. All are judged by the same documents; `lost` ones are none, nor is one
+        whose loss is no number."""
         judged = {reading.step: self._judged(reading) for reading in self.readings}
         there = [reading for reading in self.readings if reading.step and reading.step not in self.lost]
-        scored = [reading for reading in there if reading.score is not None]
+        scored = [reading for reading in there if reading.score is not None and math.isfinite(reading.score)]
         within = [reading for reading in scored if self.within(reading)]
         if within or not scored:
             return min(within, key=lambda reading: (judged[reading.step].score, reading.step), default=None)
-        return min(scored, key=lambda reading: (judged[reading.step].pretrain_loss, reading.step))
+        return min(scored, key=lambda reading: (in_order(judged[reading.step].pretrain_loss), reading.step))
 
     def _judged(self, reading: Reading) -> Reading:
         """The reading by the live documents alone."""
@@ -218,6 +220,11 @@ class Measure(Callback):
         live = state_dict.get("live_start")
         self.live_start = None if live is None else Reading(**live)
         self.intervals = replace(self.intervals, live_share=state_dict.get("live_share", 1.0))
+
+
+def in_order(loss: float | None) -> float:
+    """A loss to sort by: what is no number comes last."""
+    return math.inf if loss is None or math.isnan(loss) else loss
 
 
 @contextmanager

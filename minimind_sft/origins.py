@@ -54,20 +54,33 @@ class Origin:
     @property
     def replays(self) -> bool:
         """Whether the run replayed, or read, pretraining text from files."""
-        reads = self.setting("data", "replay_ratio") or self.setting("model", "fisher_tokens")
+        reads = self.setting("data", "replay_ratio") or self.setting("model", "fisher_tokens") or self._terms_read
         own = replays_own(self.setting("data", "replay_source"), self.setting("data", "pretrain_path"))
         return bool(reads) and not own
+
+    @property
+    def _terms_read(self) -> bool:
+        """Whether one of `model.terms` reads text before the first step."""
+        try:
+            return any(term["init_args"].get("tokens") for term in self.setting("model", "terms") or ())
+        except (KeyError, TypeError, AttributeError):
+            return False
 
     @property
     def replays_all(self) -> bool:
         """Whether it may have replayed any document of these files: what it measured on was other text."""
         return self.replays and bool(self.setting("data", "heldout_path"))
 
+    @property
+    def halves(self) -> bool:
+        """Whether it measured on one part of these files and replayed another, see `Texts.measured`."""
+        return self.replays and not self.replays_all
+
     def unreplayed(self, documents: int) -> int:
         """Of so many documents of `pretrain_path` to measure on, chosen by content hash, those that a run which
         measured on the first of them did not replay."""
         measured = self.setting("data", "measure_documents")
-        return min(documents, measured) if self.replays and type(measured) is int else documents
+        return min(documents, measured) if self.halves and type(measured) is int else documents
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
@@ -165,8 +178,8 @@ def as_trained(origins: Sequence[Origin], key: str, default: Any) -> Any:
 
 
 def _run_around(path: Path) -> Path | None:
-    """The run directory that is, or holds, this path: RUN, RUN/checkpoints/best.ckpt, RUN/export/best/."""
-    for folder in (path.absolute(), *path.absolute().parents[:2]):
+    """The run directory that is, or holds, this path: RUN, RUN/checkpoints/best.ckpt, RUN/export/best/FILE."""
+    for folder in (path.absolute(), *path.absolute().parents[:3]):
         if is_run(folder):
             return folder
     return None

@@ -30,6 +30,12 @@ from minimind_sft.self_written import Author
 
 SEEN_IS_REPLAYED = "the seen text may be what TUNED's run replayed, so it tells less than unseen text (--heldout_path)"
 
+# where tokenizers of one vocabulary differ: spaces, digits, capitals, accents, forms of one letter, long words
+CUT_OTHERWISE = (
+    "The  3 quick foxes' na\u00efve caf\u00e9, cafe\u0301: 12,345.67!\n\n\t\u4eca\u5929\u5929\u6c14\u5f88\u597d\uff0c"
+    "\u516c\u56ed\u3002 \uff21 \ufb01 \U0001f642 internationalization  "
+)
+
 
 class Fed(NamedTuple):
     """How documents are fed to models: settings of `data`, here as `fit` has them by default."""
@@ -204,10 +210,13 @@ def find_tokenizer(base: str, tuned: str, given: str | None) -> Path:
     folders = [found for origin in origins if (found := origin.known_tokenizer()) is not None]
     if not folders:
         raise ValueError(f"no tokenizer.json in or beside {tuned} or {base}; give --tokenizer FOLDER")
-    vocabularies = [Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab() for folder in folders]
-    if vocabularies[0] != vocabularies[-1]:
+    tokenizers = [Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in folders]
+    vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
+    ids = [tokenizer.encode(CUT_OTHERWISE, add_special_tokens=False).ids for tokenizer in tokenizers]
+    if vocabularies[0] != vocabularies[-1] or ids[0] != ids[-1]:
+        differ = "have different vocabularies" if vocabularies[0] != vocabularies[-1] else "cut text differently"
         raise ValueError(
-            f"the tokenizers in {folders[0]} and {folders[-1]} have different vocabularies; models can only be "
+            f"the tokenizers in {folders[0]} and {folders[-1]} {differ}; models can only be "
             "compared token by token with the same one. Where both models mean the same ids, give --tokenizer FOLDER"
         )
     return folders[0]

@@ -29,6 +29,7 @@ def _row(run: Run, words: Mapping[str, str]) -> list[str]:
     best = NONE
     if run.best:
         best = f"{run.best.step:,}  {_number(run.best.chat)}  {_number(run.best.forgetting, '+')}"
+        best += f"  ({run.best_on:.0%})" if run.best_on < 1 else ""
     asked = run.facts.groups.get("raw/not_in_sft") if run.facts else None
     lost = f"{asked['lost']:,} / {asked['before']:,}" if asked else NONE
     pace = NONE if run.seconds_per_step is None else f"{run.seconds_per_step:.2f}"
@@ -80,6 +81,8 @@ def notes(runs: Sequence[Run], words: Mapping[str, str]) -> list[str]:
         for run in runs
         if run.ended is not None and run.ended != run.step
     ]
+    if any(run.best_on < 1 for run in runs):
+        found.append(words["note_part"])
     if len({str(run.record.get("base_sha256")) for run in runs}) > 1:
         return [words["note_bases"], *found]
     for part in ("chat", "text"):

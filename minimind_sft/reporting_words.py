@@ -29,6 +29,7 @@ WORDS: dict[str, dict[str, str]] = {
         "note_measured": "The runs measured their base differently (other text or chats, or another framing): compare "
         "their forgetting with care.",
         "note_later": "{run} went on after its end at step {step}: facts, sources and answers are of that step.",
+        "note_part": "A share in brackets: of the documents that the best reading was looked at on.",
         # sections
         "trajectories": "Chat loss against forgetting",
         "trajectories_about": "One path per run, from the base (the dot) on; down and to the right is better. The "
@@ -115,6 +116,7 @@ WORDS: dict[str, dict[str, str]] = {
         "note_bases": "各次训练的基座不同:损失不可比,遗忘量只在文本相同时可比。",
         "note_measured": "各次训练对基座的测量不同(文本、对话或文本格式不同),比较遗忘时请谨慎。",
         "note_later": "{run} 在第 {step} 步结束后又继续训练:事实、来源与回答属于那一步。",
+        "note_part": "括号中的百分比:最佳读数所依据的文档比例。",
         "trajectories": "对话损失与遗忘",
         "trajectories_about": "每次训练一条路径,从基座(圆点)出发;越靠右下越好。空心大标记是最佳读数,即 best.ckpt。",
         "trajectories_none": "没有训练同时测量了对话与遗忘:请设置 data.val_path,以及 data.heldout_path 或 "

@@ -87,6 +87,7 @@ def _read_run(folder: Path, name: str) -> Run:
         metrics=metrics,
         looks=looks,
         best=best,
+        best_on=float(((summary or {}).get("best") or {}).get("looked_at", 1.0)),
         ended=ended,
         seen=seen,
         sources=sources,
@@ -170,8 +171,7 @@ def _source(row: dict[str, Any]) -> Source:
     return Source(
         str(row["source"] or ""),
         None if documents is None else int(documents),
-        float(row["before"]),
-        float(row["forgetting"]),
+        *(math.nan if row[name] is None else float(row[name]) for name in ("before", "forgetting")),
     )
 
 
@@ -184,7 +184,8 @@ def _best(summary: dict[str, Any] | None, looks: Sequence[Look], ended: int | No
     scores = [(look.text if look.chat is None else look.chat, look) for look in looks if look.step]
     scored = [(score, look) for score, look in scores if score is not None and math.isfinite(score)]
     if bound not in (None, "null"):
-        forgotten = [(look.forgetting or 0.0, look) for _, look in scored]
+        risen = ((look.forgetting or 0.0, look) for _, look in scored)
+        forgotten = [(math.inf if math.isnan(rise) else rise, look) for rise, look in risen]
         within = [look for rise, look in forgotten if rise <= float(bound)]
         scored = [pair for pair in scored if pair[1] in within] or forgotten
     return min(scored, default=(0.0, None))[1]

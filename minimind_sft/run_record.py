@@ -69,6 +69,7 @@ class Run(NamedTuple):
     metrics: list[dict[str, float]]  # the rows of metrics.csv
     looks: list[Look]
     best: Look | None  # of `best.ckpt` where the run ended, else the best so far
+    best_on: float  # the share of the documents that it was looked at on, where the run ended
     ended: int | None  # step of its summary; an earlier one than its last where it went on from there
     seen: str | None  # seen, unseen or another word for the text; None where it is not told
     sources: list[Source]

@@ -122,6 +122,8 @@ def look_at(data: Mapping[str, Any], template: ChatTemplate | None) -> Data | No
     total, cap = sum(_text_bytes(path) for path in paths), _cap(data, files)
     given = _given(paths, parts)
     used = given if cap is None else min(given, cap)
+    if data["max_rows"] is not None:
+        used = min(used, data["max_rows"] * size)
     documents = max(1, round(used / size))
     if template is None:
         lengths = np.minimum([len(line.text.encode()) / BYTES_PER_TOKEN for line in lines], data["max_length"])
@@ -133,6 +135,9 @@ def look_at(data: Mapping[str, Any], template: ChatTemplate | None) -> Data | No
         documents = max(1, round(documents * len(lengths) / len(lines)))
         how = f"by the first {len(lines)} lines"
     mean = float(lengths.mean())
+    if data["max_tokens"] is not None and data["max_tokens"] < documents * mean:
+        used *= data["max_tokens"] / (documents * mean)
+        documents = max(1, int(data["max_tokens"] / mean))
     told = (
         f"about {documents:,} documents of {mean:,.0f} tokens in the mean ({how}), "
         f"{report.megabytes(used)} of {report.megabytes(total)}"

@@ -453,6 +453,11 @@ def test_tokenizers_that_differ_are_refused(
     (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(specification), encoding="utf-8")
     assert compare(material, tmp_path, BASE, tmp_path / "hf") == 2
     assert "have different vocabularies" in capsys.readouterr().err
+    specification = json.loads((DATA / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+    specification["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(specification), encoding="utf-8")
+    assert compare(material, tmp_path, BASE, tmp_path / "hf") == 2
+    assert "cut text differently" in capsys.readouterr().err
 
 
 def test_something_to_measure_on_is_needed(

@@ -185,6 +185,17 @@ def test_the_card_tells_cost_and_lineage_but_no_paths(tmp_path: Path) -> None:
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
 
 
+def test_the_card_tells_of_a_best_looked_at_in_part_and_of_losses_that_are_no_numbers(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "sft")
+    figures = json.loads((run / "forgetting.json").read_text())
+    figures["best"] |= {"looked_at": 0.1, "pretrain_loss": None}
+    (run / "forgetting.json").write_text(json.dumps(figures))
+    assert export(run, tmp_path / "out", "--format=hf") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "best (step 6, on 10% of the documents) |" in card
+    assert "| forgotten, nats per token | +0.0000 | +0.2500 | - |" in card
+
+
 def test_other_weights_in_a_runs_folder_do_not_have_its_figures(tmp_path: Path) -> None:
     run = make_run(tmp_path / "sft")
     for name, told in (("held.pth", False), ("export/best_32.pth", True)):

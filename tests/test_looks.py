@@ -57,6 +57,17 @@ def test_the_best_reading_is_judged_by_the_documents_that_all_were_read_on() -> 
     assert measure.best.step == 8
 
 
+def test_a_loss_that_is_no_number_is_never_the_best() -> None:
+    nan = float("nan")
+    measure = Measure(log_every=1, val_every=None, save_every=None)
+    measure.readings = [Reading(0, 5.0, 2.0), Reading(4, nan, 2.1), Reading(8, 3.1, nan), Reading(12, 3.2, 2.4)]
+    assert measure.best is not None and measure.best.step == 8
+    measure.max_forgetting = 0.15  # none is within it: the one that forgot least, of those that can be told
+    assert measure.best.step == 12
+    measure.readings = measure.readings[:2]
+    assert measure.best is None
+
+
 # ---- through `fit`
 
 

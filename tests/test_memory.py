@@ -370,6 +370,20 @@ def test_what_changes_the_run_changes_the_plan(plan: Callable[..., str]) -> None
     assert pull == pytest.approx(1.5 * weights, rel=0.1)  # on a GPU: Fisher information in bf16, the base in fp32
 
 
+def test_every_cap_of_the_sample_is_planned_for(plan: Callable[..., str]) -> None:
+    def documents(*caps: str) -> int:
+        (told,) = [line for line in plan("--data.max_mb=null", *caps).splitlines() if " documents of " in line]
+        found = re.search(r"about ([\d,]+) documents", told)
+        assert found is not None
+        return int(found[1].replace(",", ""))
+
+    everything = documents()
+    assert documents("--data.max_rows=100") == 100 < everything
+    assert 0 < documents("--data.max_tokens=5000") < 200
+    assert documents("--data.max_rows=100", "--data.max_tokens=1000000000") == 100
+    assert documents("--data.max_rows=1000000") == everything
+
+
 def test_a_file_is_planned_with_the_sizes_that_it_then_loads_with(tmp_path: Path) -> None:
     model = Transformer(MOE2)
     model.initialise(seed=1)

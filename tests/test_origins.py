@@ -107,9 +107,10 @@ def test_a_runs_tokenizer_is_known_by_where_it_was_and_by_its_content(run_dir: P
     [
         ({}, 200, False),
         ({"measure_documents": 2000}, 1000, False),
-        ({"heldout_path": "held_out.jsonl"}, 200, True),
+        ({"heldout_path": "held_out.jsonl"}, 1000, True),  # any of it may have been replayed: fewer are no better
         ({"heldout_path": "held_out.jsonl", "replay_ratio": 0.0}, 1000, False),
         ({"replay_source": "self"}, 1000, False),
+        ({"replay_ratio": 0.0}, 1000, False),
     ],
 )
 def test_what_a_run_replayed_is_not_measured_on(
@@ -119,6 +120,22 @@ def test_what_a_run_replayed_is_not_measured_on(
     (run_dir / "config.yaml").write_text(json.dumps({"data": usual | data, "model": {"fisher_tokens": 0}}))
     origin = find_origin(run_dir)
     assert (origin.unreplayed(1000), origin.replays_all) == (unreplayed, all_of_it)
+    assert origin.halves == (unreplayed == 200 or data == {"measure_documents": 2000})
+
+
+def test_a_term_that_read_text_counts_as_replay(run_dir: Path) -> None:
+    term = {"class_path": "minimind_sft.priors.EWC", "init_args": {"weight": 1.0, "tokens": 100}}
+    settings = {"data": {"pretrain_path": "text.jsonl", "replay_source": "auto"}, "model": {"terms": [term]}}
+    (run_dir / "config.yaml").write_text(json.dumps(settings))
+    assert find_origin(run_dir).halves
+    del term["init_args"]["tokens"]  # type: ignore[attr-defined]
+    (run_dir / "config.yaml").write_text(json.dumps(settings))
+    assert not find_origin(run_dir).halves
+
+
+def test_a_file_of_an_export_is_of_its_run(run_dir: Path) -> None:
+    for place in ("export/best/model.safetensors", "export/best", "checkpoints/best.ckpt"):
+        assert find_origin(run_dir / place).run_dir == run_dir
 
 
 def test_a_new_run_does_not_clear_away_the_weights_that_it_starts_from(run_dir: Path, tmp_path: Path) -> None:

@@ -195,6 +195,16 @@ def test_whatever_people_and_models_said_is_only_text(tmp_path: Path) -> None:
     assert "<img src=x>" not in text
 
 
+def test_a_best_that_was_looked_at_in_part_says_so_and_losses_may_be_no_numbers(tmp_path: Path) -> None:
+    best = SUMMARY["best"] | {"looked_at": 0.1}
+    by_source = [{"source": "books", "documents": 1, "before": 1.0, "after": None, "forgetting": None}]
+    run = make_run(tmp_path / "run", forgetting_json=SUMMARY | {"best": best, "by_source": by_source})
+    said, _ = report(tmp_path / "out", run)
+    assert "(10%)" in said and "of the documents that the best reading was looked at on" in said
+    said, _ = report(tmp_path / "whole", make_run(tmp_path / "other"))
+    assert "(10%)" not in said and "in brackets" not in said
+
+
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     _, reader = report(tmp_path / "out", make_run(tmp_path / "run"))
     assert all(link.startswith("data:image/png;base64,") for link in reader.links)

@@ -119,15 +119,15 @@ def test_pieces_of_one_parent_lie_in_one_part_and_a_third_is_selected_on() -> No
 
 def test_every_document_s_losses_are_published_by_its_hash(tmp_path: Path) -> None:
     text, table = tmp_path / "text.jsonl", tmp_path / "losses.csv"
-    text.write_text('{"text": "a"}\n{"text": "b"}\n', encoding="utf-8")
+    text.write_text('{"text": "a\u2028"}\n{"text": "b", "parent": "book"}\n', encoding="utf-8")
     rows = [
         {"where": f"{text}:{line}", "source": "s", "tokens": 7, "before": 4.0, "after": 4.0 + line} for line in (2, 1)
     ]
     _publish(table, str(text), [Confirmed("held", seed, {}, rows) for seed in (1, 2)])
     head, first, _ = table.read_text(encoding="utf-8").splitlines()
-    assert head == 'document,source,tokens,base,"held, seed 1","held, seed 2"'
-    digest = hashlib.sha256(text.read_bytes().splitlines()[1]).hexdigest()[:16]
-    assert first == f"{digest},s,7,4.0000,6.0000,6.0000"
+    assert head == 'document,parent,source,tokens,base,"held, seed 1","held, seed 2"'
+    document, parent = (hashlib.sha256(of).hexdigest()[:16] for of in (text.read_bytes().split(b"\n")[1], b"book"))
+    assert first == f"{document},{parent},s,7,4.0000,6.0000,6.0000"
 
 
 def test_the_trial_called_after_sft_yaml_is_sft_yaml() -> None:

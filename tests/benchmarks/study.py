@@ -124,7 +124,8 @@ def _of_base(study: Study, name: str, weights: str) -> dict[str, Any]:
     with ThreadPoolExecutor(study.jobs) as pool:
         outcomes = list(pool.map(lambda trial: _run(study, folder, weights, trial, first), study.plan["trials"]))
         picked = chosen(outcomes, target_loss(outcomes))
-        repeated = [(row.trial, seed) for group, row in picked.items() if group in REPEATED for seed in more]
+        trials = dict.fromkeys(row.trial for group, row in picked.items() if group in REPEATED)
+        repeated = [(trial, seed) for trial in trials for seed in more]
         outcomes += pool.map(lambda repeat: _run(study, folder, weights, *repeat), repeated)
         rows = {row.trial for row in picked.values()}
         base_recovered = _recovery(study, folder / "base.recovery", weights) if study.plan.get("recovery") else None
@@ -140,16 +141,22 @@ def _of_base(study: Study, name: str, weights: str) -> dict[str, Any]:
 
 def _publish(path: Path, text: str, confirmed: list[Confirmed]) -> None:
     """A row per document: what it is, the base's loss, and that of every confirmed run, in nats per token."""
-    hashes = [hashlib.sha256(line.encode()).hexdigest()[:16] for line in Path(text).read_text("utf-8").splitlines()]
+    lines = [line.text for line in read_lines([Path(text)])]
+    parents = [json.loads(line).get("parent") or line for line in lines]
     names = [f"{one.trial}, seed {one.seed}" for one in confirmed]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["document", "source", "tokens", "base", *names])
+        writer.writerow(["document", "parent", "source", "tokens", "base", *names])
         for rows in zip(*(one.documents for one in confirmed), strict=True):
             about = rows[0]
-            line = int(about["where"].rpartition(":")[2])
+            place = int(about["where"].rpartition(":")[2]) - 1
             losses = [f"{row['after']:.4f}" for row in rows]
-            writer.writerow([hashes[line - 1], about["source"], about["tokens"], f"{about['before']:.4f}", *losses])
+            known = [_hash(lines[place]), _hash(parents[place]), about["source"], about["tokens"]]
+            writer.writerow([*known, f"{about['before']:.4f}", *losses])
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def part_of(line: str) -> str:
