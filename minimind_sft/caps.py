@@ -59,6 +59,15 @@ class Caps(NamedTuple):
         by_size = self.max_mb is not None and self.max_mb <= by_ratio
         return ("max_mb", self.max_mb) if by_size else ("max_ratio", by_ratio)
 
+    def require_some(self, selection: Selection) -> None:
+        """Raises ValueError, with cause and remedy, where a selection by these caps is empty."""
+        if selection.why_empty is not None and self.size[0] == "max_ratio" and selection.stopped_by == "max_mb":
+            raise ValueError(
+                f"nothing is selected: data.max_ratio {self.max_ratio:g} of {self.pretrain_bytes:,} bytes of "
+                f"pretraining text is less than the first line, with seed {selection.seed}. Raise it, or set it to null"
+            )
+        selection.require_some()
+
     def note(self, selection: Selection, taken: Taken) -> dict[str, Any]:
         """The manifest of what was taken of a selection, so that `sample --manifest` can rebuild it, with `caps`,
         `tokens` and `tightest`, the name of the cap that ended it (`end` for none).

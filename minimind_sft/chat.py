@@ -30,9 +30,9 @@ from minimind_sft.formats import Conversation, Rejected
 from minimind_sft.plans import Plan, PlannedSpan, dropped_fields, planned_items
 from minimind_sft.rendering import Template
 from minimind_sft.skeleton import CutError, Outline, Skeleton, Slot, Touched
-from minimind_sft.turns import THOUGHT, learn_turns, without_reasoning
+from minimind_sft.turns import THOUGHT, UNTOLD, learn_turns, outside_turns, without_reasoning
 
-CODE_VERSION = 2  # part of every cache key: raise it when the ids that come out change
+CODE_VERSION = 3  # part of every cache key: raise it when the ids that come out change
 # What stands before and behind a document of raw text. minimind2's files hold these markers themselves: there, and only
 # there, a control string in the text is live.
 DOCUMENT_FRAMES = {
@@ -77,6 +77,8 @@ class ChatTemplate:
     def __init__(self, specification: str, template: str, *, variables: dict[str, str]) -> None:
         self._made_of = specification, template, variables
         self.tokenizer = Tokenizer.from_str(specification)
+        self.tokenizer.no_padding()  # as a tokenizer may have been saved
+        self.tokenizer.no_truncation()
         parsed = json.loads(specification)
         self._controls = {token.content: id for id, token in self.tokenizer.get_added_tokens_decoder().items()}
         self._control = _control_pattern(parsed["added_tokens"])
@@ -146,19 +148,38 @@ class ChatTemplate:
             reasoning: Supervise think blocks, too; else they are context, empty ones as well.
 
         Raises:
-            Rejected: The template refuses a conversation (`template_refused`, `template_cuts_text`).
+            Rejected: The template refuses a conversation (`template_refused`, `template_cuts_text`), or an answer holds
+                a think block that it does not part from the rest, and `reasoning` is false (`reasoning_in_answer`).
         """
-        plans: list[Plan] = []
+        spans = []
+        for found in self.render_each(conversations, supervise=supervise, reasoning=reasoning):
+            if isinstance(found, Rejected):
+                raise found
+            spans.append(found)
+        return spans
+
+    def render_each(
+        self, conversations: Iterable[Conversation], *, supervise: str = "all", reasoning: bool = True
+    ) -> list[list[Span] | Rejected]:
+        """`render_many`, with the reason in the place of the spans where a conversation is refused."""
+        plans: list[Plan | Rejected] = []
         texts: list[str] = []
         for conversation in conversations:
-            plan, slots = self._plan(conversation.messages, conversation.tools, supervise=supervise,
-                                     reasoning=reasoning)
+            try:
+                plan, slots = self._plan(conversation.messages, conversation.tools, supervise=supervise,
+                                         reasoning=reasoning)
+                if not reasoning:
+                    _refuse_thoughts(plan, slots)
+            except Rejected as why:
+                plans.append(why)
+                continue
             if plan.dropped:
                 self.dropped.update(plan.dropped)
             plans.append(plan)
             texts += plan.texts(slots)
         encoded = iter(self._encoder.encode_many(texts))
-        return [[Span(span.ids(encoded), span.supervised, span.optional, span.ends_turn) for span in plan.spans]
+        return [plan if isinstance(plan, Rejected) else
+                [Span(span.ids(encoded), span.supervised, span.optional, span.ends_turn) for span in plan.spans]
                 for plan in plans]
 
     def require_reasoning(self) -> None:
@@ -266,9 +287,18 @@ class ChatTemplate:
         for segment in segments:
             items = planned_items(segment.text, skeleton, control=self._control, ids=self._controls,
                                   encode=self.encode_text)
-            supervised = segment.message is not None and segment.message not in context
+            theirs = segment.message == UNTOLD and bool(context)  # it may be one that is not to be learned
+            supervised = segment.message is not None and segment.message not in context and not theirs
             spans.append(PlannedSpan(supervised, segment.optional, segment.ends_turn, items))
-        return Plan(spans, dropped_fields(skeleton, slots, roles))
+        return Plan(spans, dropped_fields(skeleton, slots, roles) + outside_turns(segments, skeleton, slots, answers))
+
+
+def _refuse_thoughts(plan: Plan, slots: list[Slot]) -> None:
+    """Raises `Rejected` where what is to be learned holds the end of a think block, as text."""
+    for span in plan.spans:
+        if span.supervised and any(THOUGHT in text for text in span.texts(slots)):
+            raise Rejected("reasoning_in_answer", f"an answer holds {THOUGHT}, which this chat template does not part "
+                           "from it, and data.supervise_reasoning is false; put the reasoning into reasoning_content")
 
 
 def _control_pattern(tokens: list[dict[str, Any]]) -> re.Pattern[str]:

@@ -40,14 +40,19 @@ class Sources(NamedTuple):
 
 def sources_of(documents: Documents) -> Sources:
     """The sources of documents, by name; where there are over `MOST_SOURCES`, the smallest are taken together."""
-    named = np.asarray(documents.store.meta["sources"] or [""])
-    sources = named[np.asarray(documents.store.sources)[documents.index]]
-    names, counts = np.unique(sources, return_counts=True)
+    known = documents.store.meta["sources"] or [""]
+    codes, of, counts = np.unique(
+        np.asarray(documents.store.sources)[documents.index], return_inverse=True, return_counts=True
+    )
+    by_name = sorted(range(len(codes)), key=lambda place: known[codes[place]])
+    names = [known[codes[place]] for place in by_name]
+    of, counts = np.argsort(by_name)[of], counts[by_name]
     if len(names) > MOST_SOURCES:
-        small = names[np.argsort(-counts, kind="stable")[MOST_SOURCES - 1 :]]
-        sources = np.where(np.isin(sources, small), OTHER_SOURCES, sources)
-    names, of = np.unique(sources, return_inverse=True)
-    return Sources(names.tolist(), of)
+        for place in np.argsort(-counts, kind="stable")[MOST_SOURCES - 1 :].tolist():
+            names[place] = OTHER_SOURCES
+        together = sorted(set(names))
+        names, of = together, np.asarray([together.index(name) for name in names])[of]
+    return Sources(names, of)
 
 
 def keeps_empty_think(count: int, ratio: float, seed: int) -> np.ndarray:

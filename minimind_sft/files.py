@@ -107,33 +107,43 @@ class Files:
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
 
-    def facts(self, path: Path) -> Facts:
-        """SHA-256 and size of the text; read again only when the file has changed.
+    def facts(self, paths: Sequence[Path]) -> list[Facts]:
+        """SHA-256 and size of the text of each; read again only where a file has changed.
 
         Raises:
             ValueError: a file that cannot be read to its end, or a cache folder that cannot be written.
         """
-        stat = path.stat()
-        identity = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}|{stat.st_ino}"
-        known = self._load()
-        if identity not in known:
-            # two processes may write at the same time: the later one wins, and the other reads its file again
-            known = self._load() | {identity: list(_read_facts(path))}
-            cache = self.memory.parent
-            temporary = self.memory.with_suffix(f".{os.getpid()}.tmp")
-            try:
-                cache.mkdir(parents=True, exist_ok=True)
-                temporary.write_text(json.dumps(known), encoding="utf-8")
-                os.replace(temporary, self.memory)
-            except OSError as error:
-                raise unwritable_cache(cache, error) from error
-        return Facts(*known[identity])
+        identities = [_identity(path) for path in paths]
+        known, found = self._load(), {}
+        try:
+            for path, identity in zip(paths, identities, strict=True):
+                if identity not in known:
+                    known[identity] = found[identity] = list(_read_facts(path))
+        finally:
+            if found:
+                self._keep(found)
+        return [Facts(*known[identity]) for identity in identities]
+
+    def _keep(self, found: dict[str, Any]) -> None:
+        # two processes may write at the same time: the later one wins, and the other reads its files again
+        cache, temporary = self.memory.parent, self.memory.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self._load() | found), encoding="utf-8")
+            os.replace(temporary, self.memory)
+        except OSError as error:
+            raise unwritable_cache(cache, error) from error
 
     def _load(self) -> dict[str, Any]:
         try:
             return dict(json.loads(self.memory.read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return {}
+
+
+def _identity(path: Path) -> str:
+    stat = path.stat()
+    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}|{stat.st_ino}"
 
 
 def _read_facts(path: Path) -> Facts:

@@ -74,6 +74,16 @@ def parse(text: str, *, format: str = "auto") -> Conversation | PlainText:
 
 
 def _detect(row: dict[str, Any]) -> str:
+    """The format by the keys that hold something, or else by all of them."""
+    filled = {key: value for key, value in row.items() if value is not None}
+    if (found := _told(filled) or _told(row)) is not None:
+        return found
+    keys = ", ".join(sorted(map(str, row))[:8]) or "none"
+    raise Rejected("unknown_format", f"keys are {keys}; expected conversations, messages, instruction + output, "
+                                     "prompt + completion, or text")
+
+
+def _told(row: dict[str, Any]) -> str | None:
     if "conversations" in row:
         turns = row["conversations"]
         first = turns[0] if isinstance(turns, list) and turns else None
@@ -84,18 +94,14 @@ def _detect(row: dict[str, Any]) -> str:
         return "alpaca"
     if "prompt" in row and ("completion" in row or "response" in row):
         return "completion"
-    if "text" in row:
-        return "text"
-    keys = ", ".join(sorted(map(str, row))[:8]) or "none"
-    raise Rejected("unknown_format", f"keys are {keys}; expected conversations, messages, instruction + output, "
-                                     "prompt + completion, or text")
+    return "text" if "text" in row else None
 
 
 # ---- one reader per format
 
 
 def _read_messages(row: dict[str, Any]) -> Conversation:
-    key = "messages" if "messages" in row else "conversations"
+    key = "messages" if row.get("messages") is not None else "conversations"
     turns = row.get(key)
     if isinstance(turns, list):
         turns = _system(row) + turns
@@ -222,7 +228,7 @@ def _text_parts(content: Any, where: str) -> str:
 
 
 def _train(turn: dict[str, Any], number: int) -> bool:
-    train = turn.get("train", turn.get("weight"))
+    train = turn.get("weight") if turn.get("train") is None else turn["train"]
     if train is None or train in (True, False):  # 1 and 0 are equal to these
         return train is None or bool(train)
     raise Rejected("bad_train", f"message {number}: train or weight is {describe(train)}; write true or false")

@@ -6,6 +6,7 @@ bytes as text. A few hundred rows are in memory at a time, and what pyarrow hold
 """
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date, time
@@ -74,10 +75,14 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _present(value: Any) -> Any:
-    """A value without what is null in its objects."""
+    """A value without what is null, or no number, in its objects."""
     if isinstance(value, dict):
-        return {key: _present(inner) for key, inner in value.items() if inner is not None}
+        return {key: _present(inner) for key, inner in value.items() if not _is_none(inner)}
     return [_present(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _is_none(value: Any) -> bool:
+    return value is None or isinstance(value, float) and not math.isfinite(value)
 
 
 def _plain(value: Any) -> str:

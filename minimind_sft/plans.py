@@ -27,6 +27,15 @@ class PlannedSpan(NamedTuple):
     ends_turn: bool
     items: list[list[int] | Text]
 
+    def texts(self, slots: list[Slot]) -> Iterator[str]:
+        """The span's texts to be encoded, filled in, in order."""
+        for item in self.items:
+            if isinstance(item, Text):
+                yield "".join([
+                    slots[part].value if isinstance(part, int) else part if isinstance(part, str)
+                    else json_text(slots[part[0]].value, part[1]) for part in item.parts
+                ])
+
     def ids(self, encoded: Iterator[list[int]]) -> list[int]:
         """The span's ids, taking those of its texts off `encoded`."""
         first, *rest = self.items
@@ -50,12 +59,7 @@ class Plan(NamedTuple):
     def texts(self, slots: list[Slot]) -> Iterator[str]:
         """The texts to be encoded, filled in, in order."""
         for span in self.spans:
-            for item in span.items:
-                if isinstance(item, Text):
-                    yield "".join([
-                        slots[part].value if isinstance(part, int) else part if isinstance(part, str)
-                        else json_text(slots[part[0]].value, part[1]) for part in item.parts
-                    ])
+            yield from span.texts(slots)
 
 
 def planned_items(

@@ -47,7 +47,7 @@ class PretrainingText:
             return int(self.pretrain_mb * MEBIBYTE)
         if self.pretrain_path is None:
             return None
-        return sum(self.maker.files.facts(path).text_bytes for path in self._files("pretrain_path"))
+        return sum(facts.text_bytes for facts in self.maker.files.facts(self._files("pretrain_path")))
 
     def measured(self, *, halve: bool) -> Store | None:
         """Documents to measure on; None where there is no text."""
@@ -63,6 +63,8 @@ class PretrainingText:
                     chosen = self._dealt(read_lines(files), halve)[0]
                 else:
                     chosen = choose_by_hash(read_lines(files), self.measure_documents)
+                if not chosen:
+                    raise ValueError(f"data.{setting}: no line in {', '.join(map(str, files))}; nothing to measure on")
                 unseen = without(chosen, read_lines(known))
                 note = {"in_pretrain": len(chosen) - len(unseen)}
                 if not unseen:

@@ -69,7 +69,14 @@ class StoreMaker:
             "reasoning": self.supervise_reasoning,
             "workers": self.workers,
         }
-        return corpus.open_or_build(self.cache, key, lambda folder: fill(partial(corpus.build, folder, **common)))
+
+        def make(folder: Path) -> None:
+            fill(partial(corpus.build, folder, **common))
+            for (name, before), (_, after) in zip(key["files"], self.hashes(files), strict=True):
+                if before != after:
+                    raise ValueError(f"{name} changed while it was read: begin again, once nothing writes to it")
+
+        return corpus.open_or_build(self.cache, key, make)
 
     def whole(self, setting: str, paths: str | list[str]) -> Store:
         """The store of every line of the files that a setting names, checked."""
@@ -83,7 +90,8 @@ class StoreMaker:
 
     def hashes(self, files: Iterable[Path]) -> list[list[str]]:
         """Every file with its SHA-256."""
-        return [[str(path), self.files.facts(path).sha256] for path in files]
+        paths = list(files)
+        return [[str(path), facts.sha256] for path, facts in zip(paths, self.files.facts(paths), strict=True)]
 
     def checked(self, store: Store, setting: str) -> Store:
         """The store itself.

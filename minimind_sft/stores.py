@@ -188,7 +188,7 @@ class Stores:
 
         def fill(build: Build) -> None:
             selection = select(files, max_mb=caps.size[1], max_rows=caps.max_rows, seed=self.seed, parts=parts)
-            selection.require_some()
+            caps.require_some(selection)
             with track("tokenizing the chats", total=selection.selected) as progress:
                 # everything: the order of the sample means nothing, so the files' own order is kept
                 build(

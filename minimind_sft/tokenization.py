@@ -26,7 +26,7 @@ def tokenize(
     parsed = [_parsed(text, format) for text in texts]
     chats = [entry for entry in parsed if isinstance(entry, Conversation)]
     raw = [entry for entry in parsed if isinstance(entry, PlainText)]
-    rendered = iter(_render(chats, template, supervise, reasoning))
+    rendered = iter(template.render_each(chats, supervise=supervise, reasoning=reasoning))
     framed = iter(template.documents([entry.text for entry in raw], format=document_format) if raw else [])
     made: list[Document | Rejected] = []
     for entry in parsed:
@@ -44,18 +44,3 @@ def _parsed(text: str, format: str) -> Conversation | PlainText | Rejected:
         return parse(text, format=format)
     except Rejected as why:
         return why
-
-
-def _render(
-    conversations: list[Conversation], template: ChatTemplate, supervise: str, reasoning: bool
-) -> list[list[Span]] | list[list[Span] | Rejected]:
-    try:
-        return template.render_many(conversations, supervise=supervise, reasoning=reasoning)
-    except Rejected:  # one of them; the others must not suffer
-        results: list[list[Span] | Rejected] = []
-        for conversation in conversations:
-            try:
-                results.append(template.render(conversation, supervise=supervise, reasoning=reasoning))
-            except Rejected as why:
-                results.append(why)
-        return results

@@ -23,6 +23,7 @@ from minimind_sft.skeleton import MARK, OPEN, TAG_OPEN, Skeleton, Slot, Touched
 
 THINKING_FLAGS = ("enable_thinking", "open_thinking", "thinking")
 THOUGHT = "</think>"
+UNTOLD = -1  # an assistant's turn of a message that cannot be told
 _EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
 
 # Chats that a template has to render in slots as it does in the open.
@@ -46,7 +47,7 @@ class Segment(NamedTuple):
 
     Attributes:
         text: The stretch.
-        message: The assistant message whose turn it is part of; None between turns.
+        message: The assistant message whose turn it is part of, or `UNTOLD`; None between turns.
         optional: Whether it is an empty think block.
         ends_turn: Whether the turn ends behind it.
     """
@@ -88,7 +89,7 @@ class Turns(NamedTuple):
         segments, position = [], 0
         for number, (start, end) in enumerate(turns):
             mark = next((mark for mark in MARK.finditer(text, start, end) if mark[1] == OPEN), None)
-            message = slots[int(mark[2])].message if mark else answers[number] if len(turns) == len(answers) else -1
+            message = slots[int(mark[2])].message if mark else answers[number] if len(turns) == len(answers) else UNTOLD
             header = text.find(self.header, max(0, start - len(self.header)), start + len(self.header))
             asked = start if header < 0 else header + len(self.header)  # behind `start` where a marker stands too early
             head = self._tail(text, asked)
@@ -137,6 +138,17 @@ class Turns(NamedTuple):
         if stop is None:
             return written
         return stop.start("token") if begins and stop["token"] == begins["token"] else stop.end("token")
+
+
+def outside_turns(segments: list[Segment], skeleton: Skeleton, slots: list[Slot], answers: list[int]) -> list[str]:
+    """The assistant's fields that stand in no turn, and so are not learned, each as role and field."""
+    inside: set[int | None] = set()
+    outside: set[int | None] = set()
+    for segment in segments:
+        found = {skeleton.slot_of(mark) for mark in MARK.finditer(segment.text)}
+        (outside if segment.message is None else inside).update(found)
+    lost = {number for number in outside - inside if number is not None and slots[number].message in answers}
+    return [f"assistant {field} outside its turn" for field in sorted({slots[number].field for number in lost})]
 
 
 def without_reasoning(segments: list[Segment], skeleton: Skeleton, control: re.Pattern[str]) -> list[Segment]:

@@ -27,6 +27,7 @@ from minimind_sft.sampling import Line
 from minimind_sft.tokenization import tokenize
 
 TOGETHER = 512  # lines that a worker gets at a time, and the tokenizer in one call
+CHARACTERS = 4_000_000  # of these lines, about: what is pending then takes some 100 MB a worker
 ALONE = 1.0  # seconds of work before workers are started
 MOST = 16  # workers by default: each takes 100 MB
 
@@ -64,14 +65,27 @@ def packed_lines(
         ValueError: a worker died.
     """
     count = min(available_cores(), MOST) if workers is None else workers
-    stream = iter(lines)
-    chunks = iter(lambda: list(itertools.islice(stream, TOGETHER)), [])
+    chunks = _chunks(lines)
     begin = time.perf_counter()
     for chunk in chunks:
         if count > 1 and time.perf_counter() - begin > ALONE:
             yield from _by_workers(itertools.chain([chunk], chunks), how, count)
         else:
             yield chunk, how.packed([line.text for line in chunk])
+
+
+def _chunks(lines: Iterable[Line]) -> Iterator[list[Line]]:
+    """`TOGETHER` lines at a time, and fewer where they are long."""
+    chunk: list[Line] = []
+    size = 0
+    for line in lines:
+        chunk.append(line)
+        size += len(line.text)
+        if len(chunk) == TOGETHER or size >= CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def _by_workers(

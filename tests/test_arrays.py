@@ -204,7 +204,7 @@ def test_size_is_that_of_the_elements(tmp_path):
     made = sample(path, tmp_path / "out.jsonl", max_mb=None, seed=0)
     assert sorted((tmp_path / "out.jsonl").read_text().splitlines()) == ["[2]", '{ "a": 1 }']
     assert made["bytes"] == 13
-    assert Files(tmp_path / "cache").facts(path).text_bytes == len(' { "a": 1 }\n [2] ')
+    assert Files(tmp_path / "cache").facts([path])[0].text_bytes == len(' { "a": 1 }\n [2] ')
 
 
 def test_stores_take_arrays_for_chats_text_and_validation_and_name_the_element(packed, tmp_path):

@@ -379,6 +379,57 @@ def test_a_minimind2_answer_without_a_header_is_not_supervised(shared):
         ("A<|im_end|>\n", True), ("B<|im_end|>\n<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n", False)]
 
 
+def test_a_minimind2_turn_whose_message_cannot_be_told_is_context_where_any_is(shared):
+    template = ChatTemplate.from_folder(shared / "minimind2_tokenizer")
+    turns = [("user", "U"), ("assistant", ""), ("tool", "T"), ("assistant", "It rains."), ("user", "V"),
+             ("assistant", "B")]  # fmt: skip
+    conversation = chat(*turns)
+    conversation.messages[1]["tool_calls"] = [CALL]
+    template.dropped.clear()
+    spans = template.render(conversation, supervise="last")
+    assert [text for text, learned in texts(template, spans) if learned] == ["B<|im_end|>\n"]
+    assert template.dropped["assistant content outside its turn"] == 1  # a reply to a tool
+
+
+def test_reasoning_inside_an_answer_is_refused_where_it_is_not_to_be_learned():
+    template = family("chatml")
+    thought = chat(("user", "U"), ("assistant", "<think>\nHm\n</think>\n\nA"))
+    assert template.render(thought)
+    with pytest.raises(Rejected, match="put the reasoning into reasoning_content"):
+        template.render(thought, reasoning=False)
+    of_context = chat(("user", "U"), ("assistant", "<think>\nHm\n</think>\n\nA"), ("user", "V"), ("assistant", "B"))
+    assert template.render(of_context, reasoning=False, supervise="last")
+    assert family("qwen3").render(thought, reasoning=False)  # which parts them
+    kept, refused = template.render_each([chat(("user", "U"), ("assistant", "A")), thought], reasoning=False)
+    assert isinstance(refused, Rejected) and kept == template.render(chat(("user", "U"), ("assistant", "A")))
+
+
+def test_a_chat_that_is_refused_does_not_have_the_others_counted_twice():
+    refusing = "{% if messages | length == 3 %}{{ raise_exception('no') }}{% endif %}"
+    template = chat_template(refusing + (TEMPLATES / "chatml.jinja").read_text())
+    dropping = chat(("user", "U"), ("assistant", "A"), tools=[{"name": "f"}])
+    found = template.render_each([dropping, chat(("user", "U"), ("assistant", "A"), ("user", "V")), dropping])
+    assert [isinstance(spans, Rejected) for spans in found] == [False, True, False]
+    assert template.dropped == {"tools": 2}
+
+
+def test_every_day_gives_the_same_ids():
+    source = "{{ strftime_now('%d %B %Y') }}\n" + (TEMPLATES / "chatml.jinja").read_text()
+    template = chat_template(source)
+    text = template.decode(template.prompt([{"role": "user", "content": "U"}]))
+    assert text.startswith("26 July 2024<|im_start|>")
+
+
+def test_padding_and_truncation_that_were_saved_are_not_applied():
+    padded = json.loads(specification(CHATML))
+    padded["padding"] = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                         "pad_type_id": 0, "pad_token": "!"}  # fmt: skip
+    padded["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    template = ChatTemplate(json.dumps(padded), (TEMPLATES / "chatml.jinja").read_text(), variables={})
+    lengths = [sum(len(span.ids) for span in spans) for spans in template.documents(["a", "abcde"], format="minimind2")]
+    assert lengths == [1, 5]
+
+
 # ---- templates and folders that cannot be used
 
 

@@ -62,6 +62,21 @@ def test_minimind_keeps_tools_and_calls_as_json_strings_and_both_are_parsed():
         "role": "assistant", "content": "", "train": True, "reasoning_content": "so", "tool_calls": [CALL]}
 
 
+@pytest.mark.parametrize("row", [
+    {"conversations": None, "instruction": "hi", "output": "hello"},
+    {"messages": None, "conversations": [HI, HELLO]},
+    {"prompt": "hi", "completion": "hello", "messages": None, "text": None},
+])
+def test_a_key_that_holds_nothing_tells_no_format(row):
+    conversation = parse(json.dumps(row))
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
+
+
+def test_a_train_that_holds_nothing_leaves_it_to_the_weight():
+    row = {"messages": [HI, HELLO | {"train": None, "weight": 0}, HI, HELLO | {"train": True, "weight": 0}]}
+    assert [message["train"] for message in parse(json.dumps(row)).messages] == [True, False, True, True]
+
+
 def test_openai_calls_are_objects_and_weight_says_what_to_learn_from():
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     row = {"messages": [HI, {"role": "assistant", "content": None, "tool_calls": [call], "weight": 0},

@@ -42,7 +42,7 @@ def test_rows_become_lines_without_what_is_null(tmp_path, monkeypatch):
 
 def test_values_that_json_does_not_have_are_text(tmp_path):
     row = {"a": date(2026, 1, 2), "b": datetime(2026, 1, 2, 3, tzinfo=timezone.utc), "c": Decimal("1.50"), "d": b"\xe4",
-           "e": b"x", "f": [None, {"g": None, "h": 1}], "i": None}  # fmt: skip
+           "e": b"x", "f": [None, {"g": None, "h": 1}], "i": None, "j": float("nan")}  # fmt: skip
     (line,) = read_lines([write(tmp_path / "in.parquet", [row])])
     assert json.loads(line.text) == {
         "a": "2026-01-02", "b": "2026-01-02T03:00:00+00:00", "c": "1.50", "d": "\ufffd", "e": "x", "f": [None, {"h": 1}]
@@ -66,7 +66,7 @@ def test_sample_is_that_of_the_rows_as_lines(tmp_path):
     size = path.stat().st_size
     assert calls == sorted(calls) and calls[-1] == (size, size)
     assert main(["--manifest", str(tmp_path / "a.jsonl.manifest.json"), str(tmp_path / "c.jsonl")]) == 0
-    assert Files(tmp_path / "cache").facts(path).text_bytes == lines.stat().st_size
+    assert Files(tmp_path / "cache").facts([path])[0].text_bytes == lines.stat().st_size
 
 
 def test_stores_name_the_row(tmp_path):

@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
-from minimind_sft import account
+from minimind_sft import account, corpus
 from minimind_sft.caps import Caps
 from minimind_sft.dealing import Dealt, content_hash
 from minimind_sft.documents import TOO_LONG, Documents
+from minimind_sft.files import Files
 from minimind_sft.sampling import Line, rebuild
 from minimind_sft.stores import Stores
 from minimind_sft.windows import Plan
@@ -182,6 +183,47 @@ def test_text_without_a_usable_line_is_told_by_file_and_line(settings: dict[str,
     settings["heldout_path"] = write(tmp_path / "h.jsonl", text("new"))
     with pytest.raises(ValueError, match=r"data\.pretrain_path: 1 of 1 lines .*p\.jsonl:1: keys are content"):
         stores(settings, max_bad_ratio=0.01).open(train=True, replay=True)
+
+
+def test_a_text_of_blank_lines_is_told_by_its_setting(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["train_path"] = write(tmp_path / "c.jsonl", chat("a"))
+    settings["pretrain_path"] = write(tmp_path / "p.jsonl", "\n\n")
+    with pytest.raises(ValueError, match=r"data\.pretrain_path: no line in .*p\.jsonl; nothing to measure on"):
+        stores(settings).open(train=True)
+
+
+def test_a_store_is_not_kept_under_the_hash_of_other_bytes(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c.jsonl"
+    settings["train_path"] = write(path, chat("a"))
+    build = corpus.build
+
+    def changed(*given: Any, **options: Any) -> None:
+        build(*given, **options)
+        write(path, chat("another"))
+
+    monkeypatch.setattr(corpus, "build", changed)
+    with pytest.raises(ValueError, match=r"c\.jsonl changed while it was read: begin again"):
+        stores(settings).train_store()
+    monkeypatch.setattr(corpus, "build", build)
+    assert len(stores(settings).train_store()) == 1 and not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_facts_of_many_files_are_read_and_kept_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / f"{number}.jsonl" for number in range(5)]
+    for number, path in enumerate(paths):
+        path.write_text(f"{number}\n")
+    loads: list[int] = []
+    load = Files._load
+    monkeypatch.setattr(Files, "_load", lambda files: loads.append(1) or load(files))
+    first = Files(tmp_path / "cache").facts(paths)
+    assert [fact.text_bytes for fact in first] == [2] * 5 and len({fact.sha256 for fact in first}) == 5
+    assert len(loads) == 2  # and not for every file
+    monkeypatch.setattr("minimind_sft.files._read_facts", None)
+    assert Files(tmp_path / "cache").facts(paths) == first
 
 
 def test_chats_that_are_validated_on_leave_training(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -407,6 +449,13 @@ def test_leaving_reasoning_out_changes_the_mask_and_no_ids(settings: dict[str, A
     both = [stores(settings, train_path=path, supervise_reasoning=value).train_store() for value in (True, False)]
     assert both[0].ids.tolist() == both[1].ids.tolist()
     assert both[0].folder != both[1].folder  # the cache keeps them apart
+
+
+def test_too_small_a_ratio_is_told_as_one(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["train_path"] = write(tmp_path / "c.jsonl", chat("a"))
+    settings["pretrain_path"] = write(tmp_path / "p.jsonl", text("some text of pretraining"))
+    with pytest.raises(ValueError, match=r"data\.max_ratio 0\.001 of 37 bytes of pretraining text is less than the "):
+        stores(settings, max_ratio=0.001).train_store()
 
 
 def test_a_ratio_of_nothing_is_refused() -> None:

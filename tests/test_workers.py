@@ -65,6 +65,13 @@ def test_cap_in_tokens_stops_at_the_same_line(tmp_path, template, several):
     assert note["stopped"] and 470 < note["tokens"] <= 500 and note["lines"] < 50
 
 
+def test_long_lines_are_dealt_fewer_at_a_time(monkeypatch):
+    monkeypatch.setattr(workers, "CHARACTERS", 100)
+    lines = [Line("f", number, "x" * size) for number, size in enumerate((30, 30, 30, 30, 400, 1))]
+    assert [[line.number for line in chunk] for chunk in workers._chunks(lines)] == [[0, 1, 2, 3], [4], [5]]
+    assert list(map(len, workers._chunks([Line("f", 1, "")] * 1025))) == [512, 512, 1]
+
+
 def test_what_the_template_drops_is_counted_here(tmp_path, template, several):
     turns = [{"role": "user", "content": "q", "name": "n"}, {"role": "assistant", "content": "a"}]
     lines = [Line("f", number, json.dumps({"messages": turns})) for number in range(12)]
