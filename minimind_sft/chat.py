@@ -197,6 +197,19 @@ class ChatTemplate:
         encoded = iter(self._encoder.encode_many(list(plan.texts(slots))))
         return [id for span in plan.spans for id in span.ids(encoded)]
 
+    def around_user(self) -> tuple[list[int], list[int]]:
+        """The ids before and behind what a user says, up to where the answer begins: all that two prompts have in
+        common, as a letter may become one token with the space before it.
+
+        Raises:
+            ValueError: The template puts nothing before it.
+        """
+        one, other = (self.prompt([{"role": "user", "content": said}]) for said in "0A")
+        before = _in_common(one, other)
+        if not before:
+            raise ValueError("the chat template puts nothing before what a user says")
+        return one[:before], one[len(one) - _in_common(one[::-1], other[::-1]) :]
+
     def document(self, text: str, *, format: str) -> list[Span]:
         """The spans of one raw text; see `documents`."""
         return self.documents([text], format=format)[0]
@@ -299,6 +312,12 @@ def _refuse_thoughts(plan: Plan, slots: list[Slot]) -> None:
         if span.supervised and any(THOUGHT in text for text in span.texts(slots)):
             raise Rejected("reasoning_in_answer", f"an answer holds {THOUGHT}, which this chat template does not part "
                            "from it, and data.supervise_reasoning is false; put the reasoning into reasoning_content")
+
+
+def _in_common(one: list[int], other: list[int]) -> int:
+    """How many ids two lists begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _control_pattern(tokens: list[dict[str, Any]]) -> re.Pattern[str]:

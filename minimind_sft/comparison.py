@@ -98,6 +98,9 @@ def compare(
     max_forgetting: float | None = None,
     max_bad_ratio: float = 0.01,
     num_attention_heads: int | None = None,
+    num_experts_per_tok: int | None = None,
+    rope_theta: float | None = None,
+    rms_norm_eps: float | None = None,
     seed: int | None = None,
     device: str = "auto",
     cache_dir: str | None = None,
@@ -134,7 +137,12 @@ def compare(
         base,
         tuned,
         stores.template,
-        num_attention_heads=num_attention_heads,
+        left_open={
+            "num_attention_heads": num_attention_heads,
+            "num_experts_per_tok": num_experts_per_tok,
+            "rope_theta": rope_theta,
+            "rms_norm_eps": rms_norm_eps,
+        },
         device=device,
         fed=fed,
     )

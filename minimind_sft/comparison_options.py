@@ -6,7 +6,7 @@ import argparse
 from typing import NoReturn
 
 from minimind_sft.chat import DOCUMENT_FRAMES
-from minimind_sft.options import nearest_option, whole_from_0, whole_from_1
+from minimind_sft.options import add_left_open, nearest_option, whole_from_0, whole_from_1
 
 EXCEEDED = 3  # exit status
 MAX_FORGETTING = 0.02
@@ -72,12 +72,11 @@ def parser() -> argparse.ArgumentParser:
         help=f"the most that may be forgotten; {MAX_FORGETTING} where it is not given",
     )
     add("--max_bad_ratio", type=float, default=0.01, metavar="X", help="refuse files with a larger share of bad lines")
-    add("--num_attention_heads", type=whole_from_1, metavar="N", help="of both, where tensors leave it open; "
-        "MiniMind's is 8")  # fmt: skip
     add("--seed", type=whole_from_0, help="of the intervals and of what is drawn; by default as in the run, else 42")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:7")
     add("--out", default="runs/compare", metavar="DIR", help="where compare.json and the pictures go")
     add("--cache_dir", metavar="DIR", help="folder of tokenized data")
+    add_left_open(parser)
     return parser
 
 

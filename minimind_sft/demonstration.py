@@ -144,7 +144,7 @@ def _interpolated(folder: Path, device: str) -> list[tuple[float, float]]:
         str(DATA / "base.pth"),
         str(folder / "held" / "checkpoints" / "last.ckpt"),
         ChatTemplate.from_folder(tokenizer),
-        num_attention_heads=None,
+        left_open={},
         device=device,
         fed=Fed(),
     )

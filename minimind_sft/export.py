@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minimind_sft.hub import PREFIX
-from minimind_sft.options import OptionParser
+from minimind_sft.options import OptionParser, add_left_open, errors_name_options, left_open
 from minimind_sft.origins import BEST, LAST, Origin, find_origin
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def parser() -> OptionParser:
     parser.add_argument("--tokenizer", metavar="FOLDER", help="for hf, where the weights' folder or run does not tell")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights, for hf (default: float32, exact)")
     parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
-    parser.add_model_options()
+    add_left_open(parser)
     return parser
 
 
@@ -67,9 +67,8 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"{out} is a file, but a folder is to be written; name another")
     if options.format == "hf":
         huggingface.check_target(out, overwrite=options.overwrite)  # before minutes are spent on reading
-    loaded = weights.load(
-        origin.path, num_attention_heads=options.num_attention_heads, num_experts_per_tok=options.num_experts_per_tok
-    )
+    with errors_name_options():
+        loaded = weights.load(origin.path, **left_open(options))
     print(loaded.describe(), flush=True)
     model = weights.build(loaded)
     if tokenizer is not None:

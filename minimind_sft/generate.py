@@ -12,7 +12,7 @@ eval mode, so the mode is left alone.
 Shapes: B rows still being written, S cache slots, H query heads, K key/value heads, E head dimension, V vocabulary.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,25 +71,6 @@ def generate(
             for row, token in decoder.step():
                 answers[row].append(token)
     return answers
-
-
-def stream(
-    model: Transformer,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    stop_ids: Collection[int] = frozenset(),
-) -> Iterator[int]:
-    """Yield the tokens that `generate` gives for this prompt alone, each as soon as it is known."""
-    sampling = Sampling(temperature, top_k or None, top_p, seed)
-    decoder = _Decoder(model, [prompt], range(1), max_new_tokens, sampling, stop_ids)
-    while decoder.rows:
-        for _, token in decoder.step():
-            yield token
 
 
 @dataclass(frozen=True)

@@ -210,9 +210,11 @@ class Holding:
         Returns:
             The losses, (), in the order of `pulls`.
         """
-        first = {term: checked(term, "pull", term.pull(model)) for term in self.pulls if term is not self.prior}
+        nats = {term.name: checked(term, "pull", term.pull(model)) for term in self.pulls if term is not self.prior}
         optimizer.turn_gradients()
-        return [self.prior.pull_turned(model) if term is self.prior else first[term] for term in self.pulls]
+        if self.prior is not None:
+            nats[self.prior.name] = self.prior.pull_turned(model)
+        return [nats[term.name] for term in self.pulls]
 
     def release(self) -> None:
         """Let go of the base, once it was shown and read: terms that look at it in training have it, or a copy in

@@ -14,6 +14,7 @@ look at the chats and the text; without text, the base writes some first.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from minimind_sft.chat import DOCUMENT_FRAMES, ChatTemplate
 from minimind_sft.corpus import Store
 from minimind_sft.files import resolve, write_whole
 from minimind_sft.model import Transformer
-from minimind_sft.options import OptionParser, errors_name_options, whole_from_0, whole_from_1
+from minimind_sft.options import OptionParser, add_left_open, errors_name_options, left_open, whole_from_0, whole_from_1
 from minimind_sft.origins import Origin, find_origin
 from minimind_sft.pairs import SEEN_IS_REPLAYED, Pair, fed_as, find_tokenizer, open_pair
 from minimind_sft.sampling import Line, read_lines
@@ -76,12 +77,11 @@ def parser() -> OptionParser:
     add("--document_format", choices=list(DOCUMENT_FRAMES), help="how pretraining framed a text (as in TUNED's run, "
         "else minimind3)")  # fmt: skip
     add("--max_bad_ratio", type=float, default=0.01, metavar="RATIO", help="refuse data with more bad lines (0.01)")
-    add("--num_attention_heads", type=whole_from_1, metavar="N", help="of both, where tensors leave it open; "
-        "MiniMind's is 8")  # fmt: skip
     add("--seed", type=whole_from_0, help="of the intervals and of what is drawn (as in TUNED's run, else 42)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:7")
     add("--cache_dir", metavar="DIR", help="folder of tokenized data")
     add("--overwrite", action="store_true", help="replace what is at OUT")
+    add_left_open(parser)
     return parser
 
 
@@ -131,7 +131,7 @@ def _run(options: argparse.Namespace, alphas: Sequence[float], argv: Sequence[st
         options.base,
         str(origin.path),
         template,
-        num_attention_heads=options.num_attention_heads,
+        left_open=left_open(options),
         device=options.device,
         fed=fed,
     )
@@ -183,7 +183,7 @@ def interpolate(base: Transformer, tuned: Transformer, alpha: float, control_ids
               or old[name].shape != new[name].shape]  # fmt: skip
     if unlike:
         raise ValueError(f"BASE and TUNED differ in shape ({', '.join(sorted(unlike)[:5])}): no line joins them")
-    model = Transformer(tuned.config).to(tuned.lm_head.weight.device)
+    model = copy.deepcopy(tuned)  # a new one would be filled with random numbers first
     rows = list(control_ids)
     for name, parameter in model.named_parameters():
         torch.lerp(old[name], new[name], alpha, out=parameter.data)
@@ -270,7 +270,7 @@ def _write(
     if out.suffix == ".pth":
         minimind.export_minimind(model, out)
         return
-    loaded = weights.load(origin.path, num_attention_heads=options.num_attention_heads)
+    loaded = weights.load(origin.path, **left_open(options))
     title = f"{out.name}: {best.alpha:g} of the way from its base to {origin.path.name}"
     made = (
         f"Base + {best.alpha:g} (fine-tune - base), weight by weight, but for the rows of control tokens, which are "

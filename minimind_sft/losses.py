@@ -67,9 +67,10 @@ def kl_divergence(hidden: Tensor, base_hidden: Tensor, weight: Tensor, base_weig
     Returns:
         () fp32, zero where M is 0.
     """
+    base_matrix = base_weight.to(_multiplied_in(base_weight))
 
     def chunk(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = _logits(base_hidden[rows], base_weight).log_softmax(-1)
+        log_p = _logits(base_hidden[rows], base_matrix).log_softmax(-1)
         log_q = logits.log_softmax(-1)
         p = log_p.exp()
         with torch.autocast(p.device.type, enabled=False):  # else in half precision
@@ -109,14 +110,18 @@ def _logits(states: Tensor, matrix: Tensor) -> Tensor:
     """states @ matrix.T (R, V) in fp32, multiplied in autocast's type where it is on.
 
     A GPU adds in fp32, and that is what it gives: rounded to bf16, logits of 16 to 32 are up to 0.06 off, and the
-    gradient of a KL of 0.0002 nats by more than half of itself.
+    gradient of a KL of 0.0002 nats by more than half of itself. A CPU, and torch before 2.8, round them.
     """
-    device = states.device.type
-    if torch.is_autocast_enabled(device):
-        states, matrix = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (states, matrix))
+    states, matrix = (tensor.to(_multiplied_in(matrix)) for tensor in (states, matrix))
     if states.is_cuda and states.dtype != torch.float32 and _SUMS_IN_FP32:
         return torch.mm(states, matrix.t(), out_dtype=torch.float32)
     return F.linear(states, matrix).float()
+
+
+def _multiplied_in(matrix: Tensor) -> torch.dtype:
+    """Autocast's type where it is on, else the matrix's own."""
+    device = matrix.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else matrix.dtype
 
 
 def _in_chunks(
@@ -126,9 +131,8 @@ def _in_chunks(
 
     Matrices are multiplied in autocast's type where it is on; losses are taken in fp32.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    matrix, step = weight.to(dtype), rows_at_once(len(weight), device)
+    dtype = _multiplied_in(weight)
+    matrix, step = weight.to(dtype), rows_at_once(len(weight), weight.device.type)
     total = hidden.new_zeros((), dtype=torch.float32)
     for start in range(0, len(hidden), step):
         rows = slice(start, start + step)

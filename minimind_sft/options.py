@@ -8,7 +8,9 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
+
+LEFT_OPEN = ("num_attention_heads", "num_experts_per_tok", "rope_theta", "rms_norm_eps")
 
 
 def language(asked: str | None) -> str:
@@ -40,11 +42,20 @@ class OptionParser(argparse.ArgumentParser):
         near = nearest_option(self, message)
         raise ValueError(f"{message}{f'; did you mean {near}?' if near else f'; see {self.prog} --help'}")
 
-    def add_model_options(self) -> None:
-        """What the tensors of a bare file leave open."""
-        group = self.add_argument_group("what a bare file of tensors leaves open")
-        group.add_argument("--num_attention_heads", type=int, metavar="N", help="of minimind2 (default: 8)")
-        group.add_argument("--num_experts_per_tok", type=int, metavar="N", help="of an MoE (default: the family's)")
+
+def add_left_open(parser: argparse.ArgumentParser) -> None:
+    """`LEFT_OPEN` as options, which `left_open` reads."""
+    group = parser.add_argument_group("what a bare file of tensors leaves open")
+    add = group.add_argument
+    add("--num_attention_heads", type=whole_from_1, metavar="N", help="of minimind2 (default: 8)")
+    add("--num_experts_per_tok", type=whole_from_1, metavar="N", help="of an MoE (default: the family's)")
+    add("--rope_theta", type=float, metavar="X", help="of RoPE (default: 1e6)")
+    add("--rms_norm_eps", type=float, metavar="X", help="of the norms (default: 1e-6 or 1e-5, the family's)")
+
+
+def left_open(options: argparse.Namespace) -> dict[str, Any]:
+    """What `weights.load` is told of that, by its names."""
+    return {name: getattr(options, name) for name in LEFT_OPEN}
 
 
 def whole_from_1(text: str) -> int:
@@ -71,5 +82,6 @@ def errors_name_options() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        message = str(error).replace("data.probes_path", "--probes").replace("data.measure_documents", "--documents")
+        message = re.sub(rf"\bmodel\.({'|'.join(LEFT_OPEN)})\b", r"--\1", str(error))
+        message = message.replace("data.probes_path", "--probes").replace("data.measure_documents", "--documents")
         raise ValueError(re.sub(rf"\bdata\.({names})\b", r"--\1", message)) from error

@@ -6,7 +6,7 @@ here: vocabularies of two sizes, two tokenizers, a tokenizer with ids that the m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,18 +146,19 @@ def open_pair(
     tuned: str,
     template: ChatTemplate,
     *,
-    num_attention_heads: int | None,
+    left_open: Mapping[str, Any],
     device: str,
     fed: Fed,
 ) -> Pair:
-    """Load both models. What one's tensors leave open (heads, theta, eps) is as the other's config says, where it does.
+    """Load both models. What one's tensors leave open (heads, theta, eps) is as `left_open` says, by the names of
+    `weights.load`, or else as the other's config does.
 
     Raises:
         ValueError: a model that cannot be loaded, vocabularies that differ, a base that was trained from its fine-tune,
             a device that is not there.
     """
     where = one_device(device)
-    found = [_load(name, path, num_attention_heads) for name, path in (("BASE", base), ("TUNED", tuned))]
+    found = [_load(name, path, left_open) for name, path in (("BASE", base), ("TUNED", tuned))]
     sizes = [loaded.config.vocab_size for loaded in found]
     if sizes[0] != sizes[1]:
         raise ValueError(
@@ -227,9 +228,9 @@ def _check_there(name: str, path: str) -> None:
         raise ValueError(f"{name} {path} does not exist; it is a .pth, .safetensors or .ckpt file, or a folder")
 
 
-def _load(name: str, path: str, num_attention_heads: int | None) -> weights.Loaded:
+def _load(name: str, path: str, left_open: Mapping[str, Any]) -> weights.Loaded:
     _check_there(name, path)
     try:
-        return weights.load(resolve(path), num_attention_heads=num_attention_heads)
+        return weights.load(resolve(path), **left_open)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

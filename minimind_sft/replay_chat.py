@@ -42,10 +42,16 @@ class ChatFrame(NamedTuple):
 
     @classmethod
     def of(cls, template: ChatTemplate) -> ChatFrame:
-        """What stays the same where a user says one letter or another."""
-        one, other = (np.array(template.prompt([{"role": "user", "content": text}]), np.int64) for text in "0Q")
-        place = int(np.flatnonzero(one != other)[0])
-        return cls(one[:place], one[place + 1 :], frozenset(template.control_ids))
+        """That of this template.
+
+        Raises:
+            ValueError: it has no such place for a user's text.
+        """
+        try:
+            before, between = (np.array(ids, np.int64) for ids in template.around_user())
+        except ValueError as error:
+            raise ValueError(f"data.replay_in_chat: {error}; set it to 0, to replay text as it is") from None
+        return cls(before, between, frozenset(template.control_ids))
 
     @property
     def size(self) -> int:

@@ -20,6 +20,7 @@ from minimind_sft.checkpoint_files import OURS
 from minimind_sft.forgetting import OWN_CHATS, PRETRAIN, Reading
 from minimind_sft.identity import MEASURED, check_measured, check_training, measured_anew, of_measured, of_training
 from minimind_sft.optimizing import bases_in
+from minimind_sft.terms import ReplayKL
 
 if TYPE_CHECKING:
     from minimind_sft.module import SFTModule
@@ -64,8 +65,9 @@ def take_over(module: SFTModule, checkpoint: dict[str, Any]) -> None:
         plan = module.data.plan
         _tell_differences(module, ours["settings"])
         module.guard.load_state_dict(ours["guard"])
+        given = ours["settings"].get("model.replay_weight", module.holding.replay_weight)
         for term in module.holding.terms:
-            if term.adapts:
+            if term.adapts and (given == module.holding.replay_weight or term.name != ReplayKL.name):  # else anew
                 term.weight = ours.get("weights", {}).get(term.name, term.weight)
         module.data.start_step = set_progress(checkpoint, windows=plan.windows, accumulate=plan.accumulate)
     elif module.trainer.state.fn == "validate" and module.baseline:

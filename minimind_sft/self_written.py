@@ -27,7 +27,6 @@ import torch
 from minimind_sft import corpus
 from minimind_sft.chat import DOCUMENT_FRAMES, ChatTemplate, Span
 from minimind_sft.corpus import Store
-from minimind_sft.formats import Rejected
 from minimind_sft.generate import generate
 from minimind_sft.model import Transformer
 from minimind_sft.progress import track
@@ -139,16 +138,14 @@ class Author:
     def _no_chats(self) -> str | None:
         """Why the base cannot begin a chat, if it cannot."""
         try:
-            header, turn = self._around_user()
-        except Rejected as error:
-            return f"the chat template refuses a user's turn alone ({error.detail})"
-        if not header:
-            return "the chat template puts nothing before what a user says"
+            header, turn = self.template.around_user()
+        except ValueError as error:
+            return str(error)
         new = [id for id in header + turn if id >= self.model.config.vocab_size]
         return f"it does not know the token {self.template.decode(new[:1])!r} of the chat template" if new else None
 
     def _chats(self, count: int) -> Store:
-        header, turn = self._around_user()
+        header, turn = self.template.around_user()
         user, answer = min(USER_TOKENS, self.max_length // 4), min(ANSWER_TOKENS, self.max_length // 2)
 
         def write(progress: Progress) -> Iterator[list[Span]]:
@@ -162,12 +159,6 @@ class Author:
                 progress(begun + len(heads))
 
         return self._store("chats", {"purpose": "chats", "documents": count}, write, total=count)
-
-    def _around_user(self) -> tuple[list[int], list[int]]:
-        """What the template puts before and behind what a user says: all that two prompts have in common."""
-        one, other = (self.template.prompt([{"role": "user", "content": said}]) for said in "0A")
-        before = _in_common(one, other)
-        return one[:before], one[len(one) - _in_common(one[::-1], other[::-1]) :]
 
     def _ends_as_taught(self, chat: list[int]) -> bool:
         """Whether an answer came to its end, and the base would then go on as the template does."""
@@ -248,9 +239,3 @@ def lines(store: Store, template: ChatTemplate, *, document_format: str) -> Iter
 
 def _said(template: ChatTemplate, ids: list[int], *, but: Sequence[int]) -> str:
     return template.decode([id for id in ids if id not in but])
-
-
-def _in_common(one: list[int], other: list[int]) -> int:
-    """How many ids two lists begin with alike."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))

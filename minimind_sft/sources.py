@@ -41,17 +41,21 @@ def expand(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     """The files that a path, a glob, a folder or a list of them names, in the order given.
 
     A glob's and a folder's files come sorted by name. Of a folder these are ``*.jsonl`` and ``*.json``, plain, ``.gz``
-    or ``.zst``, and ``*.parquet``, but no ``.json`` that is one object: it describes the others, as a manifest does.
-    Folders below it are not searched, and refused where there is something in them.
+    or ``.zst``, and ``*.parquet``, in any case of letters, but no ``.json`` that is one object: it describes the
+    others, as a manifest does. Folders below it are not searched, and refused where they hold lines or tables.
 
     Raises:
-        ValueError: where a value names no file, an empty one, one of a kind that is not read, or a folder of folders.
+        ValueError: where a value names no file, an empty one, one of a kind that is not read or of a name that is no
+            text, a folder of folders, or one with a link to nothing.
     """
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not given:
         raise ValueError("no input file is given: name a file, a glob, a folder or a list of them")
     files = [file for value in given for file in _expand_one(value)]
     for file in files:
+        if _undecodable(str(file)):
+            said = ascii(str(file))
+            raise ValueError(f"the name of {said} is not UTF-8, as of a file from an old archive: rename it")
         if file.is_file() and file.stat().st_size == 0:
             raise ValueError(
                 f"{file} is empty (0 bytes): was its download or export cut off? Make it again or leave it out"
@@ -69,14 +73,24 @@ def _expand_one(value: str | Path) -> list[Path]:
     if not str(value).strip():
         raise ValueError(f"{str(value)!r} is not a path: name a file, a glob, a folder or a list of them")
     if path.is_dir():
-        found = sorted(entry for entry in path.iterdir() if entry.name.endswith(SUFFIXES) and entry.is_file())
-        found = [entry for entry in found if Source.of(entry).layout != "object"]
+        named = sorted(entry for entry in path.iterdir() if entry.name.lower().endswith(SUFFIXES))
+        for entry in named:
+            if entry.is_symlink() and not entry.exists():
+                raise ValueError(f"{entry} is a link to {os.readlink(entry)}, which is not there: mend or remove it")
+        files = [entry for entry in named if entry.is_file()]
+        found = [entry for entry in files if Source.of(entry).layout != "object"]
         for deeper in sorted(path.glob("[!.]*/**/*")):
-            if deeper.name.endswith(SUFFIXES) and not deeper.name.endswith(JSON) and deeper.is_file():
+            name = deeper.name.lower()
+            if name.endswith(SUFFIXES) and not name.endswith(JSON) and deeper.is_file():
                 raise ValueError(
                     f"{path} has more in folders below it, such as {deeper}, which its name does not take in: name "
                     f"'{path}/**/*.jsonl' for all of them, or a list of folders and files"
                 )
+        if files and not found:
+            raise ValueError(
+                f"{path}: every .json in this folder is a single object, and these are taken to describe others; put "
+                "chats into one file, a line each, or name the files in a list"
+            )
         if not found:
             raise ValueError(
                 f"{path} is a folder without {', '.join('*' + suffix for suffix in SUFFIXES)}: name the file"
@@ -90,6 +104,11 @@ def _expand_one(value: str | Path) -> list[Path]:
     if not found:
         raise ValueError(f"{value} matches no file (searched from {Path.cwd()}): check the pattern")
     return found
+
+
+def _undecodable(name: str) -> bool:
+    """Whether a file's name holds bytes that are no UTF-8, which Python keeps as lone surrogates."""
+    return any("\udc80" <= letter <= "\udcff" for letter in name)
 
 
 @dataclass(frozen=True)
@@ -119,7 +138,7 @@ class Source:
         codec = next((name for magic, name in MAGIC.items() if head.startswith(magic)), "plain")
         layout = "parquet" if head == PARQUET else "lines"
         source = cls(path=path, size=found.st_size, mtime_ns=found.st_mtime_ns, codec=codec, layout=layout)
-        as_json = path.name.endswith(JSON)
+        as_json = path.name.lower().endswith(JSON)
         if layout == "parquet" and not as_json:
             return source
         with path.open("rb", buffering=0) as raw, source._damage_named():

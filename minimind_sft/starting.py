@@ -87,7 +87,7 @@ class Start:
         model = Transformer(from_sizes(self._family, shape, **self._constants))
         model.initialise(self.seed)
         if self.reset_head:
-            model.reset_head(self.seed)
+            model.reset_head(self.seed + 1)  # with the same one, it would be the embedding's copy
         return model
 
     def fit_vocab(self, model: Transformer, wanted: int) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
-from minimind_sft.options import OptionParser
+from minimind_sft.options import OptionParser, add_left_open, errors_name_options, left_open
 from minimind_sft.origins import find_origin
 from minimind_sft.report import no_more_output
 
@@ -40,7 +40,7 @@ def parser() -> OptionParser:
     parser.add_argument("--seed", type=int, default=42, help="of the sampling (default: 42)")
     parser.add_argument("--raw", action="store_true", help="go on with raw text, without chat template and memory")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default: auto)")
-    parser.add_model_options()
+    add_left_open(parser)
     parser.add_argument(
         "--inference_rope_scaling", action="store_true", help="read 16 times further than trained (MiniMind's YaRN)"
     )
@@ -93,12 +93,10 @@ def _open(options: Any) -> tuple[Dialogue, Answer, str]:
     sampling = Sampling(temperature, options.top_k or None, options.top_p, options.seed)
     device = one_device(options.device)
     template = ChatTemplate.from_folder(folder)
-    loaded = weights.load(
-        origin.path,
-        num_attention_heads=options.num_attention_heads,
-        num_experts_per_tok=options.num_experts_per_tok,
-        inference_rope_scaling=options.inference_rope_scaling,
-    )
+    with errors_name_options():
+        loaded = weights.load(
+            origin.path, **left_open(options), inference_rope_scaling=options.inference_rope_scaling
+        )
     weights.check_vocab(template.vocab_size, loaded.config, key="--tokenizer")
     dialogue = Dialogue(
         weights.build(loaded).to(device),

@@ -346,6 +346,11 @@ def test_heads_that_tensors_do_not_tell_can_be_given(material: dict[str, Path], 
         old = tmp_path / "old.pth"
         compare(material, tmp_path / "out", old, old, f"--num_attention_heads={heads}")
         assert f"{heads} heads" in read(tmp_path / "out")["base"]["description"]
+    found = {}
+    for given in ("--rope_theta=1e6", "--rope_theta=2", "--rms_norm_eps=0.5"):
+        assert compare(material, tmp_path / given, old, old, given) == 0
+        found[given] = read(tmp_path / given)["text"]["unseen"]["before"]
+    assert len(set(found.values())) == 3
     notes = read(tmp_path / "out")["notes"]
     assert any("no better than guessing" in note for note in notes) and not any("are chats" in note for note in notes)
 

@@ -166,6 +166,18 @@ def test_a_run_opens_in_transformers_with_our_logits_and_says_the_same(tmp_path:
     assert generate(model, [prompt], max_new_tokens=16, stop_ids=template.stop_ids) == [text]
 
 
+@pytest.mark.parametrize(
+    "option, value",
+    [("num_attention_heads", 2), ("num_experts_per_tok", 2), ("rope_theta", 3.0), ("rms_norm_eps", 0.5)],
+)
+def test_what_a_config_settles_cannot_be_given_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: float
+) -> None:
+    run = make_run(tmp_path / "sft")
+    assert export(run, tmp_path / "out", "--format=hf", f"--{option}={value}") == 2
+    assert f"--{option} is {value}, but" in capsys.readouterr().err
+
+
 def test_the_card_tells_cost_and_lineage_but_no_paths(tmp_path: Path) -> None:
     assert export(make_run(tmp_path / "sft"), tmp_path / "out", "--format=hf", "--name=Little Chat") == 0
     card = (tmp_path / "out" / "README.md").read_text()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minimind_sft import generate as module
-from minimind_sft.generate import Sampling, generate, stream
+from minimind_sft.generate import Sampling, generate
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 
@@ -109,16 +109,6 @@ def test_luck_picks_a_token_by_its_share(
     assert sampling.choose(logits, torch.tensor(list(luck_to_token))).tolist() == list(luck_to_token.values())
 
 
-def test_streaming_yields_the_tokens_of_generate() -> None:
-    model = random_model()
-    for settings in ({}, {"temperature": 1.5, "top_p": 0.9, "seed": 3}):
-        wanted = generate(model, [PROMPTS[0]], max_new_tokens=9, **settings)[0]
-        tokens = stream(model, PROMPTS[0], max_new_tokens=9, **settings)
-        assert next(tokens) == wanted[0]
-        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()  # also while suspended
-        assert list(tokens) == wanted[1:]
-
-
 def test_the_model_is_left_as_it_was() -> None:
     model = random_model().train()
     recording: list[bool] = []
@@ -134,7 +124,6 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_nothing_asked_is_nothing_written() -> None:
     assert generate(random_model(), [], max_new_tokens=5) == []
     assert generate(random_model(), PROMPTS, max_new_tokens=0) == [[], [], [], []]
-    assert list(stream(random_model(), [1], max_new_tokens=0)) == []
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ import gc
 import json
 import math
 import re
+import shutil
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,38 @@ def test_the_chat_around_a_document_is_what_a_user_s_text_gets() -> None:
     assert template.prompt([{"role": "user", "content": "a lake"}]) == [*frame.before, *text, *frame.between]
 
 
+def templated(one_user: str) -> ChatTemplate:
+    """The demo's tokenizer with another template, of which the user's part is given."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'user' %}" + one_user + "{% else %}{{ m.content }}"
+        "<|im_end|>\n{% endif %}{% endfor %}"
+    )
+    specification = (PROJECT / "data" / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
+    return ChatTemplate(specification, source, variables={"eos_token": "<|im_end|>"})
+
+
+@pytest.mark.parametrize(
+    ("one_user", "before", "between"),
+    [
+        ("[INST] {{ m.content }} [/INST] ", "[INST]", " [/INST] "),
+        ("USER: {{ m.content }} ASSISTANT: ", "USER:", " ASSISTANT: "),
+        ("### Q\n{{ m.content }}\n### A\n", "### Q\n", "\n### A\n"),
+    ],
+)
+def test_a_space_that_becomes_part_of_the_users_first_token_is_none_of_the_frame(
+    one_user: str, before: str, between: str
+) -> None:
+    template = templated(one_user)
+    frame = ChatFrame.of(template)
+    assert template.decode(frame.before.tolist()) == before and template.decode(frame.between.tolist()) == between
+
+
+def test_a_template_without_a_place_for_replay_says_what_to_set() -> None:
+    said = "data.replay_in_chat: the chat template puts nothing before what a user says; set it to 0"
+    with pytest.raises(ValueError, match=said):
+        ChatFrame.of(templated("{{ m.content }}\n### A\n"))
+
+
 @pytest.mark.parametrize("longest", [None, 8])
 def test_a_share_of_the_replay_comes_in_a_chat_and_the_stream_knows_its_lengths(
     pool: Documents, longest: int | None
@@ -246,6 +280,26 @@ class Both(Term):
 
     def pull(self, model: Transformer) -> Tensor:
         return model.lm_head.weight.sum()
+
+
+@dataclass
+class Growth(Term):
+    """A term that is compared by what it holds, and so has no hash."""
+
+    weight: float = 1.0
+
+    def pull(self, model: Transformer) -> Tensor:
+        return model.lm_head.weight.square().sum()
+
+
+def test_pulls_of_one_s_own_and_of_ours_are_told_in_their_order() -> None:
+    holding, model = holding_of(prior_tokens=100.0, more=[Growth()]), small_model()
+    holding.choose(model, None, steps=1, chat_tokens=1, replay=False)
+    text = [with_replay(3)]
+    holding.start(torch.device("cpu"), [], half=None, read=lambda count: text, broadcast=None)
+    with torch.no_grad():
+        ours, theirs = holding.pull(model, RotatedAdamW(model.parameters(), lr=0.1))
+    assert ours == 0.0 and theirs == model.lm_head.weight.square().sum()
 
 
 class Weightless(Term):
@@ -808,6 +862,19 @@ def test_little_text_is_halved_between_measuring_and_the_basis(
     text = [f"--data.pretrain_path={tmp_path / 'text.jsonl'}", "--data.heldout_path=null"]
     fit(tmp_path / "run", cache, BASIS, *text, "--data.measure_documents=1000", "--trainer.max_steps=1")
     assert "10 documents" in capsys.readouterr().out
+
+
+def test_a_weight_that_follows_a_target_goes_on_in_a_resume_unless_another_is_given(
+    cache: Path, tmp_path: Path
+) -> None:
+    following = [REPLAY, "--model.replay_target=0.0001"]
+    fit(tmp_path / "run", cache, *following, "--trainer.max_steps=2")
+    for name, more in (("same", []), ("other", ["--model.replay_weight=7"])):
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+        rows = fit(tmp_path / name, cache, *following, "--trainer.max_steps=3", *more, ckpt="last")
+        weights = [float(row["replay_weight"]) for row in rows if row["replay_weight"]]
+        assert weights[:2] == weights[:1] + [pytest.approx(weights[1])] and weights[1] != 1.0
+        assert (weights[2] == 7.0) == (name == "other")
 
 
 @pytest.mark.slow

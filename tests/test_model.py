@@ -14,6 +14,7 @@ from minimind_sft.attention import attention_backend, attention_over_documents, 
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 from minimind_sft.moe import Routing, balance_loss
+from minimind_sft.starting import Start
 from minimind_sft.weights import load_model
 
 DENSE3 = ModelConfig.minimind3(hidden_size=32, num_hidden_layers=2, vocab_size=50, intermediate_size=48)
@@ -112,6 +113,17 @@ def test_the_original_recipe_is_a_model_of_nine_tenths_of_a_billion() -> None:
         model = Transformer(config)
     assert config.intermediate_size == 5504
     assert model.num_parameters() == 899_237_888
+
+
+def test_a_new_head_of_random_weights_is_not_their_embedding() -> None:
+    start = Start(
+        family="minimind3", shape={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                                   "num_key_value_heads": 1, "vocab_size": 40},
+        constants={"rope_theta": None, "rms_norm_eps": None, "inference_rope_scaling": False},
+        num_experts_per_tok=None, reset_head=True, resize_vocab=False, seed=3,
+    )  # fmt: skip
+    model = start.scratch(40)
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
 
 
 def test_reset_head_unties_and_leaves_the_embedding_alone() -> None:

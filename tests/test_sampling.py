@@ -351,6 +351,27 @@ def test_paths_expand_in_order(tmp_path, monkeypatch):
     assert expand("notes.txt") == [Path("notes.txt")]
 
 
+def test_a_folder_is_taken_whole_or_not_at_all(tmp_path):
+    (tmp_path / "A.JSONL").write_text("1\n")
+    (tmp_path / "b.jsonl").write_text("2\n")
+    assert [path.name for path in expand(tmp_path)] == ["A.JSONL", "b.jsonl"]
+    (tmp_path / "c.jsonl").symlink_to("gone.jsonl")
+    with pytest.raises(ValueError, match=r"c\.jsonl is a link to gone\.jsonl, which is not there: mend or remove it"):
+        expand(tmp_path)
+    (tmp_path / "objects").mkdir()
+    (tmp_path / "objects" / "1.json").write_text('{\n"messages": []\n}')
+    with pytest.raises(ValueError, match=r"every \.json in this folder is a single object"):
+        expand(tmp_path / "objects")
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xc4\xe3.jsonl")  # GBK, as from an old archive
+    Path(path).write_text("1\n")
+    for named in (path, tmp_path):
+        with pytest.raises(ValueError, match=r"is not UTF-8, as of a file from an old archive: rename it"):
+            expand(named)
+
+
 def test_a_folder_is_refused_where_folders_below_it_hold_more(tmp_path):
     top, below = write(tmp_path / "a.jsonl", "x"), tmp_path / "more" / "still"
     below.mkdir(parents=True)
