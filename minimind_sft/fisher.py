@@ -37,6 +37,7 @@ from minimind_sft.drawing import draw
 from minimind_sft.model import Transformer
 
 Key = TypeVar("Key")
+SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # what these layers read is one tensor
 Turning = Callable[[], AbstractContextManager[Any]]
 TOKENS_PER_CHANNEL = 64  # of text, at most, that a basis is taken from; 3 to 6 times as many were no better
 
@@ -46,10 +47,6 @@ class Basis(NamedTuple):
 
     left: Tensor | None  # (R, R)
     right: Tensor | None  # (C, C)
-
-    def to(self, device: torch.device | str) -> Basis:
-        """On this device."""
-        return Basis(*(side if side is None else side.to(device) for side in self))
 
     def turned(self, matrix: Tensor) -> Tensor:
         """(R, C), in this basis."""
@@ -100,7 +97,8 @@ def most_tokens(hidden_size: int) -> int:
 def bases_of(scores: Scores) -> dict[str, Basis]:
     """The basis of every matrix that multiplies, by the name of its parameter.
 
-    It is taken from the first `most_tokens`: a moment of H x H is known by so many.
+    It is taken from the first `most_tokens`: a moment of H x H is known by so many. Layers that read the same input
+    (`SAME_INPUT`) have one right side among them, a third of the bases' memory less.
 
     Args:
         scores: of the base, which is frozen and left as it was.
@@ -108,9 +106,10 @@ def bases_of(scores: Scores) -> dict[str, Basis]:
     base = scores.base
     names: dict[Tensor, str] = {weight: name for name, weight in chain(base.named_parameters(), base.named_buffers())}
     layers = {names[layer.weight]: layer for layer in base.modules() if isinstance(layer, nn.Linear)}
-    rights = {name: _zeros(layer.weight, layer.in_features, base) for name, layer in layers.items()}
+    readers = {name: _first_reader(name) for name in layers}
+    rights = {name: _zeros(layers[name].weight, layers[name].in_features, base) for name in {*readers.values()}}
     lefts = {name: _zeros(layer.weight, layer.out_features, base) for name, layer in layers.items()}
-    hooks = [layer.register_forward_hook(_adding(rights[name], lefts[name])) for name, layer in layers.items()]
+    hooks = [layer.register_forward_hook(_adding(rights.get(name), lefts[name])) for name, layer in layers.items()]
     embedded: list[Tensor] = []  # every output is on the way back to it
     beginning = base.model.embed_tokens
     hooks.append(beginning.register_forward_hook(lambda *call: embedded.append(call[-1].requires_grad_())))
@@ -124,7 +123,14 @@ def bases_of(scores: Scores) -> dict[str, Basis]:
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: Basis(_eigenvectors(lefts[name]), _eigenvectors(rights[name])) for name in layers}
+    found = {name: _eigenvectors(moment) for name, moment in rights.items()}
+    return {name: Basis(_eigenvectors(lefts[name]), found[readers[name]]) for name in layers}
+
+
+def _first_reader(name: str) -> str:
+    """Of the layers that read what this one does, by the names of their weights, the first."""
+    *path, layer, weight = name.split(".")
+    return ".".join([*path, SAME_INPUT.get(layer, layer), weight])
 
 
 def stored_bases(places: Iterable[Key], state: Mapping[str, Any]) -> dict[Key, Basis]:
@@ -135,9 +141,24 @@ def stored_bases(places: Iterable[Key], state: Mapping[str, Any]) -> dict[Key, B
 
 def shared_bases(bases: Mapping[str, Basis], broadcast: Callable[[Any], Any]) -> dict[str, Basis]:
     """The first process's, where several have read: rounding is not the same on all devices, and turns eigenvectors."""
-    return {
-        name: Basis(*(side if side is None else broadcast(side) for side in basis)) for name, basis in bases.items()
-    }
+    return _each_side(bases, broadcast)
+
+
+def moved_bases(bases: Mapping[Key, Basis], device: torch.device | str) -> dict[Key, Basis]:
+    """On this device."""
+    return _each_side(bases, lambda side: side.to(device))
+
+
+def _each_side(bases: Mapping[Key, Basis], change: Callable[[Tensor], Tensor]) -> dict[Key, Basis]:
+    """With every side changed, once where several bases have it."""
+    known: dict[int, Tensor] = {}
+
+    def changed(side: Tensor | None) -> Tensor | None:
+        if side is not None and side.data_ptr() not in known:
+            known[side.data_ptr()] = change(side)
+        return None if side is None else known[side.data_ptr()]
+
+    return {place: Basis(*map(changed, basis)) for place, basis in bases.items()}
 
 
 def _zeros(weight: Tensor, side: int, base: Transformer) -> Tensor | None:
@@ -272,4 +293,4 @@ class RotatedAdamW(AdamW):
         """AdamW's, and the bases; of a run without any there are none."""
         super().load_state_dict(state_dict)
         found = stored_bases(self._weights, state_dict)
-        self.bases = {weight: basis.to(weight.device) for weight, basis in found.items()}
+        self.bases = moved_bases(found, next(iter(found)).device) if found else {}

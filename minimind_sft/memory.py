@@ -108,8 +108,11 @@ def _turned_sides(config: ModelConfig) -> list[tuple[int, int, int, int]]:
 
 
 def basis_bytes(config: ModelConfig) -> int:
-    """Of one square matrix for each side that is turned."""
-    return sum(FP32 * number * side * side for _, _, number, side in _turned_sides(config))
+    """Of one square matrix for each side that is turned; q, k and v have one, and gate and up."""
+    sides = sum(number * side * side for _, _, number, side in _turned_sides(config))
+    experts = config.num_experts + config.num_shared_experts or 1
+    shared = config.num_hidden_layers * (2 + experts) * config.hidden_size**2
+    return FP32 * (sides - shared)
 
 
 def checkpoint_bytes(config: ModelConfig, *, bases: bool) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minimind_sft.batching import MicroBatch
-from minimind_sft.fisher import Basis, Scores, bases_of, shared_bases, turning
+from minimind_sft.fisher import Basis, Scores, bases_of, moved_bases, shared_bases, turning
 from minimind_sft.model import Transformer
 from minimind_sft.terms import Term
 
@@ -129,8 +129,7 @@ class EKFAC(EWC):
 
     def read(self, base: Transformer, text: Iterable[MicroBatch]) -> None:
         scores = Scores(base, list(text), self.seed)
-        given = {name: basis.to(base.lm_head.weight.device) for name, basis in self.bases.items()}
-        self.bases = given or bases_of(scores)
+        self.bases = moved_bases(self.bases, base.lm_head.weight.device) or bases_of(scores)
         self._estimate(scores)
 
     def pull_turned(self, model: Transformer) -> Tensor:

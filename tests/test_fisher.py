@@ -1,6 +1,7 @@
 """The basis of the base's sensitivity, and AdamW in it."""
 
 import copy
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -96,6 +97,32 @@ def test_every_matrix_has_a_basis_but_no_side_wider_than_the_model() -> None:
             assert (side is None) == (size > H), name
             if side is not None:
                 torch.testing.assert_close(side.t() @ side, torch.eye(size), atol=1e-5, rtol=0)
+
+
+def test_layers_that_read_one_input_have_one_right_side_among_them_also_when_restored() -> None:
+    base, inputs = random_model(num_experts=2), dict[str, Tensor]()
+    for name, layer in base.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(lambda _, given, __, name=name: inputs.update({name: given[0]}))
+    found = bases_of(Scores(base, documents(3), seed=0))
+    optimizer, restored = (RotatedAdamW(base.parameters(), lr=0.1) for _ in range(2))
+    optimizer.turn({base.get_parameter(name): basis for name, basis in found.items()})
+    written = io.BytesIO()
+    torch.save(optimizer.state_dict(), written)
+    written.seek(0)
+    restored.load_state_dict(torch.load(written, weights_only=True))
+    shared = 0
+    for name in inputs:
+        for other in inputs:
+            if other.rpartition(".")[0] == name.rpartition(".")[0] and name < other:
+                one, two = (base.get_parameter(f"{layer}.weight") for layer in (name, other))
+                same = inputs[name] is inputs[other]  # as the model computes
+                for bases in (optimizer.bases, restored.bases):
+                    rights = [bases[weight].right for weight in (one, two)]
+                    pointers = {right.data_ptr() for right in rights if right is not None}
+                    assert (len(pointers) == 1) == (same or None in rights), (name, other)
+                shared += same
+    assert shared == 2 * (3 + 2)  # in two layers: three pairs of q, k and v, and gate and up of two experts
 
 
 def test_a_basis_is_taken_from_64_tokens_a_channel_and_the_scores_go_on_behind_it() -> None:
