@@ -22,6 +22,7 @@ Shapes: (R, C) of a matrix, N tokens, M of them targets.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -191,20 +192,21 @@ def turning(device: torch.device, *, half: bool) -> Turning:
     """How matrices on this device are turned: what to do it under.
 
     Gradients that come from half precision are turned in bf16 on a CPU, and in TF32 on a GPU, where fp32 would take a
-    tenth to a third of such a step. Others are turned in fp32: on a CPU by oneDNN, in half of the time that torch's own
-    choice takes on AMD, unless there is AMX, where oneDNN would take bf16.
+    tenth to a third of such a step. Others are turned in fp32: on an x86 CPU by oneDNN, on AMD in half of the time that
+    torch's own choice takes, unless there is AMX, where oneDNN would take bf16, as on other CPUs.
     """
     if half and device.type == "cpu":
         return partial(torch.autocast, "cpu", torch.bfloat16)
     if half and device.type == "cuda":
         return partial(_matmul_precision, "high")
-    if device.type == "cpu" and not _has_amx():
+    if device.type == "cpu" and _onednn_keeps_fp32():
         return partial(_matmul_precision, "medium")
     return nullcontext
 
 
-def _has_amx() -> bool:
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)())
+def _onednn_keeps_fp32() -> bool:
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
+    return platform.machine() in ("x86_64", "AMD64") and not has_amx
 
 
 @contextmanager

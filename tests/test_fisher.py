@@ -13,7 +13,7 @@ from torch.optim import AdamW
 
 from minimind_sft.batching import MicroBatch, pack
 from minimind_sft.drawing import draw
-from minimind_sft.fisher import Basis, RotatedAdamW, Scores, bases_of, turning
+from minimind_sft.fisher import Basis, RotatedAdamW, Scores, _onednn_keeps_fp32, bases_of, turning
 from minimind_sft.model import Transformer
 from minimind_sft.model_config import ModelConfig
 
@@ -225,10 +225,10 @@ def how() -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize(
-    "device, half, amx, expected",
+    "device, half, kept, expected",
     [
-        ("cpu", False, False, ("medium", False)),  # by oneDNN, in fp32
-        ("cpu", False, True, ("highest", False)),
+        ("cpu", False, True, ("medium", False)),  # by oneDNN, in fp32
+        ("cpu", False, False, ("highest", False)),
         ("cpu", True, False, ("highest", True)),
         ("cuda", True, False, ("high", False)),
         ("cuda", False, False, ("highest", False)),
@@ -236,7 +236,7 @@ def how() -> tuple[str, bool]:
     ],
 )
 def test_only_the_turning_is_faster_and_less_exact(
-    monkeypatch: pytest.MonkeyPatch, device: str, half: bool, amx: bool, expected: tuple[str, bool]
+    monkeypatch: pytest.MonkeyPatch, device: str, half: bool, kept: bool, expected: tuple[str, bool]
 ) -> None:
     seen: list[tuple[str, bool]] = []
 
@@ -248,7 +248,7 @@ def test_only_the_turning_is_faster_and_less_exact(
 
         return call
 
-    monkeypatch.setattr("minimind_sft.fisher._has_amx", lambda: amx)
+    monkeypatch.setattr("minimind_sft.fisher._onednn_keeps_fp32", lambda: kept)
     monkeypatch.setattr(Basis, "turned", watched(Basis.turned))
     monkeypatch.setattr(Basis, "back", watched(Basis.back))
     weight = torch.nn.Parameter(torch.ones(2, 2))
@@ -257,6 +257,17 @@ def test_only_the_turning_is_faster_and_less_exact(
     steps(optimizer, weight, some_gradients(1, 2, 2))
     assert seen == [expected, expected] and how() == ("highest", False)
     assert weight.dtype == torch.float32 and not torch.equal(weight, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize(
+    "machine, amx, expected", [("x86_64", False, True), ("x86_64", True, False), ("arm64", False, False)]
+)
+def test_fp32_is_left_to_onednn_only_where_it_stays_fp32(
+    monkeypatch: pytest.MonkeyPatch, machine: str, amx: bool, expected: bool
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    assert _onednn_keeps_fp32() == expected
 
 
 def test_a_parameter_without_gradient_stays() -> None:
