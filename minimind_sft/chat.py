@@ -300,8 +300,8 @@ class ChatTemplate:
         for segment in segments:
             items = planned_items(segment.text, skeleton, control=self._control, ids=self._controls,
                                   encode=self.encode_text)
-            theirs = segment.message == UNTOLD and bool(context)  # it may be one that is not to be learned
-            supervised = segment.message is not None and segment.message not in context and not theirs
+            unclear = segment.message == UNTOLD and bool(context)  # it may be one that is not to be learned
+            supervised = segment.message is not None and segment.message not in context and not unclear
             spans.append(PlannedSpan(supervised, segment.optional, segment.ends_turn, items))
         return Plan(spans, dropped_fields(skeleton, slots, roles) + outside_turns(segments, skeleton, slots, answers))
 
