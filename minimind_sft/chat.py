@@ -295,6 +295,7 @@ class ChatTemplate:
         answers = [index for index, role in enumerate(roles) if role == "assistant"]
         spans = []
         segments = self.turns.cut(skeleton, slots, answers)
+        dropped = dropped_fields(skeleton, slots, roles) + outside_turns(segments, skeleton, slots, answers)
         if not reasoning:
             segments = without_reasoning(segments, skeleton, self._control)
         for segment in segments:
@@ -303,7 +304,7 @@ class ChatTemplate:
             unclear = segment.message == UNTOLD and bool(context)  # it may be one that is not to be learned
             supervised = segment.message is not None and segment.message not in context and not unclear
             spans.append(PlannedSpan(supervised, segment.optional, segment.ends_turn, items))
-        return Plan(spans, dropped_fields(skeleton, slots, roles) + outside_turns(segments, skeleton, slots, answers))
+        return Plan(spans, dropped)
 
 
 def _refuse_thoughts(plan: Plan, slots: list[Slot]) -> None:

@@ -22,6 +22,7 @@ from minimind_sft.baselines import Baseline, Baselines
 from minimind_sft.batching import MicroBatch
 from minimind_sft.forgetting import PRETRAIN, Reading
 from minimind_sft.intervals import Intervals
+from minimind_sft.readings import numbers_first
 
 if TYPE_CHECKING:
     from minimind_sft.data import SFTDataModule
@@ -75,7 +76,7 @@ class Measure(Callback):
         within = [reading for reading in scored if self.within(reading)]
         if within or not scored:
             return min(within, key=lambda reading: (judged[reading.step].score, reading.step), default=None)
-        return min(scored, key=lambda reading: (in_order(judged[reading.step].pretrain_loss), reading.step))
+        return min(scored, key=lambda reading: (numbers_first(judged[reading.step].pretrain_loss), reading.step))
 
     def _judged(self, reading: Reading) -> Reading:
         """The reading by the live documents alone."""
@@ -220,11 +221,6 @@ class Measure(Callback):
         live = state_dict.get("live_start")
         self.live_start = None if live is None else Reading(**live)
         self.intervals = replace(self.intervals, live_share=state_dict.get("live_share", 1.0))
-
-
-def in_order(loss: float | None) -> float:
-    """A loss to sort by: what is no number comes last."""
-    return math.inf if loss is None or math.isnan(loss) else loss
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def parameters(config: ModelConfig) -> Parameters:
     c, e, i = config.hidden_size, config.head_dim, config.intermediate_size
     q, kv = config.num_attention_heads * e, config.num_key_value_heads * e
     attention, feed_forward, router = 2 * c * q + 2 * c * kv, 3 * c * i, c * config.num_experts
-    experts = config.num_experts + config.num_shared_experts or 1
+    experts = _feed_forwards(config)
     passed = config.num_experts_per_tok + config.num_shared_experts or 1
     biases = config.qkv_bias * (q + 2 * kv) + config.o_bias * c + config.mlp_bias * (2 * i + c)
     vectors = 2 * c + config.qk_norm * 2 * e + biases
@@ -88,11 +88,16 @@ def parameters(config: ModelConfig) -> Parameters:
     )
 
 
+def _feed_forwards(config: ModelConfig) -> int:
+    """Of a layer: its experts, or the one."""
+    return config.num_experts + config.num_shared_experts or 1
+
+
 def matrices(config: ModelConfig) -> list[tuple[int, int, int]]:
     """Rows, columns and number of the matrices that multiply, the output layer included."""
     c, e, i, layers = config.hidden_size, config.head_dim, config.intermediate_size, config.num_hidden_layers
     q, kv = config.num_attention_heads * e, config.num_key_value_heads * e
-    experts = layers * (config.num_experts + config.num_shared_experts or 1)
+    experts = layers * _feed_forwards(config)
     found = [(q, c, layers), (kv, c, 2 * layers), (c, q, layers), (i, c, 2 * experts), (c, i, experts)]
     return [*found, (config.num_experts, c, layers * (config.num_experts > 0)), (config.vocab_size, c, 1)]
 
@@ -110,8 +115,7 @@ def _turned_sides(config: ModelConfig) -> list[tuple[int, int, int, int]]:
 def basis_bytes(config: ModelConfig) -> int:
     """Of one square matrix for each side that is turned; q, k and v have one, and gate and up."""
     sides = sum(number * side * side for _, _, number, side in _turned_sides(config))
-    experts = config.num_experts + config.num_shared_experts or 1
-    shared = config.num_hidden_layers * (2 + experts) * config.hidden_size**2
+    shared = config.num_hidden_layers * (2 + _feed_forwards(config)) * config.hidden_size**2
     return FP32 * (sides - shared)
 
 

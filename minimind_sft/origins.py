@@ -73,7 +73,7 @@ class Origin:
 
     @property
     def halves(self) -> bool:
-        """Whether it measured on one part of these files and replayed another, see `Texts.measured`."""
+        """Whether it measured on one part of these files and replayed another, see `PretrainingText.measured`."""
         return self.replays and not self.replays_all
 
     def unreplayed(self, documents: int) -> int:

@@ -15,6 +15,11 @@ def perplexity(nats: float) -> float:
     return math.inf if nats >= 700 else math.exp(nats)
 
 
+def numbers_first(loss: float | None) -> float:
+    """A loss to sort by: what is no number comes last."""
+    return math.inf if loss is None or math.isnan(loss) else loss
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of a `metrics.csv`, each with the values that it has; a last row that was not written whole is left out.
 

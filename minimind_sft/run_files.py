@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from minimind_sft.origins import RECORDS, is_run
-from minimind_sft.readings import read_metrics
+from minimind_sft.readings import numbers_first, read_metrics
 from minimind_sft.run_record import COUNTS, FINISHED, RUNNING, STOPPED, Fact, Facts, Look, Run, Source
 
 
@@ -184,8 +184,7 @@ def _best(summary: dict[str, Any] | None, looks: Sequence[Look], ended: int | No
     scores = [(look.text if look.chat is None else look.chat, look) for look in looks if look.step]
     scored = [(score, look) for score, look in scores if score is not None and math.isfinite(score)]
     if bound not in (None, "null"):
-        risen = ((look.forgetting or 0.0, look) for _, look in scored)
-        forgotten = [(math.inf if math.isnan(rise) else rise, look) for rise, look in risen]
+        forgotten = [(numbers_first(look.forgetting or 0.0), look) for _, look in scored]
         within = [look for rise, look in forgotten if rise <= float(bound)]
         scored = [pair for pair in scored if pair[1] in within] or forgotten
     return min(scored, default=(0.0, None))[1]

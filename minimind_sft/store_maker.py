@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -88,10 +88,9 @@ class StoreMaker:
 
         return self.checked(self.open("whole", files, fill), setting)
 
-    def hashes(self, files: Iterable[Path]) -> list[list[str]]:
+    def hashes(self, files: Sequence[Path]) -> list[list[str]]:
         """Every file with its SHA-256."""
-        paths = list(files)
-        return [[str(path), facts.sha256] for path, facts in zip(paths, self.files.facts(paths), strict=True)]
+        return [[str(path), facts.sha256] for path, facts in zip(files, self.files.facts(files), strict=True)]
 
     def checked(self, store: Store, setting: str) -> Store:
         """The store itself.

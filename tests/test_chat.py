@@ -399,7 +399,8 @@ def test_reasoning_inside_an_answer_is_refused_where_it_is_not_to_be_learned():
         template.render(thought, reasoning=False)
     of_context = chat(("user", "U"), ("assistant", "<think>\nHm\n</think>\n\nA"), ("user", "V"), ("assistant", "B"))
     assert template.render(of_context, reasoning=False, supervise="last")
-    assert family("qwen3").render(thought, reasoning=False)  # which parts them
+    parting = chat_template((TEMPLATES / "qwen3.jinja").read_text())
+    assert parting.render(thought, reasoning=False) and not parting.dropped  # what is context is not lost
     kept, refused = template.render_each([chat(("user", "U"), ("assistant", "A")), thought], reasoning=False)
     assert isinstance(refused, Rejected) and kept == template.render(chat(("user", "U"), ("assistant", "A")))
 
